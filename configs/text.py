@@ -1,0 +1,19 @@
+"""Any preset on your own text files, as bytes: one file a document, plain or .gz.
+
+    python -m lex_fire.train --config=configs/text.py:size=tiny,encoding=fire --workdir=runs/books \
+      --config.data.train_files='books/train/*.txt.gz' \
+      --config.data.validation_files='books/validation/*.txt.gz'
+
+Arguments: size (a preset of lex_fire.presets, as published), encoding.
+"""
+
+from ml_collections import config_dict
+
+from lex_fire import config, presets
+
+
+def get_config(arg: str = '') -> config_dict.ConfigDict:
+  """Returns the config of a preset on local text files."""
+  args = config.parse_arg(arg, size='tiny', encoding='fire')
+  values = presets.make(args['size'], args['encoding'], data={'task': 'text'})
+  return config_dict.ConfigDict(values)

@@ -1,0 +1,238 @@
+"""What a run is, as frozen dataclasses; the only door through which a ConfigDict enters the library.
+
+Every default lives here and nowhere else. Units are in the comments.
+"""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+from lex_fire import encodings, errors
+
+ACTIVATIONS = ('gelu', 'swiglu')
+NORMS = ('layernorm', 'rmsnorm')
+DTYPES = ('float32', 'bfloat16')
+
+
+def _choice(name, value, known):
+  if value not in known:
+    raise errors.UserError(f'unknown {name}={value!r}; known: {", ".join(known)}')
+
+
+def _at_least(least, **values):
+  for name, value in values.items():
+    if value < least:
+      raise errors.UserError(f'{name}={value} must be at least {least}')
+
+
+@dataclasses.dataclass(frozen=True)
+class EncodingConfig:
+  """A name of `encodings.ENCODINGS` with the options of its factory."""
+
+  name: str = 'fire'
+  options: tuple[tuple[str, Any], ...] = ()  # sorted (option, value) pairs, so that it hashes
+
+  def make(self) -> encodings.Encoding:
+    """Makes the encoding; raises errors.UserError for an unknown name or option."""
+    return encodings.get(self.name, **dict(self.options))
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelConfig:
+  """A decoder's shape."""
+
+  num_layers: int = 4
+  d_model: int = 128
+  num_heads: int = 4
+  num_kv_heads: int = 4  # heads of keys and values; divides num_heads (grouped-query attention)
+  head_dim: int = 32
+  d_ff: int = 512
+  vocab_size: int = 259  # ids of the Task's vocabulary
+  activation: str = 'gelu'  # one of ACTIVATIONS; swiglu has a third matrix of d_ff columns
+  norm: str = 'layernorm'  # one of NORMS
+  tied_embeddings: bool = True  # logits from the token embeddings, or from a matrix of their own
+  scan_layers: bool = (
+    False  # one compiled block for all layers: compiles fast, 1.3 times slower on CPU
+  )
+  remat: bool = False  # recompute a block's activations in the backward pass
+  dtype: str = 'float32'  # of activations; parameters are always float32
+  attention: str = 'auto'  # a key of kernels.IMPLEMENTATIONS, or auto
+
+  def __post_init__(self):
+    _choice('model.activation', self.activation, ACTIVATIONS)
+    _choice('model.norm', self.norm, NORMS)
+    _choice('model.dtype', self.dtype, DTYPES)
+    sizes = ('num_layers', 'd_model', 'num_heads', 'num_kv_heads', 'head_dim', 'd_ff', 'vocab_size')
+    _at_least(1, **{f'model.{name}': getattr(self, name) for name in sizes})
+    if self.num_heads % self.num_kv_heads:
+      raise errors.UserError(
+        f'model.num_kv_heads={self.num_kv_heads} must divide model.num_heads={self.num_heads}'
+      )
+
+
+@dataclasses.dataclass(frozen=True)
+class DataConfig:
+  """What is trained on: a seqio Task's `train` split, prepared once; its `validation` split judges."""
+
+  task: str = 'stdlib'  # stdlib, text, or a registered seqio Task
+  train_files: str = ''  # glob of text files, plain or .gz, for task text
+  validation_files: str = ''  # likewise
+  directory: str = '~/.cache/lex_fire'  # where prepared streams are kept; each is made once
+  length: int = 256  # of a training window [tokens]
+  batch_size: int = 8  # windows a step, over all devices
+  isolate_documents: bool = False  # attention within documents only, whose positions restart at 0
+
+  def __post_init__(self):
+    _at_least(1, **{'data.length': self.length, 'data.batch_size': self.batch_size})
+
+  @property
+  def files(self) -> dict[str, str] | None:
+    """The globs by split, or None when there are none."""
+    globs = {'train': self.train_files, 'validation': self.validation_files}
+    return {split: glob for split, glob in globs.items() if glob} or None
+
+
+@dataclasses.dataclass(frozen=True)
+class OptimizerConfig:
+  """AdamW; the learning rate warms up linearly and falls on a cosine until the last step."""
+
+  learning_rate: float = 1e-3  # at the end of the warmup
+  warmup_steps: int = 100
+  final_fraction: float = 0.1  # of learning_rate, at the last step
+  encoding_rate: float = 1.0  # learning rate of the encoding's parameters, as a multiple
+  beta1: float = 0.9
+  beta2: float = 0.95
+  epsilon: float = 1e-8
+  weight_decay: float = 0.1  # of matrices; norms, biases and encodings do not decay
+  clip_norm: float = 1.0  # of the whole gradient
+
+
+@dataclasses.dataclass(frozen=True)
+class MeshConfig:
+  """Devices by axis; see sharding.make_mesh."""
+
+  data: int = -1
+  fsdp: int = 1
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainConfig:
+  """The course of a run."""
+
+  steps: int = 1000
+  accumulation: int = 1  # parts that a batch is computed in, one after another; divides batch_size
+  seed: int = 0  # of parameters and of the order of windows
+  log_every: int = 10  # steps
+  checkpoint_every: int = 100  # steps; the validation loss is measured and the state saved
+  validation_windows: int = 64  # at most this many, the same each time
+  keep_latest: int = 2  # checkpoints
+  keep_best: int = 1  # checkpoints, by validation loss
+
+  def __post_init__(self):
+    names = [field.name for field in dataclasses.fields(self) if field.name != 'seed']
+    _at_least(1, **{f'train.{name}': getattr(self, name) for name in names})
+
+
+@dataclasses.dataclass(frozen=True)
+class EvaluateConfig:
+  """Defaults of `python -m lex_fire.evaluate`; its flags override them."""
+
+  lengths: tuple[int, ...] = (256, 512, 1024, 2048, 4096)  # [tokens]
+  protocol: str = 'same_tokens'  # a key of data.protocols.PROTOCOLS
+  max_tokens: int = 65_536  # scored at each length
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+  """A whole run; its JSON lies in the workdir, and all that follows is made from it."""
+
+  model: ModelConfig = ModelConfig()
+  encoding: EncodingConfig = EncodingConfig()
+  data: DataConfig = DataConfig()
+  optimizer: OptimizerConfig = OptimizerConfig()
+  mesh: MeshConfig = MeshConfig()
+  train: TrainConfig = TrainConfig()
+  evaluate: EvaluateConfig = EvaluateConfig()
+
+  def __post_init__(self):
+    encoding = self.encoding.make()
+    if encoding.max_length is not None and self.data.length > encoding.max_length:
+      raise errors.UserError(
+        f'data.length={self.data.length} is past the {encoding.max_length} positions of encoding '
+        f'{encoding.name!r}; shorten it or raise encoding.max_length'
+      )
+    if self.data.batch_size % self.train.accumulation:
+      raise errors.UserError(
+        f'train.accumulation={self.train.accumulation} must divide '
+        f'data.batch_size={self.data.batch_size}'
+      )
+
+  @classmethod
+  def from_dict(cls, values: Mapping[str, Any]) -> 'Config':
+    """Makes a Config from nested mappings: a ConfigDict, or the workdir's JSON.
+
+    Raises:
+      errors.UserError: for an unknown or missing key, a value of another type, or out of range.
+    """
+    sections = {field.name: field.default for field in dataclasses.fields(cls)}
+    _check_keys('', values, sections)
+    made = {
+      name: _section(name, type(default), values[name])
+      for name, default in sections.items()
+      if name != 'encoding'
+    }
+    options = dict(values['encoding'])
+    name = options.pop('name', None)
+    return cls(**made, encoding=EncodingConfig(name, tuple(sorted(options.items()))))
+
+  def to_dict(self) -> dict[str, Any]:
+    """Returns nested dicts of JSON values; `from_dict` gives the Config back."""
+    values = dataclasses.asdict(self)
+    values['encoding'] = {'name': self.encoding.name, **dict(self.encoding.options)}
+    values['evaluate']['lengths'] = list(self.evaluate.lengths)
+    return values
+
+
+def _check_keys(prefix, values, known):
+  for key in values:
+    if key not in known:
+      raise errors.UserError(f'unknown config key {prefix + key!r}; known: {", ".join(known)}')
+  for key in known:
+    if key not in values:
+      raise errors.UserError(f'config key {prefix + key!r} is missing')
+
+
+def _section(section, cls, values):
+  """Makes one dataclass; an int is taken for a float, a list for a tuple."""
+  defaults = {field.name: field.default for field in dataclasses.fields(cls)}
+  _check_keys(f'{section}.', values, defaults)
+  made = {}
+  for key, value in values.items():
+    kind = type(defaults[key])
+    if (kind is float and type(value) is int) or (kind is tuple and isinstance(value, list)):
+      value = kind(value)
+    if type(value) is not kind:
+      raise errors.UserError(f'{section}.{key}={value!r} must be of type {kind.__name__}')
+    made[key] = value
+  return cls(**made)
+
+
+def parse_arg(arg: str, **defaults: str) -> dict[str, str]:
+  """Parses the argument of a config file: 'size=base,encoding=rope' -> {'size': 'base', ...}.
+
+  Args:
+    arg: what follows the colon of `--config=FILE:ARG`.
+    **defaults: the arguments there are, with their defaults.
+
+  Raises:
+    errors.UserError: for an argument that is not among them, or not NAME=VALUE.
+  """
+  values = dict(defaults)
+  for part in filter(None, arg.split(',')):
+    name, equals, value = part.partition('=')
+    if name not in defaults or not equals:
+      raise errors.UserError(
+        f'unknown config argument {part!r}; known: {", ".join(f"{name}=" for name in defaults)}'
+      )
+    values[name] = value
+  return values

@@ -1,0 +1,73 @@
+"""What a position encoding is: a value holding pure functions of positions.
+
+Positions are arguments, never lengths: a kernel tile, a packed row, a decode step, a sequence shard
+and an evaluation 64 times past training are the same call. Nothing here knows Flax.
+
+The dimension key of the whole project (one capital a dimension, as the suffix of an array's name):
+
+  B batch         L sequence (queries = keys)     Q queries       K keys
+  H heads         G heads of keys and values      M query heads to each of those
+  D model width   C channels per head             R rotation pairs (C / 2)
+  F feed-forward  V vocabulary                    N layers
+  W, X widths of an encoding's MLP                Z buckets, or rows of a table
+  I, J blocks of queries and of keys              1 a broadcast dimension
+
+A position array named `_BL` may have a leading 1: all rows then share their positions, and a bias is
+computed once for the batch.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+Params = Any  # a pytree of float32 arrays; {} when nothing is learned
+
+
+class Encoding(NamedTuple):
+  """A position encoding as pure functions; a factory in `lex_fire.encodings.ENCODINGS` makes one.
+
+  The logits of an encoding at query position i and key position j are, before the softmax,
+
+      sum_c rotate(q, i)_c rotate(k, j)_c exp(log_decay_c (i - j)) / sqrt(C)  +  bias(i, j).
+
+  A multiplicative decay is handed over as its rate and not applied by `rotate`, since only i - j
+  matters: whoever computes a tile of logits subtracts an origin near it, so that neither factor leaves
+  float32's range at any length, and rotated keys can be cached.
+
+  Attributes:
+    name: as registered.
+    init: (rng, *, num_heads, head_dim, d_model) -> params.
+    embed: (params, position_BL, d_model) -> float32 [B, L, D] added to token embeddings, or None.
+    rotate: (params, x_BLHC, position_BL) -> x_BLHC in x's dtype, or None.
+    log_decay: head_dim -> log_decay_C, static numpy float64 <= 0, nats per token, or None.
+    bias: (params, query_position_BQ, key_position_BK, num_heads) -> bias_BHQK, float32 nats added to
+      the scaled logits, or None. Finite, with finite gradient, for keys after the query too.
+    shared: whether one set of parameters serves all layers (FIRE-S, and whatever is only embedded).
+    shift_invariant: whether adding one number to all positions leaves the logits as they are.
+    learned: whether `params` holds anything.
+    max_length: positions from here on have no encoding [tokens]; None when every position has one.
+  """
+
+  name: str
+  init: Callable[..., Params]
+  embed: Callable[[Params, jax.Array, int], jax.Array] | None = None
+  rotate: Callable[[Params, jax.Array, jax.Array], jax.Array] | None = None
+  log_decay: Callable[[int], np.ndarray] | None = None
+  bias: Callable[[Params, jax.Array, jax.Array, int], jax.Array] | None = None
+  shared: bool = False
+  shift_invariant: bool = True
+  learned: bool = False
+  max_length: int | None = None
+
+
+def no_parameters(rng, *, num_heads: int, head_dim: int, d_model: int) -> Params:
+  """The `init` of an encoding that learns nothing."""
+  del rng, num_heads, head_dim, d_model
+  return {}
+
+
+def distance(query_position_BQ: jax.Array, key_position_BK: jax.Array) -> jax.Array:
+  """Returns i - j as int32 [B, Q, K]: exact at every length, positive where the key is in the past."""
+  return query_position_BQ[:, :, None] - key_position_BK[:, None, :]

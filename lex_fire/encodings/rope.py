@@ -1,0 +1,29 @@
+"""RoPE: queries and keys turned by angles proportional to position (Su et al. 2021, arXiv:2104.09864)."""
+
+from lex_fire.encodings import base, rotary
+
+
+def rope(base_period: float = 10_000.0, pairing: str = 'halves') -> base.Encoding:
+  """RoPE: pair m of a query or key at position n turns by n theta_m, theta_m = base_period^(-2m/C).
+
+  Departure: angles are fixed-point (see `rotary`), exact where float32 would drift with n.
+
+  Args:
+    base_period: the b of theta_m = b^(-2m/C).
+    pairing: 'halves' (Llama) or 'interleaved' (GPT-J, the paper).
+
+  Raises:
+    errors.UserError: for an unknown pairing, and by `init` for an odd head width.
+  """
+  rotary.check(0, pairing)
+
+  def init(rng, *, num_heads, head_dim, d_model):
+    rotary.check(head_dim, pairing)
+    return base.no_parameters(rng, num_heads=num_heads, head_dim=head_dim, d_model=d_model)
+
+  def rotate(params, x_BLHC, position_BL):
+    del params
+    turn_R = rotary.turns_per_token(x_BLHC.shape[-1] // 2, base_period)
+    return rotary.rotate(x_BLHC, position_BL, turn_R, pairing)
+
+  return base.Encoding(name='rope', init=init, rotate=rotate)

@@ -1,0 +1,83 @@
+"""Which keys a query may see, as one small static value that every attention implementation reads."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+
+from lex_fire import errors
+
+# Added nowhere, selected instead of a hidden logit: low enough that exp underflows to 0 beside any real
+# logit, finite so that a row that sees nothing has no NaN, in value or gradient.
+HIDDEN_LOGIT = -1e30
+
+
+@dataclasses.dataclass(frozen=True)
+class Mask:
+  """Which keys a query at position i may see; a key j must also be in the query's segment.
+
+  With block = 2, `causal` beside blockwise and a window of 3 (rows i, columns j, positions 0 .. 4):
+
+      causal        blockwise     window = 3
+      1 . . . .     1 . . . .     1 . . . .
+      1 1 . . .     1 1 . . .     1 1 . . .
+      1 1 1 . .     1 1 1 . .     1 1 1 . .
+      1 1 1 1 .     1 1 1 1 .     . 1 1 1 .
+      1 1 1 1 1     . . 1 1 1     . . 1 1 1
+
+  Attributes:
+    causal: only keys with j <= i.
+    block: blockwise attention (LeX, arXiv:2212.10554, section 3): only the query's block of this many
+      positions and the one before it; None for no such limit [tokens].
+    window: only keys with i - j < window; None for no such limit [tokens].
+  """
+
+  causal: bool = True
+  block: int | None = None
+  window: int | None = None
+
+  def __post_init__(self):
+    for name in ('block', 'window'):
+      value = getattr(self, name)
+      if value is not None and (value < 1 or not self.causal):
+        raise errors.UserError(f'a mask with {name}={value} needs it at least 1, and causal=True')
+
+  def visible(self, query_position_BQ: jax.Array, key_position_BK: jax.Array) -> jax.Array:
+    """Returns visible_BQK, boolean, from positions alone (B may be 1)."""
+    i_BQ1, j_B1K = query_position_BQ[:, :, None], key_position_BK[:, None, :]
+    visible_BQK = j_B1K <= i_BQ1 if self.causal else jnp.ones_like(j_B1K <= i_BQ1)
+    if self.block is not None:
+      visible_BQK &= i_BQ1 // self.block - j_B1K // self.block <= 1
+    if self.window is not None:
+      visible_BQK &= i_BQ1 - j_B1K < self.window
+    return visible_BQK
+
+  def may_see(self, query_low, query_high, key_low, key_high) -> jax.Array:
+    """Returns whether any query in a range of positions may see any key in another: a tile's test.
+
+    Args:
+      query_low, query_high, key_low, key_high: int32 bounds (inclusive) that broadcast to one shape.
+
+    Returns:
+      A boolean of that shape. False only if `visible` is False for every pair in the ranges.
+    """
+    seen = key_low <= query_high if self.causal else jnp.ones_like(key_low <= query_high)
+    if self.block is not None:
+      seen &= query_low // self.block - key_high // self.block <= 1
+    if self.window is not None:
+      seen &= query_low - key_high < self.window
+    return seen
+
+
+def visible(
+  mask: Mask,
+  query_position_BQ: jax.Array,
+  key_position_BK: jax.Array,
+  query_segment_BQ: jax.Array | None,
+  key_segment_BK: jax.Array | None,
+) -> jax.Array:
+  """Returns visible_BQK: what the mask shows within one segment (None: all is one segment)."""
+  visible_BQK = mask.visible(query_position_BQ, key_position_BK)
+  if query_segment_BQ is None or key_segment_BK is None:
+    return visible_BQK
+  return visible_BQK & (query_segment_BQ[:, :, None] == key_segment_BK[:, None, :])

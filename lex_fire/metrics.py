@@ -1,0 +1,124 @@
+"""What a run reports: its numbers by step in metrics.jsonl and TensorBoard, and a line with the ETA."""
+
+import json
+import os
+import pathlib
+import time
+
+import jax
+
+from lex_fire import config as config_lib
+
+# Peak of dense bfloat16 products a chip [FLOP/s], from the vendors' data sheets; by JAX's device_kind.
+PEAK_FLOPS = {
+  'TPU v4': 275e12,
+  'TPU v5 lite': 197e12,
+  'TPU v5': 459e12,
+  'TPU v6 lite': 918e12,
+  'NVIDIA A100-SXM4-40GB': 312e12,
+  'NVIDIA A100-SXM4-80GB': 312e12,
+  'NVIDIA H100 80GB HBM3': 989e12,
+  'NVIDIA H200': 989e12,
+}
+
+
+def train_flops_per_token(c: config_lib.ModelConfig, length: int) -> float:
+  """Returns the model FLOPs to train on one token: 6 P + 6 N H C (L + 1).
+
+  As in PaLM (Chowdhery et al. 2022, arXiv:2204.02311, appendix B): forward and backward are three times the forward, in
+  which each weight of a matrix product (P of them, the output layer's included) costs 2, and each of the
+  (L + 1) / 2 keys that a query sees on average costs 2 C a head for its logit and 2 C for its value (PaLM
+  counts all L keys). What rematerialization computes again does not count.
+  """
+  projections = 2 * c.d_model * c.head_dim * (c.num_heads + c.num_kv_heads)
+  mlp = (3 if c.activation == 'swiglu' else 2) * c.d_model * c.d_ff
+  weights = c.num_layers * (projections + mlp) + c.d_model * c.vocab_size
+  return 6.0 * weights + 6.0 * c.num_layers * c.num_heads * c.head_dim * (length + 1)
+
+
+def utilization(flops_per_second: float) -> float | None:
+  """Returns the fraction of all devices' peak that model FLOPs reach (MFU); None for an unlisted device."""
+  peak = PEAK_FLOPS.get(jax.devices()[0].device_kind)
+  return None if peak is None else flops_per_second / (peak * jax.device_count())
+
+
+class Writer:
+  """Appends metrics by step; on a resume it first drops what lies past the checkpoint.
+
+  Only the first process writes.
+  """
+
+  def __init__(self, workdir: pathlib.Path, first_step: int):
+    """Opens the logs of a run whose next step is `first_step`, counted from 0."""
+    self._path = workdir / 'metrics.jsonl'
+    self._active = jax.process_index() == 0
+    if self._active:
+      from tensorboardX import SummaryWriter
+
+      _truncate(self._path, first_step)
+      self._tensorboard = SummaryWriter(str(workdir), purge_step=first_step + 1)
+
+  def write(self, step: int, values: dict[str, float]) -> None:
+    """Writes the values after `step` steps."""
+    if not self._active:
+      return
+    with self._path.open('a') as file:
+      file.write(json.dumps({'step': step, **values}) + '\n')
+    for name, value in values.items():
+      self._tensorboard.add_scalar(name, value, step)
+
+  def close(self) -> None:
+    """Writes out what is buffered."""
+    if self._active:
+      self._tensorboard.close()
+
+
+def _truncate(path: pathlib.Path, last_step: int) -> None:
+  """Keeps the lines up to `last_step`; a line that a kill cut short is dropped too."""
+  if not path.exists():
+    return
+  kept = []
+  for line in path.read_text().splitlines():
+    try:
+      if json.loads(line)['step'] <= last_step:
+        kept.append(line + '\n')
+    except ValueError:
+      break
+  temporary = path.with_suffix('.partial')
+  temporary.write_text(''.join(kept))
+  os.replace(temporary, path)
+
+
+class Pace:
+  """Measures tokens a second and the time left, leaving out the first step, which compiles."""
+
+  def __init__(self, first_step: int, steps: int, tokens_per_step: int):
+    """Starts at `first_step` of `steps`."""
+    self._steps, self._tokens_per_step = steps, tokens_per_step
+    self._first_step, self._start = first_step, time.monotonic()
+    self._last = (first_step, self._start)
+
+  def warm(self, step: int) -> None:
+    """Says that `step` steps are done and compiled: measuring starts here."""
+    self._first_step, self._start = step, time.monotonic()
+    self.resume(step)
+
+  def resume(self, step: int) -> None:
+    """Says that a pause after `step` steps is over: the rate leaves it out, the time left does not."""
+    self._last = (step, time.monotonic())
+
+  def measure(self, step: int) -> tuple[float, float]:
+    """Returns tokens/s since the last call, and the seconds left at the mean pace so far."""
+    now = time.monotonic()
+    last_step, last = self._last
+    self._last = (step, now)
+    rate = (step - last_step) * self._tokens_per_step / max(now - last, 1e-9)
+    per_step = (now - self._start) / max(step - self._first_step, 1)
+    return rate, per_step * (self._steps - step)
+
+
+def clock(seconds: float) -> str:
+  """Returns a duration as 1:02:03 or 2:03."""
+  minutes, seconds = divmod(round(seconds), 60)
+  hours, minutes = divmod(minutes, 60)
+  return f'{hours}:{minutes:02}:{seconds:02}' if hours else f'{minutes}:{seconds:02}'

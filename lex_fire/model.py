@@ -1,0 +1,149 @@
+"""The Transformer: embed, blocks of attention and MLP with norms before them, norm, logits."""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from lex_fire import attention, encodings, errors, kernels, sharding
+from lex_fire import config as config_lib
+
+
+class Norm(nn.Module):
+  """LayerNorm (scale and bias) or RMSNorm (scale), computed in float32."""
+
+  config: config_lib.ModelConfig
+  epsilon: float = 1e-6
+
+  @nn.compact
+  def __call__(self, x_BLD):
+    dtype, x_BLD = x_BLD.dtype, x_BLD.astype(jnp.float32)
+    scale_D = self.param('scale_D', nn.initializers.ones, (x_BLD.shape[-1],))
+    if self.config.norm == 'layernorm':
+      x_BLD = x_BLD - x_BLD.mean(axis=-1, keepdims=True)
+    x_BLD = x_BLD * jax.lax.rsqrt(jnp.square(x_BLD).mean(axis=-1, keepdims=True) + self.epsilon)
+    x_BLD = x_BLD * scale_D[None, None]
+    if self.config.norm == 'layernorm':
+      x_BLD = x_BLD + self.param('bias_D', nn.initializers.zeros, scale_D.shape)[None, None]
+    return x_BLD.astype(dtype)
+
+
+class Mlp(nn.Module):
+  """GELU: gelu(x W) U. SwiGLU: (silu(x W) * x V) U (Shazeer 2020, arXiv:2002.05202)."""
+
+  config: config_lib.ModelConfig
+
+  @nn.compact
+  def __call__(self, x_BLD):
+    c = self.config
+    shape = (c.d_model, c.d_ff)
+    in_DF = self.param('in_DF', attention.fan_in(1), shape).astype(x_BLD.dtype)
+    hidden_BLF = jnp.einsum('BLD,DF->BLF', x_BLD, in_DF)
+    if c.activation == 'swiglu':
+      gate_DF = self.param('gate_DF', attention.fan_in(1), shape).astype(x_BLD.dtype)
+      hidden_BLF = jax.nn.silu(jnp.einsum('BLD,DF->BLF', x_BLD, gate_DF)) * hidden_BLF
+    else:
+      hidden_BLF = jax.nn.gelu(hidden_BLF)
+    out_init = attention.fan_in(1, (2 * c.num_layers) ** -0.5)
+    out_FD = self.param('out_FD', out_init, shape[::-1]).astype(x_BLD.dtype)
+    return jnp.einsum('BLF,FD->BLD', sharding.constrain(hidden_BLF, 'BLF'), out_FD)
+
+
+class Block(nn.Module):
+  """x + attention(norm(x)), then x + mlp(norm(x))."""
+
+  config: config_lib.ModelConfig
+  encoding: encodings.Encoding
+  mask: kernels.Mask
+
+  @nn.compact
+  def __call__(self, x_BLD, position_BL, segment_ids_BL, shared_params):
+    c = self.config
+    attend = attention.Attention(c, self.encoding, self.mask, name='attention')
+    y_BLD = Norm(c, name='attention_norm')(x_BLD)
+    x_BLD = x_BLD + attend(y_BLD, position_BL, segment_ids_BL, shared_params)
+    x_BLD = x_BLD + Mlp(c, name='mlp')(Norm(c, name='mlp_norm')(x_BLD))
+    return sharding.constrain(x_BLD, 'BLD'), None  # (carry, output) of a scan over layers
+
+
+class Transformer(nn.Module):
+  """A decoder; any length, with any encoding.
+
+  Attributes:
+    config: the model's shape.
+    encoding: the position encoding; owned by each attention, or by the model if it is `shared`.
+    mask: which keys a query may see.
+  """
+
+  config: config_lib.ModelConfig
+  encoding: encodings.Encoding
+  mask: kernels.Mask = kernels.Mask()
+
+  @nn.compact
+  def __call__(
+    self,
+    tokens_BL: jax.Array,
+    position_BL: jax.Array | None = None,
+    segment_ids_BL: jax.Array | None = None,
+  ) -> jax.Array:
+    """Returns logits_BLV, float32.
+
+    Args:
+      tokens_BL: int32 ids below vocab_size.
+      position_BL: int32 positions in each segment; a leading 1 broadcasts; None: 0 .. L - 1.
+      segment_ids_BL: int32, a token sees only its own segment; None: each row is one segment.
+
+    Raises:
+      errors.UserError: for a row longer than the encoding's max_length.
+    """
+    c, encoding = self.config, self.encoding
+    length = tokens_BL.shape[1]
+    check_length(encoding, length)
+    if position_BL is None:
+      position_BL = jnp.arange(length, dtype=jnp.int32)[None]
+    shared_params = attention.encoding_params(self, encoding, c) if encoding.shared else {}
+    # Rows of unit length in a tied output give logits of order 1; the input scales them back up
+    # (Vaswani et al. 2017, section 3.4).
+    embedding_VD = self.param('embedding_VD', _embedding_init, (c.vocab_size, c.d_model))
+    x_BLD = embedding_VD[tokens_BL] * c.d_model**0.5
+    if encoding.embed is not None:
+      x_BLD = x_BLD + encoding.embed(shared_params, position_BL, c.d_model)
+    x_BLD = sharding.constrain(x_BLD.astype(c.dtype), 'BLD')
+    x_BLD = self._blocks(x_BLD, position_BL, segment_ids_BL, shared_params)
+    x_BLD = Norm(c, name='norm')(x_BLD)
+    if c.tied_embeddings:
+      output_VD = embedding_VD
+    else:
+      output_VD = self.param('output_VD', _embedding_init, (c.vocab_size, c.d_model))
+    return jnp.einsum(
+      'BLD,VD->BLV', x_BLD, output_VD.astype(x_BLD.dtype), preferred_element_type=jnp.float32
+    )
+
+  def _blocks(self, x_BLD, position_BL, segment_ids_BL, shared_params):
+    c = self.config
+    block = nn.remat(Block) if c.remat else Block
+    rest = (position_BL, segment_ids_BL, shared_params)
+    if c.scan_layers:
+      block = nn.scan(
+        block,
+        variable_axes={'params': 0},
+        split_rngs={'params': True},
+        in_axes=(nn.broadcast,) * len(rest),
+        length=c.num_layers,
+      )
+      return block(c, self.encoding, self.mask, name='blocks')(x_BLD, *rest)[0]
+    for layer in range(c.num_layers):
+      x_BLD, _ = block(c, self.encoding, self.mask, name=f'block_{layer}')(x_BLD, *rest)
+    return x_BLD
+
+
+def _embedding_init(rng, shape):
+  return jax.random.normal(rng, shape, jnp.float32) * shape[1] ** -0.5
+
+
+def check_length(encoding: encodings.Encoding, length: int) -> None:
+  """Raises errors.UserError if the encoding has no positions for rows this long."""
+  if encoding.max_length is not None and length > encoding.max_length:
+    raise errors.UserError(
+      f'{length=} is past the {encoding.max_length} positions that encoding {encoding.name!r} has; '
+      'evaluate shorter, or train with a larger max_length'
+    )

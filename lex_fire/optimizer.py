@@ -1,0 +1,49 @@
+"""AdamW with linear warmup and cosine decay, clipped by global norm, weight decay on matrices only."""
+
+import jax
+import optax
+
+from lex_fire import config as config_lib
+from lex_fire import sharding
+
+
+def schedule(config: config_lib.Config) -> optax.Schedule:
+  """Learning rate by step: from 0 up to its peak over the warmup, then a cosine to final_fraction of it."""
+  c = config.optimizer
+  return optax.warmup_cosine_decay_schedule(
+    init_value=0.0,
+    peak_value=c.learning_rate,
+    warmup_steps=c.warmup_steps,
+    decay_steps=config.train.steps,
+    end_value=c.learning_rate * c.final_fraction,
+  )
+
+
+def make(config: config_lib.Config) -> optax.GradientTransformation:
+  """Makes the optimizer of a run."""
+  c = config.optimizer
+  return optax.chain(
+    optax.clip_by_global_norm(c.clip_norm),
+    optax.scale_by_adam(b1=c.beta1, b2=c.beta2, eps=c.epsilon),
+    optax.add_decayed_weights(c.weight_decay, mask=decays),
+    optax.masked(optax.scale(c.encoding_rate), is_encoding),
+    optax.scale_by_learning_rate(schedule(config)),
+  )
+
+
+def decays(params):
+  """Returns a tree of bools: matrices decay; norms, biases and an encoding's parameters do not."""
+  return _by_path(
+    params, lambda names: len(sharding.suffix(names[-1])) > 1 and 'encoding' not in names
+  )
+
+
+def is_encoding(params):
+  """Returns a tree of bools: the parameters of position encodings."""
+  return _by_path(params, lambda names: 'encoding' in names)
+
+
+def _by_path(params, choose):
+  return jax.tree_util.tree_map_with_path(
+    lambda path, _: choose([str(key.key) for key in path]), params
+  )

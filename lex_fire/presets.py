@@ -1,0 +1,76 @@
+"""Runs as published, as data: what a preset says replaces the defaults of `config`.
+
+`base` and `large` are FIRE's (Li et al. 2023, arXiv:2310.04418, section 4 and appendix), `lex_medium` is LeX's
+(Sun et al. 2022, arXiv:2212.10554, section 4). The papers' text leaves open the warmup of FIRE and both weight
+decays; those are ours.
+"""
+
+from typing import Any
+
+from lex_fire import config, encodings, errors
+
+_PAPER = {
+  'vocab_size': 32_128,  # T5's 32,000 pieces and 100 sentinels, rounded up
+  'scan_layers': True,
+  'remat': True,
+  'dtype': 'bfloat16',
+}
+_350M = {'num_layers': 24, 'd_model': 1024, 'num_heads': 16, 'num_kv_heads': 16, 'head_dim': 64}
+_FIRE_RUN = {
+  'data': {'length': 2048, 'batch_size': 256},
+  'train': {'steps': 600_000, 'checkpoint_every': 5000, 'log_every': 100},
+  'evaluate': {'lengths': (512, 1024, 2048, 4096, 8192), 'protocol': 'windows'},
+}
+
+PRESETS: dict[str, dict[str, dict[str, Any]]] = {
+  # 0.8M parameters, for a laptop: the defaults of `config`.
+  'tiny': {},
+  # 125M parameters.
+  'base': {
+    'model': {
+      'num_layers': 12,
+      'd_model': 768,
+      'num_heads': 12,
+      'num_kv_heads': 12,
+      'head_dim': 64,
+      'd_ff': 3072,
+      **_PAPER,
+    },
+    'optimizer': {'learning_rate': 6e-4, 'warmup_steps': 10_000},
+    **_FIRE_RUN,
+  },
+  # 350M parameters.
+  'large': {
+    'model': {**_350M, 'd_ff': 4096, **_PAPER},
+    'optimizer': {'learning_rate': 3e-4, 'warmup_steps': 10_000},
+    **_FIRE_RUN,
+  },
+  'lex_medium': {
+    'model': {**_350M, 'd_ff': 4096, **_PAPER},
+    'data': {'length': 1024, 'batch_size': 512},
+    'optimizer': {'learning_rate': 3e-4, 'beta2': 0.98, 'warmup_steps': 375},
+    'train': {'steps': 50_000, 'checkpoint_every': 1000, 'log_every': 100},
+    'evaluate': {'lengths': (256, 512, 1024, 2048, 4096), 'protocol': 'same_tokens'},
+  },
+}
+
+
+def make(size: str, encoding_name: str, **sections: dict[str, Any]) -> dict[str, Any]:
+  """Returns the config of a preset as nested dicts, for `config.Config.from_dict` or a ConfigDict.
+
+  Args:
+    size: a key of PRESETS.
+    encoding_name: a key of encodings.ENCODINGS; all its options appear with their defaults.
+    **sections: changes to the preset: `data={'length': 512}`, `encoding={'threshold': 64.0}`.
+
+  Raises:
+    errors.UserError: for an unknown size, encoding, section, field or value.
+  """
+  if size not in PRESETS:
+    raise errors.UserError(f'unknown preset size={size!r}; known: {", ".join(PRESETS)}')
+  values = config.Config().to_dict()
+  values['encoding'] = {'name': encoding_name, **encodings.options(encoding_name)}
+  for changes in (PRESETS[size], sections):
+    for section, fields in changes.items():
+      values.setdefault(section, {}).update(fields)
+  return config.Config.from_dict(values).to_dict()

@@ -1,0 +1,350 @@
+"""Trains a model; running the same command again goes on where it stopped.
+
+python -m lex_fire.train --config=configs/quickstart.py:encoding=fire --workdir=DIR
+"""
+
+import contextlib
+import functools
+import math
+import pathlib
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from lex_fire import checkpoint, cli, errors, loss, metrics, model, optimizer, sharding
+from lex_fire import config as config_lib
+from lex_fire.data import batches, prepare, stream
+
+State = dict[str, Any]  # {'params': pytree, 'optimizer': pytree}
+Batch = dict[str, Any]  # see data.batches
+
+
+def make_model(config: config_lib.Config) -> model.Transformer:
+  """Makes the model of a run."""
+  return model.Transformer(config.model, config.encoding.make())
+
+
+def init(config: config_lib.Config) -> State:
+  """Returns the state before the first step; a function of config.train.seed alone."""
+  tokens_BL = jnp.zeros((1, 1), jnp.int32)  # parameters do not depend on the length
+  params = make_model(config).init(jax.random.key(config.train.seed), tokens_BL)['params']
+  return {'params': params, 'optimizer': optimizer.make(config).init(params)}
+
+
+def loss_sums(transformer: model.Transformer, params, batch: Batch) -> tuple[jax.Array, jax.Array]:
+  """Returns the weighted sum of the tokens' losses [nats] and the sum of their weights."""
+  logits_BLV = transformer.apply(
+    {'params': params}, batch['inputs_BL'], batch['position_BL'], batch['segment_ids_BL']
+  )
+  loss_BL = loss.token_losses(logits_BLV, batch['targets_BL']) * batch['loss_weights_BL']
+  return loss_BL.sum(), batch['loss_weights_BL'].sum()
+
+
+def step(
+  config: config_lib.Config, state: State, batch: Batch
+) -> tuple[State, dict[str, jax.Array]]:
+  """Takes one optimizer step; the batch is computed in config.train.accumulation parts.
+
+  Returns:
+    The next state, and the scalars `loss` [nats per token] and `gradient_norm` (before clipping).
+  """
+  transformer = make_model(config)
+
+  def add_part(sums, part):
+    grad = jax.value_and_grad(functools.partial(loss_sums, transformer), has_aux=True)
+    (loss_sum, weight_sum), gradients = grad(state['params'], part)
+    return jax.tree.map(jnp.add, sums, (loss_sum, weight_sum, gradients)), None
+
+  zeros = (jnp.float32(0), jnp.float32(0), jax.tree.map(jnp.zeros_like, state['params']))
+  parts = config.train.accumulation
+  if parts == 1:
+    sums, _ = add_part(zeros, batch)
+  else:
+    sums, _ = jax.lax.scan(add_part, zeros, jax.tree.map(lambda x: _split(x, parts), batch))
+  loss_sum, weight_sum, gradients = sums
+  gradients = jax.tree.map(lambda gradient: gradient / weight_sum, gradients)
+  updates, optimizer_state = optimizer.make(config).update(
+    gradients, state['optimizer'], state['params']
+  )
+  state = {
+    'params': optax.apply_updates(state['params'], updates),
+    'optimizer': optimizer_state,
+  }
+  return state, {'loss': loss_sum / weight_sum, 'gradient_norm': optax.global_norm(gradients)}
+
+
+def _split(x, parts):
+  """[B, ...] -> [parts, B / parts, ...], every part with rows of every device; a leading 1 repeats."""
+  if x.shape[0] == 1:
+    return jnp.broadcast_to(x[None], (parts, *x.shape))
+  return jnp.swapaxes(x.reshape(-1, parts, *x.shape[1:]), 0, 1)
+
+
+class Program:
+  """A run's computations, compiled for its mesh: init, step and loss_sums over sharded states and batches."""
+
+  def __init__(self, config: config_lib.Config, mesh: jax.sharding.Mesh):
+    """Lays the state and the batches out on the mesh; nothing is computed yet.
+
+    Raises:
+      errors.UserError: if the mesh does not divide the batch or a parameter.
+    """
+    self._mesh = mesh
+    rows = config.data.batch_size // config.train.accumulation
+    sharding.spec('B', (rows,), dict(mesh.shape), 'data.batch_size / train.accumulation')
+    abstract = jax.eval_shape(functools.partial(init, config))
+    shardings = sharding.of_tree(abstract, mesh)
+    self.abstract_state = jax.tree.map(
+      lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), abstract, shardings
+    )
+    whole = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
+    with jax.set_mesh(mesh):
+      self.init = jax.jit(functools.partial(init, config), out_shardings=shardings)
+      self.step = jax.jit(
+        functools.partial(step, config),
+        donate_argnums=0,
+        in_shardings=(shardings, None),
+        out_shardings=(shardings, whole),
+      )
+      self.loss_sums = jax.jit(
+        functools.partial(loss_sums, make_model(config)),
+        in_shardings=(shardings['params'], None),
+        out_shardings=whole,
+      )
+
+  def put(self, batch: Batch) -> Batch:
+    """Makes this process's rows a part of the global batch on the mesh."""
+    rows = batch['inputs_BL'].shape[0]
+
+    def put_leaf(name, x):
+      if x is None:
+        return None
+      shared = x.shape[0] != rows  # a leading 1: the same for all rows of all processes
+      shape = (x.shape[0] if shared else rows * jax.process_count(), *x.shape[1:])
+      spec = sharding.spec(sharding.suffix(name), shape, dict(self._mesh.shape), name)
+      layout = jax.sharding.NamedSharding(self._mesh, spec)
+      return jax.make_array_from_process_local_data(layout, x, shape)
+
+    return {name: put_leaf(name, x) for name, x in batch.items()}
+
+
+class Data:
+  """The windows that this process trains on and is judged by; prepared once, read by memory map."""
+
+  def __init__(self, config: config_lib.Config):
+    """Prepares and opens both splits.
+
+    Raises:
+      errors.UserError: as data.prepare does; for a vocabulary larger than the model's; for a split
+        without one window.
+    """
+    self._config = config
+    c = config.data
+    self._train, manifest = self._windows('train')
+    self._validation, self.validation_manifest = self._windows('validation')
+    size = manifest['vocabulary']['size']
+    if size > config.model.vocab_size:
+      raise errors.UserError(
+        f'model.vocab_size={config.model.vocab_size} is less than the {size} ids of task '
+        f'{c.task!r}; raise it'
+      )
+    self._sampler = batches.TrainSampler(
+      self._train,
+      c.batch_size,
+      seed=config.train.seed,
+      process_index=jax.process_index(),
+      process_count=jax.process_count(),
+    )
+    self.train_batch: Callable[[int], Batch] = self._sampler.batch
+
+  def _windows(self, split):
+    c = self._config.data
+    directory = pathlib.Path(c.directory).expanduser()
+    prepared = stream.read(prepare.prepare(c.task, split, directory, c.files))
+    eos_id = prepared.manifest['vocabulary']['eos_id']
+    windows = batches.Windows(
+      prepared.tokens_L, c.length, eos_id=eos_id, isolate_documents=c.isolate_documents
+    )
+    return windows, prepared.manifest
+
+  def validation_batches(self) -> Iterator[Batch]:
+    """Yields the first train.validation_windows windows of the validation split, always the same."""
+    return batches.batches_in_order(
+      self._validation,
+      self._config.data.batch_size,
+      self._config.train.validation_windows,
+      process_index=jax.process_index(),
+      process_count=jax.process_count(),
+    )
+
+
+class Reporter:
+  """Writes and prints the numbers of a step once the next one is under way, so that none waits for it."""
+
+  def __init__(self, config: config_lib.Config, workdir: pathlib.Path, first_step: int, manifest):
+    """Opens the logs; `manifest` says how many bytes a token stands for."""
+    self._config, self._writer = config, metrics.Writer(workdir, first_step)
+    tokens = config.data.batch_size * config.data.length
+    self._pace = metrics.Pace(first_step, config.train.steps, tokens)
+    self._flops = metrics.train_flops_per_token(config.model, config.data.length)
+    self._schedule = optimizer.schedule(config)
+    # bits per byte = nats per token * tokens / bytes / log 2
+    self._bits_per_byte = manifest['tokens'] / manifest['text_bytes'] / math.log(2)
+    self._pending: tuple[int, dict[str, jax.Array]] | None = None
+
+  def after(self, done: int, values: dict[str, jax.Array]) -> None:
+    """Takes the values of the step that made it `done` steps; reports those it took before.
+
+    Raises:
+      FloatingPointError: if a loss is not finite.
+    """
+    self.flush()
+    c = self._config.train
+    if done % c.log_every == 0 or done == c.steps:
+      self._pending = (done, values)
+
+  def warm(self, done: int) -> None:
+    """Says that the first step of this process is done: pace is measured from here."""
+    self._pace.warm(done)
+
+  def resume(self, done: int) -> None:
+    """Says that a pause after `done` steps is over: tokens/s leave it out, the ETA does not."""
+    self._pace.resume(done)
+
+  def flush(self) -> None:
+    """Reports what is pending."""
+    if self._pending is None:
+      return
+    done, arrays = self._pending
+    self._pending = None
+    values = {name: float(array) for name, array in arrays.items()}
+    rate, seconds_left = self._pace.measure(done)
+    values |= {
+      'bits_per_byte': values['loss'] * self._bits_per_byte,
+      'learning_rate': float(self._schedule(done - 1)),
+      'tokens_per_second': rate,
+      'model_flops_per_second': rate * self._flops,
+    }
+    utilization = metrics.utilization(rate * self._flops)
+    if utilization is not None:
+      values['model_flops_utilization'] = utilization
+    self._writer.write(done, values)
+    self._print(done, values, seconds_left)
+    if not math.isfinite(values['loss']):
+      raise errors.UserError(
+        f'loss={values["loss"]} at step {done}; the last checkpoint is kept; '
+        'lower optimizer.learning_rate or raise optimizer.warmup_steps, in another --workdir'
+      )
+
+  def _print(self, done, values, seconds_left):
+    utilization = values.get('model_flops_utilization')
+    say(
+      f'step {done:>{len(str(self._config.train.steps))}}/{self._config.train.steps}'
+      f'  loss {values["loss"]:.3f}  {values["bits_per_byte"]:.3f} bits/byte'
+      f'  {values["tokens_per_second"]:,.0f} tokens/s'
+      + (f'  {utilization:.1%} of peak' if utilization is not None else '')
+      + f'  ETA {metrics.clock(seconds_left)}'
+    )
+
+  def validation(self, done: int, value: float) -> None:
+    """Reports the validation loss after `done` steps [nats per token]."""
+    self._writer.write(
+      done, {'validation_loss': value, 'validation_bits_per_byte': value * self._bits_per_byte}
+    )
+    say(f'step {done}: validation loss {value:.4f}, {value * self._bits_per_byte:.4f} bits/byte')
+
+  def close(self) -> None:
+    """Reports what is pending and closes the logs."""
+    self.flush()
+    self._writer.close()
+
+
+def say(line: str) -> None:
+  """Prints a line, on the first process only."""
+  if jax.process_index() == 0:
+    print(line, flush=True)
+
+
+def validate(program: Program, params, data: Data) -> float:
+  """Returns the mean loss of the validation windows [nats per token]."""
+  sums = [program.loss_sums(params, program.put(batch)) for batch in data.validation_batches()]
+  loss_sum, weight_sum = (sum(float(s[i]) for s in sums) for i in (0, 1))
+  return loss_sum / weight_sum
+
+
+def train(config: config_lib.Config, workdir: str | pathlib.Path) -> State:
+  """Trains to config.train.steps, from the newest checkpoint of `workdir` if it has one.
+
+  A batch is a function of seed and step alone and the state is restored bit for bit, so a run that was
+  killed at any moment and started again ends as one that was not.
+
+  Args:
+    config: of the run; a workdir belongs to one config.
+    workdir: gets config.json, checkpoints/, metrics.jsonl and TensorBoard events.
+
+  Returns:
+    The final state.
+
+  Raises:
+    errors.UserError: if the workdir holds another config, the data cannot be read, the mesh does not
+      divide the batch or a parameter, or the loss is not finite.
+  """
+  workdir = pathlib.Path(workdir)
+  mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp)
+  program = Program(config, mesh)
+  checkpoint.claim_workdir(workdir, config)
+  data = Data(config)
+  checkpoints = checkpoint.Checkpoints(workdir, config.train.keep_latest, config.train.keep_best)
+  with jax.set_mesh(mesh), contextlib.closing(checkpoints):
+    first = checkpoints.latest() or 0
+    _announce(config, program, workdir, first)
+    state = checkpoints.restore(first, program.abstract_state) if first else program.init()
+    reporter = Reporter(config, workdir, first, data.validation_manifest)
+    with contextlib.closing(reporter):
+      return _loop(config, program, data, checkpoints, reporter, state, first)
+
+
+def _announce(config, program, workdir, first):
+  count = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(program.abstract_state['params']))
+  if first >= config.train.steps:
+    say(f'{workdir}: done already, {first} steps; for more, raise train.steps in a new workdir')
+  else:
+    say(
+      f'{workdir}: {config.encoding.name}, {count:,} parameters, steps {first} to '
+      f'{config.train.steps} of {config.data.batch_size} x {config.data.length} tokens, '
+      f'on {jax.device_count()} {jax.devices()[0].device_kind}'
+    )
+
+
+def _loop(config, program, data, checkpoints, reporter, state, first):
+  for index in range(first, config.train.steps):
+    state, values = program.step(state, program.put(data.train_batch(index)))
+    done = index + 1
+    if index == first:
+      jax.block_until_ready(values)
+      reporter.warm(done)
+    reporter.after(done, values)
+    if done % config.train.checkpoint_every == 0 or done == config.train.steps:
+      reporter.flush()
+      value = validate(program, state['params'], data)
+      reporter.validation(done, value)
+      checkpoints.save(done, state, value)
+      reporter.resume(done)
+  return state
+
+
+def main() -> None:
+  """The command."""
+  from absl import flags
+
+  if flags.FLAGS.workdir is None:
+    raise errors.UserError('--workdir is missing: where checkpoints and metrics go')
+  train(cli.config(), flags.FLAGS.workdir)
+
+
+if __name__ == '__main__':
+  cli.define_config()
+  cli.run(main)

@@ -1,0 +1,864 @@
+"""Tests of `lex_fire/data`: corpora, tasks, prepared streams, batches, evaluation protocols."""
+
+import gzip
+import json
+import os
+import pathlib
+import shutil
+import signal
+import subprocess
+import sys
+import sysconfig
+
+import numpy as np
+import pytest
+
+from lex_fire import errors
+from lex_fire.data import batches, corpora, prepare, protocols, stream, tasks
+
+EOS = 1
+IDENTITY = {'format': 1, 'vocabulary': {'name': 'bytes', 'size': 259, 'eos_id': EOS}}
+
+
+def bytes_of(text):
+  """The tokens of a text as bytes: UTF-8 plus 3, then EOS."""
+  return [byte + 3 for byte in text.encode()] + [EOS]
+
+
+def write_files(folder, contents):
+  for name, content in contents.items():
+    path = folder / name
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(content if isinstance(content, bytes) else content.encode())
+
+
+@pytest.fixture
+def text_files(tmp_path):
+  """Three files in two splits, given as globs."""
+  contents = {'a/one.txt': 'hé', 'a/b/two.txt.gz': gzip.compress(b'x\r\ny'), 'c/three.txt': 'z'}
+  write_files(tmp_path, contents)
+  return {'train': f'{tmp_path}/a/**/*.txt*', 'validation': f'{tmp_path}/c/*.txt'}
+
+
+@pytest.fixture
+def library(tmp_path, monkeypatch):
+  """A standard library of our own: the folder in which a test puts its files."""
+  monkeypatch.setattr(sysconfig, 'get_path', lambda name: str(tmp_path))
+  return tmp_path
+
+
+@pytest.fixture
+def register():
+  """Registers a seqio Task over texts given in memory, and removes it after the test."""
+  seqio = pytest.importorskip('seqio')
+  tf = pytest.importorskip('tensorflow')
+  names = []
+
+  def add(name, texts, vocabulary, preprocessors):
+    def dataset(split, shuffle_files):
+      return tf.data.Dataset.from_tensor_slices({'targets': texts})
+
+    seqio.TaskRegistry.add(
+      name,
+      source=seqio.FunctionDataSource(dataset, splits=['train']),
+      preprocessors=[seqio.preprocessors.tokenize, *preprocessors],
+      output_features={'targets': seqio.Feature(vocabulary, add_eos=True)},
+    )
+    names.append(name)
+    return seqio.TaskRegistry.get(name)
+
+  yield add
+  for name in names:
+    seqio.TaskRegistry.remove(name)
+
+
+# Imports
+
+
+def test_importing_the_room_imports_neither_tensorflow_nor_grain_nor_jax():
+  code = (
+    'import sys; from lex_fire.data import batches, prepare, protocols;'
+    "print({'tensorflow', 'seqio', 'grain', 'jax'} & set(sys.modules))"
+  )
+
+  output = subprocess.check_output([sys.executable, '-c', code], text=True)
+
+  assert output == 'set()\n'
+
+
+# Corpora
+
+
+def test_the_standard_library_is_split_by_file_and_leaves_out_what_distributions_package_apart():
+  corpus = corpora.stdlib(None)
+
+  names = {split: {file.name for file in files} for split, files in corpus.files.items()}
+  sizes = {split: sum(map(len, corpus.texts(split))) for split in names}
+  assert not names['train'] & names['validation']
+  assert 'argparse.py' in names['train'] | names['validation']
+  parts = {part for name in names['train'] | names['validation'] for part in name.split('/')}
+  assert not parts & {'test', 'tests', 'site-packages', 'idlelib', 'tkinter', 'encodings'}
+  assert 0.02 < sizes['validation'] / sizes['train'] < 0.1
+
+
+def test_few_chunks_of_validation_occur_in_train():
+  corpus = corpora.stdlib(None)
+  train = '\0'.join(corpus.texts('train')).encode()
+  chunks = [
+    text.encode()[start : start + 256]
+    for text in corpus.texts('validation')
+    for start in range(0, len(text) - 256, 2048)
+  ]
+
+  leaked = sum(chunk in train for chunk in chunks)
+
+  # Of all 1889 chunks in CPython 3.11 13 do, 12 of them from chunk.py, which wave.py copies.
+  assert len(chunks) > 100
+  assert leaked / len(chunks) < 0.03
+
+
+def test_the_split_and_the_order_depend_on_names_alone(library):
+  write_files(library, {f'{number}.py': str(number) for number in range(100)})
+
+  corpus = corpora.stdlib(None)
+
+  # sha256('NUMBER.py') in hexadecimal orders; divisible by 20 means validation.
+  validation = ['60.py', '14.py', '75.py', '51.py', '89.py', '66.py', '76.py', '96.py']
+  assert [file.name for file in corpus.files['validation']] == validation
+  assert [file.name for file in corpus.files['train']][:3] == ['46.py', '35.py', '82.py']
+  assert len(corpus.files['train']) == 92
+
+
+def test_copies_and_undecodable_and_empty_files_are_no_documents(library):
+  contents = {f'{number}.py': str(number) for number in range(100)}
+  odd = {'copy.py': '7', 'broken.py': b'\xff', 'unknown.py': '# coding: no-such', 'empty.py': ''}
+  write_files(library, contents | odd)
+
+  corpus = corpora.stdlib(None)
+
+  texts = [text for split in corpus.files for text in corpus.texts(split)]
+  assert sorted(texts) == sorted(contents.values())
+
+
+def test_source_in_another_encoding_is_read_as_it_declares(library):
+  write_files(library, {f'{number}.py': str(number) for number in range(100)})
+  source = '# coding: latin-1\nname = "é"\n'
+  (library / 'latin.py').write_bytes(source.encode('latin-1'))
+
+  corpus = corpora.stdlib(None)
+
+  assert source in [text for split in corpus.files for text in corpus.texts(split)]
+
+
+def test_a_fingerprint_follows_content_and_not_place(text_files, tmp_path):
+  before = corpora.text(text_files).fingerprint(['train'])
+  shutil.copytree(tmp_path / 'a', tmp_path / 'moved' / 'a')
+
+  moved = corpora.text({'train': f'{tmp_path}/moved/**/*.txt*'}).fingerprint(['train'])
+  (tmp_path / 'a/one.txt').write_text('longer')
+  changed = corpora.text(text_files)
+
+  assert moved == before
+  assert changed.fingerprint(['train']) != before
+
+
+def test_a_fingerprint_of_a_split_ignores_the_others(text_files, tmp_path):
+  before = corpora.text(text_files)
+  (tmp_path / 'c/three.txt').write_text('longer')
+  after = corpora.text(text_files)
+
+  assert after.fingerprint(['train']) == before.fingerprint(['train'])
+  assert after.fingerprint(['validation']) != before.fingerprint(['validation'])
+
+
+def test_a_library_without_source_is_refused(library):
+  with pytest.raises(errors.UserError, match=f"standard library in '{library}' lacks its source"):
+    corpora.stdlib(None)
+
+
+def test_files_for_the_standard_library_are_refused():
+  with pytest.raises(errors.UserError, match=r"takes no files, not \{'train': 'x'\}"):
+    corpora.stdlib({'train': 'x'})
+
+
+@pytest.mark.parametrize('files', [None, {}])
+def test_text_without_files_is_refused(files):
+  with pytest.raises(errors.UserError, match=f'not files={files}'):
+    corpora.text(files)
+
+
+def test_a_glob_that_matches_nothing_is_refused(tmp_path):
+  with pytest.raises(errors.UserError, match=f"split 'train' matches '{tmp_path}/no"):
+    corpora.text({'train': f'{tmp_path}/no*'})
+
+
+def test_a_file_in_two_splits_is_refused(text_files):
+  text_files['validation'] = text_files['train']
+
+  with pytest.raises(errors.UserError, match=r"\.txt.*' is in both 'train' and 'validation'"):
+    corpora.text(text_files)
+
+
+def test_a_missing_split_is_refused(text_files):
+  corpus = corpora.text(text_files)
+
+  with pytest.raises(errors.UserError, match="no split 'test'; it has: train, validation"):
+    corpus.texts('test')
+
+
+# Tasks
+
+
+def test_a_text_task_gives_utf8_bytes_plus_three_and_eos(text_files):
+  task = tasks.get_task('text', text_files)
+
+  documents = [tokens_L.tolist() for tokens_L in tasks.documents(task, 'train')]
+
+  assert sorted(documents) == sorted([[107, 198, 172, 1], [123, 16, 13, 124, 1]])
+  assert [x.tolist() for x in tasks.documents(task, 'validation')] == [bytes_of('z')]
+
+
+def test_documents_come_in_the_same_order_each_time_as_int32(text_files):
+  task = tasks.get_task('text', text_files)
+
+  first, second = (list(tasks.documents(task, 'train')) for _ in range(2))
+
+  assert [x.tolist() for x in first] == [x.tolist() for x in second]
+  assert {x.dtype for x in first} == {np.dtype(np.int32)}
+
+
+def test_the_standard_library_is_a_task_of_its_texts():
+  corpus = corpora.stdlib(None)
+
+  task = tasks.get_task('stdlib')
+
+  documents = tasks.documents(task, 'validation')
+  for text, tokens_L in zip(corpus.texts('validation'), documents, strict=True):
+    assert tokens_L.tolist() == bytes_of(text)
+
+
+def test_a_task_is_made_once_and_anew_for_changed_files(text_files, tmp_path):
+  first, second = (tasks.get_task('text', text_files) for _ in range(2))
+  (tmp_path / 'c/three.txt').write_text('longer')
+  third = tasks.get_task('text', text_files)
+
+  assert first is second
+  assert third is not first
+  assert [x.tolist() for x in tasks.documents(third, 'validation')] == [bytes_of('longer')]
+
+
+def test_the_constant_byte_vocabulary_is_that_of_the_tasks(text_files):
+  assert tasks.vocabulary_of(tasks.get_task('text', text_files)) == tasks.BYTES
+
+
+def test_text_bytes_of_bytes_are_the_tokens_without_eos(text_files):
+  task = tasks.get_task('text', text_files)
+
+  assert tasks.text_bytes(task, np.array(bytes_of('hé'))) == 3
+  assert tasks.text_bytes(task, np.array(bytes_of('hé')[1:-2])) == 1
+
+
+@pytest.mark.parametrize(
+  ('name', 'content', 'message'),
+  [
+    ('a.txt', b'', "a.txt' is empty"),
+    ('a.txt.gz', gzip.compress(b''), "a.txt.gz' is empty"),
+    ('a.txt', b'ab\xff', "a.txt' is not UTF-8 at byte 2"),
+    ('a.txt.gz', b'plain', "a.txt.gz' is not a whole gzip file: Not a gzipped file"),
+    ('a.txt.gz', gzip.compress(b'text')[:-9], "a.txt.gz' is not a whole gzip file: Compressed"),
+  ],
+)
+def test_a_file_that_is_no_text_is_refused_by_name(tmp_path, name, content, message):
+  (tmp_path / name).write_bytes(content)
+  task = tasks.get_task('text', {'train': f'{tmp_path}/*'})
+
+  with pytest.raises(errors.UserError, match=message):
+    list(tasks.documents(task, 'train'))
+
+
+def test_an_unreadable_file_is_refused_by_name(text_files, tmp_path):
+  task = tasks.get_task('text', text_files)
+  (tmp_path / 'c/three.txt').unlink()
+
+  with pytest.raises(errors.UserError, match="three.txt' is unreadable: No such file"):
+    list(tasks.documents(task, 'validation'))
+
+
+def test_an_unknown_task_is_refused_with_the_known():
+  with pytest.raises(errors.UserError, match="unknown task 'c5'; known: stdlib, text"):
+    tasks.get_task('c5')
+
+
+def test_a_split_that_a_task_has_not_is_refused(text_files):
+  task = tasks.get_task('text', text_files)
+
+  with pytest.raises(errors.UserError, match="no split 'test'; it has: train, validation"):
+    next(tasks.documents(task, 'test'))
+
+
+def test_files_for_a_registered_task_are_refused(register):
+  register('mine', ['a'], pytest.importorskip('seqio').ByteVocabulary(), [])
+
+  with pytest.raises(errors.UserError, match=r"task 'mine' takes no files, not \{'train': 'x'\}"):
+    tasks.get_task('mine', {'train': 'x'})
+
+
+def test_a_registered_task_without_eos_is_refused(register):
+  task = register('mine', ['a'], pytest.importorskip('seqio').ByteVocabulary(), [])
+
+  with pytest.raises(errors.UserError, match=r"'mine' ends in \[100\], not in EOS, 1"):
+    next(tasks.documents(task, 'train'))
+
+
+def test_a_vocabulary_that_cannot_be_identified_is_refused(register):
+  seqio = pytest.importorskip('seqio')
+  task = register('mine', ['a'], seqio.PassThroughVocabulary(size=9), [])
+
+  with pytest.raises(errors.UserError, match="task 'mine' has a PassThroughVocabulary"):
+    tasks.vocabulary_of(task)
+
+
+def test_a_failure_of_tensorflow_that_is_no_users_mistake_keeps_its_type(register):
+  seqio = pytest.importorskip('seqio')
+  tf = pytest.importorskip('tensorflow')
+
+  def fail(dataset):
+    return dataset.map(lambda example: {'targets': tf.ensure_shape(example['targets'], [5])})
+
+  task = register('mine', ['a'], seqio.ByteVocabulary(), [fail])
+
+  with pytest.raises(tf.errors.InvalidArgumentError):
+    next(tasks.documents(task, 'train'))
+
+
+@pytest.fixture
+def sentencepiece_task(register, tmp_path):
+  """A registered Task with a small SentencePiece vocabulary."""
+  seqio = pytest.importorskip('seqio')
+  sentencepiece = pytest.importorskip('sentencepiece')
+  texts = ['the cat sat on the mat', 'the dog sat on the log']
+  sentencepiece.SentencePieceTrainer.train(
+    sentence_iterator=iter(texts * 20),
+    model_prefix=f'{tmp_path}/model',
+    vocab_size=40,
+    hard_vocab_limit=False,
+    minloglevel=2,
+    pad_id=0,
+    eos_id=1,
+    unk_id=2,
+    bos_id=-1,
+  )
+  vocabulary = seqio.SentencePieceVocabulary(f'{tmp_path}/model.model')
+  return register('pieces', texts, vocabulary, [seqio.preprocessors.append_eos])
+
+
+def test_a_registered_sentencepiece_task_goes_the_same_way(sentencepiece_task, tmp_path):
+  path = prepare.prepare('pieces', 'train', tmp_path)
+
+  tokens_L, manifest = stream.read(path)
+  vocabulary = sentencepiece_task.output_features['targets'].vocabulary
+  assert path.name == f'pieces-train-{manifest["vocabulary"]["name"]}'
+  assert manifest['vocabulary']['size'] == vocabulary.vocab_size
+  assert manifest['text_bytes'] == 2 * len('the cat sat on the mat')
+  expected = [
+    vocabulary.encode(x) + [EOS] for x in ('the cat sat on the mat', 'the dog sat on the log')
+  ]
+  assert tokens_L.tolist() == expected[0] + expected[1]
+
+
+# Prepared streams
+
+
+def test_a_stream_is_the_documents_end_to_end(text_files, tmp_path):
+  path = prepare.prepare('text', 'train', tmp_path / 'streams', text_files)
+
+  tokens_L, manifest = stream.read(path)
+  texts = list(corpora.text(text_files).texts('train'))
+  assert sorted(texts) == ['hé', 'x\r\ny']
+  assert tokens_L.tolist() == bytes_of(texts[0]) + bytes_of(texts[1])
+  assert tokens_L.dtype == np.uint16
+  assert isinstance(tokens_L, np.memmap)
+  fingerprint = corpora.text(text_files).fingerprint(['train'])
+  assert path.name == f'text-train-{fingerprint}'
+  sha256 = manifest.pop('sha256')
+  assert manifest == {
+    'format': 1,
+    'task': 'text',
+    'split': 'train',
+    'corpus': fingerprint,
+    'vocabulary': {'name': 'bytes', 'size': 259, 'eos_id': 1},
+    'documents': 2,
+    'tokens': 9,
+    'text_bytes': 7,
+    'file_bytes': 128 + 2 * 9,
+  }
+  assert len(sha256) == 64
+
+
+def test_the_hash_is_of_the_tokens(tmp_path):
+  stream.write(tmp_path / 's', IDENTITY, [stream.Document(np.array([5, 1]), 1)])
+
+  # $ printf '\5\0\1\0' | sha256sum
+  expected = 'aeb6173737ae1c3b6a1c89ffa5a3d560dfde74f48bf9763d2b882515e61da20c'
+  assert stream.read(tmp_path / 's').manifest['sha256'] == expected
+
+
+@pytest.mark.parametrize(('size', 'dtype'), [(2**16, np.uint16), (2**16 + 1, np.uint32)])
+def test_tokens_take_two_bytes_when_the_vocabulary_fits(tmp_path, size, dtype):
+  identity = {'vocabulary': {'size': size}}
+
+  stream.write(tmp_path / 's', identity, [stream.Document(np.array([size - 1, 1]), 1)])
+
+  tokens_L = stream.read(tmp_path / 's').tokens_L
+  assert tokens_L.tolist() == [size - 1, 1]
+  assert tokens_L.dtype == dtype
+
+
+def test_a_prepared_stream_is_found_again_without_making_the_task(
+  text_files, tmp_path, monkeypatch
+):
+  first = prepare.prepare('text', 'train', tmp_path / 'streams', text_files)
+  monkeypatch.delattr(tasks, 'get_task')
+
+  assert prepare.prepare('text', 'train', tmp_path / 'streams', text_files) == first
+
+
+def test_a_changed_corpus_is_another_stream(text_files, tmp_path):
+  first = prepare.prepare('text', 'validation', tmp_path / 'streams', text_files)
+  (tmp_path / 'c/three.txt').write_text('longer')
+  second = prepare.prepare('text', 'validation', tmp_path / 'streams', text_files)
+
+  assert stream.read(first).tokens_L.tolist() == bytes_of('z')
+  assert stream.read(second).tokens_L.tolist() == bytes_of('longer')
+
+
+def test_a_failure_while_writing_leaves_nothing(tmp_path):
+  def documents():
+    yield stream.Document(np.array([5, 1]), 1)
+    raise KeyboardInterrupt
+
+  with pytest.raises(KeyboardInterrupt):
+    stream.write(tmp_path / 's', IDENTITY, documents())
+
+  assert list(tmp_path.iterdir()) == []
+
+
+def test_a_kill_while_writing_leaves_no_stream_and_does_not_disturb_the_next(tmp_path):
+  code = f"""if True:
+    import os, pathlib, signal
+    import numpy as np
+    from lex_fire.data import stream
+    def documents():
+      yield stream.Document(np.array([5, 1]), 1)
+      os.kill(os.getpid(), signal.SIGKILL)
+    stream.write(pathlib.Path({str(tmp_path / 's')!r}), {IDENTITY!r}, documents())
+  """
+
+  killed = subprocess.run([sys.executable, '-c', code])
+  left = [path.name for path in tmp_path.iterdir()]
+  stream.write(tmp_path / 's', IDENTITY, [stream.Document(np.array([7, 1]), 1)])
+
+  assert killed.returncode == -signal.SIGKILL
+  assert len(left) == 1
+  assert left[0].startswith('.s.')
+  assert stream.read(tmp_path / 's').tokens_L.tolist() == [7, 1]
+
+
+def test_of_two_writers_at_once_both_succeed_and_the_first_stays(tmp_path):
+  def slow_documents():
+    yield stream.Document(np.array([5, 1]), 1)
+    stream.write(tmp_path / 's', IDENTITY, [stream.Document(np.array([7, 1]), 1)])
+
+  stream.write(tmp_path / 's', IDENTITY, slow_documents())
+
+  assert stream.read(tmp_path / 's').tokens_L.tolist() == [7, 1]
+  assert [path.name for path in tmp_path.iterdir()] == ['s']
+
+
+def test_a_stream_is_readable_by_whom_the_umask_allows(tmp_path):
+  (tmp_path / 'plain').mkdir()
+  stream.write(tmp_path / 's', IDENTITY, [stream.Document(np.array([7, 1]), 1)])
+
+  assert (tmp_path / 's').stat().st_mode == (tmp_path / 'plain').stat().st_mode
+
+
+def remove_tokens(path):
+  (path / 'tokens.npy').unlink()
+
+
+def cut_tokens(path):
+  os.truncate(path / 'tokens.npy', 130)
+
+
+def remove_manifest(path):
+  (path / 'manifest.json').unlink()
+
+
+def cut_manifest(path):
+  os.truncate(path / 'manifest.json', 9)
+
+
+def empty_manifest(path):
+  (path / 'manifest.json').write_text('{}')
+
+
+@pytest.mark.parametrize(
+  ('damage', 'message'),
+  [
+    (remove_tokens, "s/tokens.npy' is unreadable: No such file .*; delete its directory"),
+    (cut_tokens, "s/tokens.npy' has 130 bytes, not 132; delete its directory"),
+    (remove_manifest, "s/manifest.json' is unreadable: No such file .*; delete its directory"),
+    (cut_manifest, "s/manifest.json' is not JSON: .*; delete its directory"),
+    (empty_manifest, "s/tokens.npy' has 132 bytes, not None; delete its directory"),
+  ],
+)
+def test_a_damaged_stream_is_refused_by_file(tmp_path, damage, message):
+  stream.write(tmp_path / 's', IDENTITY, [stream.Document(np.array([7, 1]), 1)])
+  damage(tmp_path / 's')
+
+  with pytest.raises(errors.UserError, match=message):
+    stream.read(tmp_path / 's')
+
+
+def test_a_stream_of_another_identity_is_refused(tmp_path):
+  stream.write(tmp_path / 's', IDENTITY, [stream.Document(np.array([7, 1]), 1)])
+
+  with pytest.raises(errors.UserError, match="s/manifest.json' has format=1, not 2"):
+    stream.check(tmp_path / 's', IDENTITY | {'format': 2})
+
+
+def test_prepare_refuses_a_damaged_stream(text_files, tmp_path):
+  path = prepare.prepare('text', 'train', tmp_path / 'streams', text_files)
+  remove_tokens(path)
+
+  with pytest.raises(errors.UserError, match=f"'{path}/tokens.npy' is unreadable"):
+    prepare.prepare('text', 'train', tmp_path / 'streams', text_files)
+
+
+def test_a_stream_of_no_document_is_refused(tmp_path):
+  with pytest.raises(errors.UserError, match="stream 's' would have no document"):
+    stream.write(tmp_path / 's', IDENTITY, [])
+
+
+def test_a_directory_that_cannot_be_made_is_refused(tmp_path):
+  (tmp_path / 'file').touch()
+
+  with pytest.raises(errors.UserError, match=f"cannot write in '{tmp_path}/file'"):
+    stream.write(tmp_path / 'file' / 's', IDENTITY, [])
+
+
+def test_preparation_reports_progress_only_when_it_lasts(text_files, tmp_path, monkeypatch, capfd):
+  prepare.prepare('text', 'train', tmp_path / 'quick', text_files)
+  quiet = capfd.readouterr().err
+  monkeypatch.setattr(prepare, '_SECONDS_BETWEEN_REPORTS', 0.0)
+  prepare.prepare('text', 'train', tmp_path / 'slow', text_files)
+  loud = capfd.readouterr().err
+
+  assert 'documents' not in quiet
+  assert '2 documents, ' in loud
+  assert loud.endswith(' tokens/s\n')
+
+
+def test_the_command_prints_the_directory(text_files, tmp_path, capsys):
+  arguments = ['--task=text', '--split=validation', f'--directory={tmp_path}/streams']
+  globs = [f'--{split}_files={pattern}' for split, pattern in text_files.items()]
+
+  status = prepare.main(arguments + globs)
+
+  path = pathlib.Path(capsys.readouterr().out.strip())
+  assert status == 0
+  assert json.loads((path / 'manifest.json').read_text())['tokens'] == 2
+
+
+def test_the_command_reports_a_mistake_in_one_sentence(tmp_path, capsys):
+  status = prepare.main(['--task=text', '--split=train', f'--directory={tmp_path}'])
+
+  assert status == 2
+  assert capsys.readouterr().err == "corpus 'text' needs a glob for each split, not files=None\n"
+
+
+# Batches
+
+
+def make_windows(tokens, length, isolate_documents=False):
+  tokens_L = np.array(tokens, np.uint16)
+  return batches.Windows(tokens_L, length, eos_id=EOS, isolate_documents=isolate_documents)
+
+
+def make_sampler(windows, batch_size=4, seed=0, process_index=0, process_count=1):
+  return batches.TrainSampler(
+    windows, batch_size, seed=seed, process_index=process_index, process_count=process_count
+  )
+
+
+def test_windows_lie_end_to_end_and_targets_follow_inputs():
+  windows = make_windows(range(10, 18), length=3)
+
+  batch = windows.batch(np.array([1, 0]))
+
+  assert windows.num_windows == 2
+  assert batch['inputs_BL'].tolist() == [[13, 14, 15], [10, 11, 12]]
+  assert batch['targets_BL'].tolist() == [[14, 15, 16], [11, 12, 13]]
+  assert batch['loss_weights_BL'].tolist() == [[1, 1, 1], [1, 1, 1]]
+  assert batch['position_BL'].tolist() == [[0, 1, 2]]
+  assert batch['segment_ids_BL'] is None
+  dtypes = {key: str(batch[key].dtype) for key in ('inputs_BL', 'targets_BL', 'loss_weights_BL', 'position_BL')}
+  assert dtypes == {
+    'inputs_BL': 'int32',
+    'targets_BL': 'int32',
+    'loss_weights_BL': 'float32',
+    'position_BL': 'int32',
+  }
+
+
+@pytest.mark.parametrize(('tokens', 'expected'), [(6, 1), (7, 2), (8, 2), (9, 2), (10, 3)])
+def test_a_window_needs_one_token_more_than_its_length(tokens, expected):
+  assert make_windows(range(tokens), length=3).num_windows == expected
+
+
+def test_isolated_documents_begin_with_the_eos_before_them():
+  # Two documents (5 6 EOS) (7 EOS), an empty one (EOS), and the beginning of a fourth.
+  windows = make_windows([5, 6, 1, 7, 1, 1, 8, 9], length=7, isolate_documents=True)
+
+  batch = windows.batch(np.array([0]))
+
+  assert batch['inputs_BL'].tolist() == [[5, 6, 1, 7, 1, 1, 8]]
+  assert batch['targets_BL'].tolist() == [[6, 1, 7, 1, 1, 8, 9]]
+  assert batch['segment_ids_BL'].tolist() == [[1, 1, 2, 2, 3, 4, 4]]
+  assert batch['position_BL'].tolist() == [[0, 1, 0, 1, 0, 0, 1]]
+  assert batch['loss_weights_BL'].tolist() == [[1, 1, 1, 1, 1, 1, 1]]
+  assert batch['segment_ids_BL'].dtype == batch['position_BL'].dtype == np.int32
+
+
+def test_segments_count_from_one_in_a_window_that_begins_with_eos():
+  windows = make_windows([5, 1, 1, 6, 7, 1, 8], length=2, isolate_documents=True)
+
+  batch = windows.batch(np.array([0, 1, 2]))
+
+  assert batch['inputs_BL'].tolist() == [[5, 1], [1, 6], [7, 1]]
+  assert batch['segment_ids_BL'].tolist() == [[1, 2], [1, 1], [1, 2]]
+  assert batch['position_BL'].tolist() == [[0, 0], [0, 1], [0, 0]]
+
+
+@pytest.mark.parametrize('isolate_documents', [False, True])
+@pytest.mark.parametrize('hosts', [2, 4])
+def test_hosts_together_read_the_batch_that_one_host_reads(hosts, isolate_documents):
+  windows = make_windows([1, 5, 6, 7] * 20, 3, isolate_documents)
+
+  for step in (0, 1, 17):
+    whole = make_sampler(windows, batch_size=8).batch(step)
+    parts = [
+      make_sampler(windows, batch_size=8, process_index=index, process_count=hosts).batch(step)
+      for index in range(hosts)
+    ]
+    for key in ('inputs_BL', 'targets_BL', 'loss_weights_BL'):
+      assert np.concatenate([part[key] for part in parts]).tolist() == whole[key].tolist()
+
+
+def test_a_batch_depends_on_seed_and_step_alone():
+  windows = make_windows(range(100), length=3)
+  unbroken = [make_sampler(windows, seed=3)] * 20
+  restarted = [make_sampler(windows, seed=3) for _ in range(20)]
+
+  for step in (19, 0, 7):
+    expected = unbroken[step].batch(step)['inputs_BL'].tolist()
+    assert restarted[step].batch(step)['inputs_BL'].tolist() == expected
+
+  another = make_sampler(windows, seed=4)
+  assert another.batch(7)['inputs_BL'].tolist() != unbroken[7].batch(7)['inputs_BL'].tolist()
+
+
+def test_each_window_is_drawn_once_an_epoch_in_another_order():
+  windows = make_windows(range(1, 32), length=3)  # 10 windows, which batches of 4 do not divide
+  sampler = make_sampler(windows)
+
+  drawn = np.concatenate([sampler.batch(step)['inputs_BL'][:, 0] for step in range(5)])
+
+  first, second = drawn[:10].tolist(), drawn[10:].tolist()
+  assert sorted(first) == sorted(second) == list(range(1, 31, 3))
+  assert first != second
+  assert first != sorted(first)
+
+
+def test_the_batches_of_a_stream_on_disk_are_those_of_one_in_memory(tmp_path):
+  tokens = list(range(3, 40))
+  stream.write(tmp_path / 's', IDENTITY, [stream.Document(np.array(tokens), 37)])
+  tokens_L = stream.read(tmp_path / 's').tokens_L
+  on_disk = batches.Windows(tokens_L, 3, eos_id=EOS, isolate_documents=False)
+
+  expected = make_sampler(make_windows(tokens, 3)).batch(2)
+
+  assert make_sampler(on_disk).batch(2)['targets_BL'].tolist() == expected['targets_BL'].tolist()
+
+
+def test_batches_in_order_fill_up_the_last_with_weight_zero():
+  windows = make_windows(range(10, 18), length=2)  # 3 windows
+
+  result = list(batches.batches_in_order(windows, 2, 9, process_index=0, process_count=1))
+
+  assert [batch['inputs_BL'].tolist() for batch in result] == [
+    [[10, 11], [12, 13]],
+    [[14, 15], [14, 15]],
+  ]
+  assert [batch['loss_weights_BL'].tolist() for batch in result] == [
+    [[1, 1], [1, 1]],
+    [[1, 1], [0, 0]],
+  ]
+
+
+def test_batches_in_order_stop_at_the_most_windows_asked_for():
+  windows = make_windows(range(10, 30), length=2)
+
+  result = list(batches.batches_in_order(windows, 2, 3, process_index=0, process_count=1))
+
+  assert sum(batch['loss_weights_BL'].sum() for batch in result) == 3 * 2
+
+
+def test_hosts_read_equally_many_batches_in_order():
+  windows = make_windows(range(10, 18), length=2)  # 3 windows: host 1 has one row of padding
+
+  first, second = (
+    list(batches.batches_in_order(windows, 4, 9, process_index=index, process_count=2))
+    for index in range(2)
+  )
+
+  assert [batch['inputs_BL'].tolist() for batch in first] == [[[10, 11], [12, 13]]]
+  assert [batch['inputs_BL'].tolist() for batch in second] == [[[14, 15], [14, 15]]]
+  assert [batch['loss_weights_BL'].tolist() for batch in second] == [[[1, 1], [0, 0]]]
+
+
+def test_a_stream_shorter_than_a_window_is_refused():
+  with pytest.raises(errors.UserError, match='stream of 8 tokens has no window of length=8'):
+    make_windows(range(8), length=8)
+
+
+def test_a_batch_that_hosts_cannot_share_is_refused():
+  windows = make_windows(range(20), length=2)
+
+  with pytest.raises(errors.UserError, match='batch_size=6 is not divisible by process_count=4'):
+    make_sampler(windows, batch_size=6, process_count=4)
+  with pytest.raises(errors.UserError, match='batch_size=6 is not divisible by process_count=4'):
+    batches.batches_in_order(windows, 6, 9, process_index=0, process_count=4)
+
+
+@pytest.mark.parametrize('seed', [-1, 2**32])
+def test_a_seed_out_of_range_is_refused(seed):
+  with pytest.raises(errors.UserError, match=f'seed={seed} is out of range; use 0 to 4294967295'):
+    make_sampler(make_windows(range(20), length=2), seed=seed)
+
+
+# Evaluation protocols
+
+DOCUMENTS = [
+  np.array([20, 21, 1]),
+  np.array([30, 31, 32, 33, 34, 35, 36, 37, 1]),
+  np.array([40, 41, 42, 43, 1]),
+]
+
+
+def cut(protocol, lengths, documents=DOCUMENTS, max_tokens=100, tokens_per_document=100):
+  return protocols.get(protocol)(
+    documents,
+    lengths,
+    eos_id=EOS,
+    max_tokens=max_tokens,
+    tokens_per_document=tokens_per_document,
+  )
+
+
+def as_lists(windows):
+  return [array.tolist() for array in windows]
+
+
+def test_windows_take_every_document_that_has_one():
+  result = cut('windows', [2, 4])
+
+  assert as_lists(result[4]) == [
+    [[1, 30, 31, 32], [33, 34, 35, 36], [1, 40, 41, 42]],
+    [[30, 31, 32, 33], [34, 35, 36, 37], [40, 41, 42, 43]],
+    [1, 1, 2],
+  ]
+  assert as_lists(result[2]) == [
+    [[1, 20], [1, 30], [31, 32], [33, 34], [35, 36], [1, 40], [41, 42]],
+    [[20, 21], [30, 31], [32, 33], [34, 35], [36, 37], [40, 41], [42, 43]],
+    [0, 1, 1, 1, 1, 2, 2],
+  ]
+
+
+def test_same_tokens_cut_the_windows_of_the_longest_again():
+  result = cut('same_tokens', [2, 4])
+
+  assert as_lists(result[4]) == as_lists(cut('windows', [4])[4])
+  assert as_lists(result[2]) == [
+    [[1, 30], [31, 32], [33, 34], [35, 36], [1, 40], [41, 42]],
+    [[30, 31], [32, 33], [34, 35], [36, 37], [40, 41], [42, 43]],
+    [1, 1, 1, 1, 2, 2],
+  ]
+
+
+@pytest.mark.parametrize('seed', range(3))
+def test_same_tokens_score_the_same_tokens_of_the_same_documents_at_each_length(seed):
+  rng = np.random.default_rng(seed)
+  documents = [np.append(rng.integers(3, 259, rng.integers(1, 90)), EOS) for _ in range(20)]
+
+  result = cut('same_tokens', [4, 8, 32], documents, max_tokens=500, tokens_per_document=64)
+
+  def scored(length):
+    windows = result[length]
+    owner = np.repeat(windows.document_W, length)
+    return sorted(zip(owner.tolist(), windows.targets_WL.ravel().tolist(), strict=True))
+
+  assert scored(4) == scored(8) == scored(32)
+
+
+@pytest.mark.parametrize('protocol', sorted(protocols.PROTOCOLS))
+def test_a_target_has_for_input_the_token_before_it_in_its_document(protocol):
+  for length, windows in cut(protocol, [1, 2, 4]).items():
+    for document in np.unique(windows.document_W):
+      mine = windows.document_W == document
+      targets = windows.targets_WL[mine].ravel()
+      assert targets.tolist() == DOCUMENTS[document][: len(targets)].tolist()
+      assert windows.inputs_WL[mine].ravel().tolist() == [EOS, *targets[:-1]]
+    assert windows.targets_WL.shape[1] == length
+    assert {str(array.dtype) for array in windows} == {'int32'}
+
+
+@pytest.mark.parametrize('protocol', sorted(protocols.PROTOCOLS))
+def test_the_budget_is_spent_in_order_and_reads_no_further(protocol):
+  def documents():
+    yield from DOCUMENTS[:2]
+    raise AssertionError('read past the budget')
+
+  result = cut(protocol, [4], documents(), max_tokens=7)
+
+  assert as_lists(result[4]) == [[[1, 30, 31, 32]], [[30, 31, 32, 33]], [1]]
+
+
+@pytest.mark.parametrize('protocol', sorted(protocols.PROTOCOLS))
+def test_the_budget_of_a_document_spreads_the_whole_budget(protocol):
+  result = cut(protocol, [4], tokens_per_document=7)
+
+  assert result[4].document_W.tolist() == [1, 2]
+
+
+@pytest.mark.parametrize('protocol', sorted(protocols.PROTOCOLS))
+def test_documents_that_are_all_too_short_are_refused(protocol):
+  with pytest.raises(errors.UserError, match='window of length 16: the longest has 9 tokens'):
+    cut(protocol, [8, 16])
+
+
+@pytest.mark.parametrize('budget', ['max_tokens', 'tokens_per_document'])
+@pytest.mark.parametrize('protocol', sorted(protocols.PROTOCOLS))
+def test_a_budget_of_less_than_a_window_is_refused(protocol, budget):
+  with pytest.raises(errors.UserError, match=f'{budget}=7 is less than a window of length=8'):
+    cut(protocol, [4, 8], **{budget: 7})
+
+
+def test_same_tokens_refuse_a_length_that_does_not_divide_the_longest():
+  with pytest.raises(errors.UserError, match='length=3 does not divide the longest, 4'):
+    cut('same_tokens', [2, 3, 4])
+
+
+def test_an_unknown_protocol_is_refused_with_the_known():
+  with pytest.raises(errors.UserError, match="'sliding'; known: windows, same_tokens"):
+    protocols.get('sliding')

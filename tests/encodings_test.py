@@ -1,0 +1,542 @@
+"""Every encoding against its paper's oracle, and the laws that its `Encoding` declares."""
+
+import decimal
+import functools
+import inspect
+import os
+import pathlib
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import oracles
+import pytest
+
+from lex_fire import encodings, errors
+from lex_fire.encodings import alibi, fire, rotary, t5
+
+GOLDEN = pathlib.Path(__file__).parent / 'golden' / 'encodings.txt'
+NUM_HEADS, HEAD_DIM = 6, 8
+D_MODEL = NUM_HEADS * HEAD_DIM
+
+# Options worth a second look; the defaults of every registered name come by themselves.
+VARIANTS = {
+  'fire 2 layers': ('fire', {'hidden_layers': 2}),
+  'fire narrow': ('fire', {'width': 4, 'threshold': 64.0, 'c': 1.0}),
+  'rope interleaved': ('rope', {'pairing': 'interleaved', 'base_period': 500.0}),
+  'xpos halves': ('xpos', {'pairing': 'halves', 'gamma': 0.2, 'scale_base': 100.0}),
+  't5 8 buckets': ('t5', {'num_buckets': 8, 'max_distance': 64}),
+  'learned 64': ('learned', {'max_length': 64}),
+}
+CASES = {name: (name, {}) for name in encodings.ENCODINGS} | VARIANTS
+every_case = pytest.mark.parametrize('case', CASES)
+
+# Rows of positions: training length 512, and 64 times that.
+WIDE = (0, 1, 2, 15, 16, 100, 127, 128, 511, 512, 513, 2000, 32_768, 500_000, 999_999, 1_000_000)
+POSITIONS = {
+  'below': range(16),
+  'at the training length': range(505, 521),
+  '64 times past it': range(32_760, 32_776),
+  'a million': range(1_000_000, 1_000_016),
+  'packed': (*range(7), *range(4), *range(5)),
+  'wide': WIDE,
+}
+
+
+def make(case):
+  """Returns the encoding of a case, its parameters moved off any round value, and its options."""
+  name, options = CASES[case]
+  encoding = encodings.get(name, **options)
+  params = encoding.init(
+    jax.random.key(1), num_heads=NUM_HEADS, head_dim=HEAD_DIM, d_model=D_MODEL
+  )
+  if 'length_multiplier' in params:
+    params['length_multiplier'] = jnp.float32(0.9)
+  return encoding, params, options
+
+
+def positions(encoding):
+  """Returns position_BL: the rows of POSITIONS, wrapped where an encoding ends."""
+  position_BL = np.array(list(map(list, POSITIONS.values())), np.int32)
+  return position_BL if encoding.max_length is None else position_BL % encoding.max_length
+
+
+def tokens(length, seed=0):
+  """Returns x_query_BLD and x_key_BLD, a row for each of POSITIONS."""
+  rng = np.random.default_rng(seed)
+  return rng.normal(size=(2, len(POSITIONS), length, D_MODEL)).astype(np.float32) * 0.5
+
+
+def logits(encoding, params, x_query_BQD, x_key_BKD, query_position_BQ, key_position_BK):
+  """The formula in Encoding's docstring, for tokens whose queries and keys are their own channels.
+
+  A decay grows for keys after the query, which a causal mask keeps out of sight: held at 1 there.
+  """
+
+  def heads(x_BLD, position_BL):
+    if encoding.embed is not None:
+      x_BLD = x_BLD + encoding.embed(params, position_BL, D_MODEL)
+    x_BLHC = x_BLD.reshape(*x_BLD.shape[:2], NUM_HEADS, HEAD_DIM)
+    return x_BLHC if encoding.rotate is None else encoding.rotate(params, x_BLHC, position_BL)
+
+  query_BQHC, key_BKHC = heads(x_query_BQD, query_position_BQ), heads(x_key_BKD, key_position_BK)
+  distance_BQK = query_position_BQ[:, :, None] - key_position_BK[:, None, :]
+  rate_C = np.zeros(HEAD_DIM) if encoding.log_decay is None else encoding.log_decay(HEAD_DIM)
+  decay_BQKC = jnp.exp(jnp.maximum(distance_BQK, 0)[..., None] * rate_C[None, None, None])
+  logits_BHQK = jnp.einsum('BQHC,BKHC,BQKC->BHQK', query_BQHC, key_BKHC, decay_BQKC)
+  logits_BHQK /= HEAD_DIM**0.5
+  if encoding.bias is not None:
+    logits_BHQK += encoding.bias(params, query_position_BQ, key_position_BK, NUM_HEADS)
+  return logits_BHQK
+
+
+def expected_logits(case, params, x_query_BQD, x_key_BKD, position_BL):
+  """The oracle's logits of the same tokens; 0 for keys after the query."""
+  name, options = CASES[case]
+  params = {key: np.float64(value) for key, value in params.items()}
+
+  def heads(x_BLD):
+    x_BLD = oracles.embedded(name, params, x_BLD, position_BL, **options)
+    return x_BLD.reshape(*x_BLD.shape[:2], NUM_HEADS, HEAD_DIM)
+
+  return oracles.logits(
+    name,
+    params,
+    heads(x_query_BQD),
+    heads(x_key_BKD),
+    position_BL,
+    position_BL,
+    only_BQK=position_BL[:, None] <= position_BL[:, :, None],
+    **options,
+  )
+
+
+def bias_alone(case, positions_Q, positions_K):
+  """Returns (the library's bias_HQK, the oracle's) for one row of positions."""
+  encoding, params, options = make(case)
+  bias_BHQK = encoding.bias(
+    params, np.int32(positions_Q)[None], np.int32(positions_K)[None], NUM_HEADS
+  )
+  params = {key: np.float64(value) for key, value in params.items()}
+  oracle = oracles.ORACLES[CASES[case][0]].bias
+  rows = [[oracle(params, i, j, NUM_HEADS, **options) for j in positions_K] for i in positions_Q]
+  return np.array(bias_BHQK[0]), np.moveaxis(np.array(rows), 2, 0)
+
+
+def cases_where(holds):
+  return pytest.mark.parametrize('case', [case for case in CASES if holds(*CASES[case])])
+
+
+with_bias = cases_where(lambda name, options: encodings.get(name, **options).bias is not None)
+with_threshold = cases_where(
+  lambda name, _: 'threshold' in inspect.signature(encodings.ENCODINGS[name]).parameters
+)
+with_rotation = cases_where(lambda name, options: encodings.get(name, **options).rotate is not None)
+
+
+# Against the papers
+
+
+@pytest.mark.parametrize('name', encodings.ENCODINGS)
+def test_every_encoding_has_an_oracle(name):
+  assert name in oracles.ORACLES, f'write the oracle of {name!r} in tests/oracles.py'
+
+
+@every_case
+def test_logits_equal_the_oracle_at_every_length_and_under_jit(case):
+  encoding, params, _ = make(case)
+  position_BL = positions(encoding)
+  x_query_BLD, x_key_BLD = tokens(position_BL.shape[1])
+
+  arguments = (params, x_query_BLD, x_key_BLD, position_BL, position_BL)
+  eager_BHQK = logits(encoding, *arguments)
+  jitted_BHQK = jax.jit(functools.partial(logits, encoding))(*arguments)
+
+  assert eager_BHQK.dtype == jnp.float32
+  expected_BHQK = expected_logits(case, params, x_query_BLD, x_key_BLD, position_BL)
+  past_BHQK = (position_BL[:, None] <= position_BL[:, :, None])[:, None]
+  error_B = np.abs((eager_BHQK - expected_BHQK) * past_BHQK).max(axis=(1, 2, 3))
+  for where, error in zip(POSITIONS, error_B, strict=True):
+    assert error < oracles.TOLERANCE['float32'], where
+  np.testing.assert_allclose(jitted_BHQK, eager_BHQK, rtol=1e-5, atol=2e-6)
+
+
+@with_bias
+def test_bias_of_keys_after_the_query_is_the_oracles_too(case):
+  bias_HQK, expected_HQK = bias_alone(case, range(0, 1200, 97), range(0, 1200, 83))
+
+  np.testing.assert_allclose(bias_HQK, expected_HQK, rtol=1e-6, atol=oracles.TOLERANCE['float32'])
+
+
+def test_alibi_slopes_are_the_published_ones():
+  for num_heads in (1, 6, 8, 12, 16):
+    np.testing.assert_allclose(alibi.slopes(num_heads), oracles.alibi_slopes(num_heads), rtol=1e-12)
+
+  np.testing.assert_allclose(alibi.slopes(8), [2.0**-n for n in range(1, 9)])
+  np.testing.assert_allclose(alibi.slopes(12)[8:], [2**-0.5, 2**-1.5, 2**-2.5, 2**-3.5])
+  np.testing.assert_allclose(alibi.slopes(6), [1 / 4, 1 / 16, 1 / 64, 1 / 256, 1 / 2, 1 / 8])
+
+
+@pytest.mark.parametrize('options', [(32, 128), (32, 256), (8, 64), (16, 100)])
+def test_t5_buckets_are_the_published_ones(options):
+  bucket_Z = t5.buckets(*options)
+
+  distances = range(1001)
+  found = [bucket_Z[min(distance, options[1])] for distance in distances]
+  assert found == [oracles.t5_bucket(distance, *options) for distance in distances]
+
+
+def test_t5_bias_reads_the_bucket_of_every_distance():
+  encoding = encodings.get('t5')
+  params = {'bias_ZH': jnp.arange(32.0)[:, None]}
+
+  bias_BHQK = encoding.bias(params, np.int32([[1000]]), np.arange(1001, dtype=np.int32)[None], 1)
+
+  expected = [oracles.t5_bucket(1000 - j) for j in range(1001)]
+  np.testing.assert_array_equal(bias_BHQK[0, 0, 0], expected)
+
+
+@pytest.mark.parametrize('d_model', [8, 48, 9])
+def test_sinusoids_are_the_papers(d_model):
+  encoding = encodings.get('sinusoidal')
+
+  embedding_BLD = encoding.embed({}, np.int32([WIDE]), d_model)
+
+  expected = [oracles.sinusoidal_embed({}, n, d_model) for n in WIDE]
+  np.testing.assert_allclose(embedding_BLD[0], expected, atol=oracles.TOLERANCE['float32'])
+
+
+def exact_angles(position, num_pairs, base_period):
+  """Position times theta_m modulo 2 pi, from 50 decimal digits."""
+  with decimal.localcontext() as context:
+    context.prec = 50
+    two_pi = 2 * decimal.Decimal('3.14159265358979323846264338327950288419716939937511')
+    period = decimal.Decimal(base_period)
+    theta_R = [period ** (-decimal.Decimal(m) / num_pairs) for m in range(num_pairs)]
+    return np.array([float(position * theta % two_pi) for theta in theta_R])
+
+
+@pytest.mark.parametrize('base_period', [10_000, 500_000, 2])
+def test_rotations_are_exact_to_the_last_position(base_period):
+  position_L = [0, 1, 3, 511, 65_535, 65_536, 2**20 - 1, 2**20, 2**24 + 1, 2**30 + 7, 2**31 - 1]
+  turn_R = rotary.turns_per_token(8, float(base_period))
+
+  cos_BLR, sin_BLR = rotary.cos_sin(np.int32([position_L]), turn_R)
+
+  for row, position in enumerate(position_L):
+    angle_R = exact_angles(position, 8, base_period)
+    # Half a unit of the 48-bit fraction a token, beside float32's own rounding.
+    bound = 1e-6 + position * 2.0**-49 * 2 * np.pi
+    np.testing.assert_allclose(cos_BLR[0, row], np.cos(angle_R), rtol=0, atol=bound)
+    np.testing.assert_allclose(sin_BLR[0, row], np.sin(angle_R), rtol=0, atol=bound)
+
+
+def test_rope_pairs_are_the_two_halves_or_neighbours():
+  x_BLHC = np.float32([1, 2, 3, 4]).reshape(1, 1, 1, 4)
+  position_BL = np.int32([[1]])
+  quarter_turn_R = np.array([0.25, 0.5])
+
+  halves_BLHC = rotary.rotate(x_BLHC, position_BL, quarter_turn_R, 'halves')
+  neighbours_BLHC = rotary.rotate(x_BLHC, position_BL, quarter_turn_R, 'interleaved')
+
+  np.testing.assert_allclose(halves_BLHC.ravel(), [-3, -2, 1, -4], atol=1e-6)
+  np.testing.assert_allclose(neighbours_BLHC.ravel(), [-2, 1, -3, -4], atol=1e-6)
+
+
+# Laws of every encoding
+
+
+@every_case
+def test_a_tile_is_the_slice_of_the_whole(case):
+  encoding, params, _ = make(case)
+  position_BL = positions(encoding)
+  x_query_BLD, x_key_BLD = tokens(position_BL.shape[1])
+
+  whole_BHQK = logits(encoding, params, x_query_BLD, x_key_BLD, position_BL, position_BL)
+  tile_BHQK = logits(
+    encoding,
+    params,
+    x_query_BLD[:, 9:14],
+    x_key_BLD[:, 2:11],
+    position_BL[:, 9:14],
+    position_BL[:, 2:11],
+  )
+
+  np.testing.assert_allclose(tile_BHQK, whole_BHQK[:, :, 9:14, 2:11], rtol=1e-6, atol=2e-6)
+
+
+@every_case
+def test_rows_that_share_positions_may_share_one_row_of_them(case):
+  encoding, params, _ = make(case)
+  position_1L = positions(encoding)[:1]
+  x_query_BLD, x_key_BLD = tokens(position_1L.shape[1])
+
+  shared_BHQK = logits(encoding, params, x_query_BLD, x_key_BLD, position_1L, position_1L)
+  position_BL = np.repeat(position_1L, len(POSITIONS), axis=0)
+  own_BHQK = logits(encoding, params, x_query_BLD, x_key_BLD, position_BL, position_BL)
+
+  np.testing.assert_allclose(shared_BHQK, own_BHQK, rtol=1e-6, atol=2e-6)
+
+
+@every_case
+def test_logits_change_under_a_shift_as_declared(case):
+  encoding, params, _ = make(case)
+  position_BL = np.arange(48, dtype=np.int32)[None]
+  last = 1_000_000 if encoding.max_length is None else encoding.max_length
+  shifted_BL = position_BL + np.int32(last - 48)
+  x_query_BLD, x_key_BLD = tokens(48)[:, :1]
+
+  before_BHQK = logits(encoding, params, x_query_BLD, x_key_BLD, position_BL, position_BL)
+  after_BHQK = logits(encoding, params, x_query_BLD, x_key_BLD, shifted_BL, shifted_BL)
+
+  change = np.abs(before_BHQK - after_BHQK).max()
+  assert change < oracles.TOLERANCE['float32'] if encoding.shift_invariant else change > 1e-2
+
+
+@every_case
+def test_value_and_gradient_are_finite_everywhere(case):
+  """At a million positions too, and for keys after the query, which a mask would hide."""
+  encoding, params, _ = make(case)
+  position_BL = positions(encoding)
+  x_query_BLD, x_key_BLD = tokens(position_BL.shape[1])
+
+  def total(params, x_query_BLD, x_key_BLD):
+    return logits(encoding, params, x_query_BLD, x_key_BLD, position_BL, position_BL).sum()
+
+  value, gradients = jax.value_and_grad(total, argnums=(0, 1, 2))(params, x_query_BLD, x_key_BLD)
+
+  assert np.isfinite(value)
+  for leaf in jax.tree.leaves(gradients):
+    assert np.isfinite(leaf).all()
+
+
+@with_rotation
+def test_rotating_bfloat16_gives_bfloat16_near_the_oracle(case):
+  encoding, params, options = make(case)
+  position_BL = positions(encoding)
+  x_query_BLD, x_key_BLD = (
+    x.astype(jnp.bfloat16).reshape(*x.shape[:2], NUM_HEADS, HEAD_DIM)
+    for x in tokens(position_BL.shape[1])
+  )
+
+  query_BLHC = encoding.rotate(params, x_query_BLD, position_BL)
+  key_BLHC = encoding.rotate(params, x_key_BLD, position_BL)
+
+  assert query_BLHC.dtype == key_BLHC.dtype == jnp.bfloat16
+  # A decay is no part of `rotate`: what it turns is RoPE's, with the pairing of its own factory.
+  defaults = inspect.signature(encodings.ENCODINGS[CASES[case][0]]).parameters
+  turning = {
+    name: options.get(name, defaults[name].default) for name in ('base_period', 'pairing')
+  }
+  expected_BHQK = oracles.logits(
+    'rope', {}, x_query_BLD, x_key_BLD, position_BL, position_BL, **turning
+  )
+  logits_BHQK = np.einsum(
+    'BQHC,BKHC->BHQK', np.float64(query_BLHC), np.float64(key_BLHC)
+  ) / np.sqrt(HEAD_DIM)
+  np.testing.assert_allclose(logits_BHQK, expected_BHQK, atol=oracles.TOLERANCE['bfloat16'])
+
+
+@every_case
+def test_other_positions_do_not_recompile(case):
+  encoding, params, _ = make(case)
+  x_query_BLD, x_key_BLD = tokens(16)
+  position_BL = positions(encoding)
+  traces = []
+
+  @jax.jit
+  def counted(params, position_BL):
+    traces.append(case)
+    return logits(encoding, params, x_query_BLD, x_key_BLD, position_BL, position_BL)
+
+  counted(params, position_BL)
+  counted(params, position_BL[::-1])
+
+  assert len(traces) == 1
+
+
+@every_case
+def test_what_an_encoding_declares_is_what_it_has(case):
+  encoding, params, _ = make(case)
+  name, _ = CASES[case]
+
+  assert encoding.name == name
+  assert encoding.learned == bool(jax.tree.leaves(params))
+  if encoding.log_decay is not None:
+    rate_C = encoding.log_decay(HEAD_DIM)
+    assert rate_C.shape == (HEAD_DIM,) and rate_C.dtype == np.float64 and (rate_C <= 0).all()
+  if encoding.embed is not None:
+    embedding_BLD = encoding.embed(params, np.int32([[0, 1, 2]]), D_MODEL)
+    assert embedding_BLD.shape == (1, 3, D_MODEL) and embedding_BLD.dtype == jnp.float32
+    assert encoding.shared, 'embeddings are added once, before all layers'
+
+
+# Parameters
+
+
+def describe(params):
+  """Each parameter as `name: dtype[shape]`."""
+  return [
+    f'  {name}: {leaf.dtype}[{", ".join(map(str, leaf.shape))}]'
+    for name, leaf in sorted(params.items())
+  ] or ['  nothing']
+
+
+def test_parameters_are_the_golden_ones():
+  """After a wanted change, run once with UPDATE_GOLDEN=1 in the environment and read the diff."""
+  lines = [f'{NUM_HEADS} heads of {HEAD_DIM}, model width {D_MODEL}']
+  for case in CASES:
+    lines += ['', case, *describe(make(case)[1])]
+  text = '\n'.join(lines) + '\n'
+
+  if os.environ.get('UPDATE_GOLDEN'):
+    GOLDEN.write_text(text, encoding='utf-8')
+  assert text == GOLDEN.read_text(encoding='utf-8')
+
+
+@every_case
+def test_a_parameters_name_spells_its_axes(case):
+  for name, leaf in make(case)[1].items():
+    suffix = re.search(r'(_[A-Z]+)?$', name).group().lstrip('_')
+    assert len(suffix) == leaf.ndim, name
+
+
+@every_case
+def test_init_is_a_function_of_its_key(case):
+  name, options = CASES[case]
+  encoding = encodings.get(name, **options)
+  init = functools.partial(
+    encoding.init, num_heads=NUM_HEADS, head_dim=HEAD_DIM, d_model=D_MODEL
+  )
+
+  first, again, other = init(jax.random.key(3)), init(jax.random.key(3)), init(jax.random.key(4))
+
+  jax.tree.map(np.testing.assert_array_equal, first, again)
+  for leaf, same in zip(first, other, strict=True):
+    is_drawn = first[leaf].ndim > 0
+    assert (first[leaf] != other[same]).any() == is_drawn, leaf
+
+
+# FIRE alone
+
+
+@pytest.mark.parametrize('hidden_layers', [1, 2])
+@pytest.mark.parametrize('signs', [1.0, -1.0])
+def test_fire_gradient_of_every_parameter_is_the_oracles(hidden_layers, signs):
+  """Queries lie on both sides of the threshold, so that the multiplier of L matters to some."""
+  options = {'hidden_layers': hidden_layers, 'width': 5}
+  encoding = encodings.get('fire', **options)
+  params = encoding.init(jax.random.key(7), num_heads=2, head_dim=4, d_model=8)
+  params |= {'c': jnp.float32(0.13 * signs), 'length_multiplier': jnp.float32(0.8 * signs)}
+  queries, keys = [3, 60, 300, 405, 415, 900, 40_000], [0, 2, 3, 50, 299, 404, 899, 39_000]
+  weight_HQK = np.random.default_rng(0).normal(size=(2, len(queries), len(keys)))
+
+  def library(params):
+    bias_BHQK = encoding.bias(params, np.int32([queries]), np.int32([keys]), 2)
+    return (bias_BHQK[0] * weight_HQK.astype(np.float32)).sum()
+
+  def oracle(params):
+    bias_QKH = [[oracles.fire_bias(params, i, j, 2, **options) for j in keys] for i in queries]
+    return (np.moveaxis(bias_QKH, 2, 0) * weight_HQK).sum()
+
+  exact = {name: np.float64(leaf) for name, leaf in params.items()}
+  hidden = [
+    np.abs(before).min()
+    for i in queries
+    for j in keys
+    for before in oracles.fire_hidden(exact, oracles.fire_input(exact, i, j), **options)
+  ]
+  assert min(hidden) > 1e-5, 'a ReLU bends within the central difference; take another seed'
+
+  found = jax.grad(library)(params)
+
+  for name in exact:
+    scale = max(1.0, np.abs(found[name]).max())
+    for index in np.ndindex(exact[name].shape):
+      direction = {key: np.zeros_like(leaf) for key, leaf in exact.items()}
+      direction[name][index] = 1.0
+      expected = oracles.slope(oracle, exact, direction)
+      assert abs(found[name][index] - expected) < 1e-4 * scale, (name, index)
+    assert np.abs(found[name]).max() > 1e-3, f'{name} has no say in this test'
+
+
+@with_threshold
+def test_fire_interpolates_and_never_extrapolates(case):
+  _, params, options = make(case)
+  threshold = options.get('threshold', 512.0)
+  position_BL = np.int32([WIDE])
+
+  for c in (1e-3, 0.1, 7.0):
+    for multiplier in (0.01, 1.0, 50.0):
+      changed = params | {'c': jnp.float32(c), 'length_multiplier': jnp.float32(multiplier)}
+      x_BQK = fire.interpolation(changed, position_BL, position_BL, threshold=threshold)
+      assert (x_BQK >= 0).all() and (x_BQK <= 1).all()
+
+
+@with_threshold
+@pytest.mark.parametrize('name', ['c', 'length_multiplier'])
+def test_fire_reads_the_size_of_c_and_multiplier_and_not_their_sign(case, name):
+  encoding, params, _ = make(case)
+  position_BL = np.int32([WIDE])
+
+  bias_BHQK = encoding.bias(params, position_BL, position_BL, NUM_HEADS)
+  flipped_BHQK = encoding.bias(
+    params | {name: -params[name]}, position_BL, position_BL, NUM_HEADS
+  )
+
+  np.testing.assert_array_equal(bias_BHQK, flipped_BHQK)
+
+
+@with_threshold
+def test_fire_starts_at_the_papers_c_and_threshold(case):
+  name, options = CASES[case]
+  params = encodings.get(name, **options).init(
+    jax.random.key(0), num_heads=NUM_HEADS, head_dim=HEAD_DIM, d_model=D_MODEL
+  )
+
+  assert params['c'] == np.float32(options.get('c', 0.1)) and params['length_multiplier'] == 1.0
+
+
+# Ends and errors
+
+
+def test_learned_positions_past_the_table_are_nan():
+  encoding, params, _ = make('learned 64')
+
+  embedding_BLD = encoding.embed(params, np.int32([[0, 63, 64, 65, 1_000_000]]), D_MODEL)
+
+  np.testing.assert_array_equal(np.isnan(embedding_BLD).all(axis=2), [[0, 0, 1, 1, 1]])
+  assert np.isfinite(embedding_BLD[:, :2]).all()
+
+
+@pytest.mark.parametrize(
+  ('name', 'options', 'message'),
+  [
+    ('fier', {}, "unknown encoding 'fier'; known: alibi, fire,"),
+    ('rope', {'theta': 3}, "'rope' has no option 'theta'; it takes: base_period, pairing"),
+    ('nope', {'width': 3}, "'nope' has no option 'width'; it takes: none"),
+    ('fire_s', {'shared': False}, "'fire_s' has no option 'shared'"),
+    ('fire', {'hidden_layers': 3}, 'hidden_layers=3'),
+    ('fire', {'width': 0}, 'width=0'),
+    ('fire', {'threshold': -1.0}, 'threshold=-1.0'),
+    ('fire', {'c': 0.0}, 'c=0.0'),
+    ('learned', {'max_length': 0}, 'max_length=0'),
+    ('rope', {'pairing': 'thirds'}, "pairing='thirds'; known: halves, interleaved"),
+    ('xpos', {'pairing': 'thirds'}, "pairing='thirds'"),
+    ('xpos', {'gamma': 0.0}, 'gamma=0.0'),
+    ('xpos', {'scale_base': -512.0}, 'scale_base=-512.0'),
+    ('t5', {'num_buckets': 7}, 'num_buckets=7'),
+    ('t5', {'num_buckets': 0}, 'num_buckets=0'),
+    ('t5', {'max_distance': 16}, 'max_distance=16'),
+  ],
+)
+def test_mistakes_are_answered_with_their_value(name, options, message):
+  with pytest.raises(errors.UserError, match=re.escape(message)):
+    encodings.get(name, **options)
+
+
+@pytest.mark.parametrize('name', ['rope', 'xpos'])
+def test_rotary_encodings_refuse_an_odd_head_width(name):
+  with pytest.raises(errors.UserError, match='head_dim=7'):
+    encodings.get(name).init(jax.random.key(0), num_heads=2, head_dim=7, d_model=14)

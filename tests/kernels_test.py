@@ -1,0 +1,592 @@
+"""Every attention implementation under every encoding, mask and layout, against the oracle."""
+
+import functools
+import inspect
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import oracles
+import pytest
+
+from lex_fire import encodings, errors, kernels
+from lex_fire.encodings import base
+from lex_fire.kernels import chunked
+
+BLOCK = 16
+# The registry's implementations, with tiles small enough that a short row has several.
+IMPLEMENTATIONS = {
+  name: functools.partial(function, block=BLOCK)
+  if 'block' in inspect.signature(function).parameters
+  else function
+  for name, function in kernels.IMPLEMENTATIONS.items()
+}
+MASKS = {
+  'causal': {},
+  'blockwise': {'block': 8},
+  'window': {'window': 11},
+  'bidirectional': {'causal': False},
+}
+NUM_HEADS, NUM_KV_HEADS, HEAD_DIM = 4, 2, 8
+LENGTH = 50  # three tiles and a ragged fourth
+
+# One batch holds every layout: what a row is named after is what fails in it.
+LAYOUTS = {
+  'plain': (range(LENGTH), np.zeros(LENGTH)),
+  'packed': ((*range(20), *range(17), *range(13)), np.repeat([1, 2, 3], [20, 17, 13])),
+  'far': (range(32_768, 32_768 + LENGTH), np.zeros(LENGTH)),
+}
+POSITION_BL = np.array([list(row) for row, _ in LAYOUTS.values()], np.int32)
+SEGMENT_BL = np.array([row for _, row in LAYOUTS.values()], np.int32)
+
+
+def seen_by_a_kernel(encoding):
+  """What tells one encoding from another once tokens are embedded, comparable."""
+  bias = encoding.bias
+  if isinstance(bias, functools.partial):
+    bias = (bias.func, tuple(sorted(bias.keywords.items())))
+  return encoding.rotate, encoding.log_decay, bias
+
+
+def distinct_cases():
+  """{'nope+sinusoidal+learned': ('nope', {}), ...}: all of ENCODINGS, and FIRE with two layers."""
+  groups = {}
+  for name in encodings.ENCODINGS:
+    groups.setdefault(seen_by_a_kernel(encodings.get(name)), []).append(name)
+  cases = {'+'.join(names): (names[0], {}) for names in groups.values()}
+  return cases | {'fire 2 layers': ('fire', {'hidden_layers': 2})}
+
+
+CASES = distinct_cases()
+every_case = pytest.mark.parametrize('case', CASES)
+every_implementation = pytest.mark.parametrize('implementation', IMPLEMENTATIONS)
+
+
+def make(case, num_heads=NUM_HEADS, head_dim=HEAD_DIM, **more):
+  name, options = CASES[case]
+  encoding = encodings.get(name, **options, **more)
+  params = encoding.init(
+    jax.random.key(2), num_heads=num_heads, head_dim=head_dim, d_model=num_heads * head_dim
+  )
+  return encoding, params
+
+
+def inputs(batch, num_queries, num_keys, seed=0, num_kv_heads=NUM_KV_HEADS):
+  """Returns query_BQHC, key_BKGC, value_BKGC."""
+  rng = np.random.default_rng(seed)
+  shapes = (num_queries, NUM_HEADS), (num_keys, num_kv_heads), (num_keys, num_kv_heads)
+  return [rng.normal(size=(batch, *shape, HEAD_DIM)).astype(np.float32) for shape in shapes]
+
+
+def attend(
+  implementation,
+  encoding,
+  params,
+  arrays,
+  query_position_BQ,
+  key_position_BK=None,
+  query_segment_BQ=None,
+  key_segment_BK=None,
+  mask=None,
+):
+  """Rotates, then attends; keys are where the queries are unless told."""
+  query_BQHC, key_BKGC, value_BKGC = arrays
+  if key_position_BK is None:
+    key_position_BK, key_segment_BK = query_position_BQ, query_segment_BQ
+  if encoding.rotate is not None:
+    query_BQHC = encoding.rotate(params, query_BQHC, query_position_BQ)
+    key_BKGC = encoding.rotate(params, key_BKGC, key_position_BK)
+  return IMPLEMENTATIONS[implementation](
+    query_BQHC,
+    key_BKGC,
+    value_BKGC,
+    encoding=encoding,
+    params=params,
+    query_position_BQ=query_position_BQ,
+    key_position_BK=key_position_BK,
+    query_segment_BQ=query_segment_BQ,
+    key_segment_BK=key_segment_BK,
+    mask=kernels.Mask(**(mask or {})),
+  )
+
+
+def out_and_gradients(implementation, encoding, params, arrays, *where, **how):
+  """Returns (out_BQHC, gradients of params and arrays) of a fixed random functional, jitted."""
+  probe_BQHC = np.random.default_rng(9).normal(size=arrays[0].shape).astype(np.float32)
+
+  def functional(params, arrays, where):
+    out_BQHC = attend(implementation, encoding, params, arrays, *where, **how)
+    return (out_BQHC.astype(jnp.float32) * probe_BQHC).sum(), out_BQHC
+
+  gradient = jax.jit(jax.grad(functional, argnums=(0, 1), has_aux=True))
+  gradients, out_BQHC = gradient(params, arrays, where)
+  return out_BQHC, gradients
+
+
+@functools.cache
+def matrix_entry(implementation, case, mask):
+  encoding, params = make(case)
+  arrays = inputs(len(LAYOUTS), LENGTH, LENGTH)
+  where = POSITION_BL, None, SEGMENT_BL
+  return out_and_gradients(implementation, encoding, params, arrays, *where, mask=MASKS[mask])
+
+
+@functools.cache
+def matrix_logits(case):
+  name, options = CASES[case]
+  params = {key: np.float64(value) for key, value in make(case)[1].items()}
+  query_BQHC, key_BKGC, _ = inputs(len(LAYOUTS), LENGTH, LENGTH)
+  together_BLL = SEGMENT_BL[:, :, None] == SEGMENT_BL[:, None]
+  return oracles.logits(
+    name,
+    params,
+    query_BQHC,
+    key_BKGC,
+    POSITION_BL,
+    POSITION_BL,
+    only_BQK=together_BLL,
+    **options,
+  )
+
+
+def assert_gradients_agree(found, expected):
+  """Within 1e-4 of each array's largest entry, or of 0.1: two orders of summation of float32."""
+  for (path, one), other in zip(
+    jax.tree.leaves_with_path(found), jax.tree.leaves(expected), strict=True
+  ):
+    bound = 1e-4 * max(0.1, np.abs(other).max(initial=0))
+    np.testing.assert_allclose(one, other, rtol=0, atol=bound, err_msg=jax.tree_util.keystr(path))
+
+
+# The matrix
+
+
+@every_case
+@pytest.mark.parametrize('mask', MASKS)
+@every_implementation
+def test_attention_equals_the_oracle(implementation, mask, case):
+  out_BQHC, _ = matrix_entry(implementation, case, mask)
+
+  visible_BQK = oracles.visible_pairs(
+    POSITION_BL, POSITION_BL, SEGMENT_BL, SEGMENT_BL, **MASKS[mask]
+  )
+  value_BKGC = inputs(len(LAYOUTS), LENGTH, LENGTH)[2]
+  expected_BQHC = oracles.attention(matrix_logits(case), visible_BQK, value_BKGC)
+  error_B = np.abs(out_BQHC - expected_BQHC).max(axis=(1, 2, 3))
+  for layout, error in zip(LAYOUTS, error_B, strict=True):
+    assert error < oracles.TOLERANCE['float32'], layout
+
+
+@every_case
+@pytest.mark.parametrize('mask', MASKS)
+@pytest.mark.parametrize('implementation', set(IMPLEMENTATIONS) - {'reference'})
+def test_gradients_equal_the_references(implementation, mask, case):
+  _, found = matrix_entry(implementation, case, mask)
+  _, expected = matrix_entry('reference', case, mask)
+
+  assert_gradients_agree(found, expected)
+
+
+@every_case
+@pytest.mark.parametrize('mask', ['causal', 'bidirectional'])
+def test_reference_gradients_are_the_oracles_central_differences(mask, case):
+  name, options = CASES[case]
+  encoding, params = make(case)
+  arrays = dict(zip(('query', 'key', 'value'), inputs(1, 7, 7, seed=4), strict=True))
+  position_BL = np.int32([[0, 300, 511, 700, 1000, 0, 2]])
+  segment_BL = np.int32([[0, 0, 0, 0, 0, 1, 1]])
+  if encoding.log_decay is not None:
+    position_BL = position_BL % 50
+  visible_BQK = oracles.visible_pairs(
+    position_BL, position_BL, segment_BL, segment_BL, **MASKS[mask]
+  )
+  probe_BQHC = np.random.default_rng(9).normal(size=arrays['query'].shape).astype(np.float32)
+
+  def oracle(tree):
+    logits_BHQK = oracles.logits(
+      name, tree, tree['query'], tree['key'], position_BL, position_BL, visible_BQK, **options
+    )
+    return (oracles.attention(logits_BHQK, visible_BQK, tree['value']) * probe_BQHC).sum()
+
+  where = position_BL, None, segment_BL
+  _, (of_params, of_arrays) = out_and_gradients(
+    'reference', encoding, params, list(arrays.values()), *where, mask=MASKS[mask]
+  )
+
+  found = of_params | dict(zip(arrays, of_arrays, strict=True))
+  exact = {key: np.float64(leaf) for key, leaf in (params | arrays).items()}
+  rng = np.random.default_rng(5)
+  for leaf in exact:
+    direction = {key: np.zeros_like(value) for key, value in exact.items()}
+    direction[leaf] = rng.normal(size=exact[leaf].shape)
+    expected = oracles.slope(oracle, exact, direction)
+    actual = (np.float64(found[leaf]) * direction[leaf]).sum()
+    tolerance = oracles.TOLERANCE['difference']
+    assert actual == pytest.approx(expected, rel=tolerance, abs=tolerance), leaf
+
+
+# Layouts that the matrix does not hold
+
+
+@every_implementation
+@pytest.mark.parametrize('num_kv_heads', [1, 4])
+@pytest.mark.parametrize('length', [48, 37, 9])
+def test_rows_without_segments_equal_the_oracle(length, num_kv_heads, implementation):
+  """48 fills its tiles, 37 does not, 9 is shorter than one; a leading 1 shares the positions."""
+  encoding, params = make('fire 2 layers')
+  arrays = inputs(2, length, length, num_kv_heads=num_kv_heads)
+  position_1L = np.arange(length, dtype=np.int32)[None]
+  position_BL = np.repeat(position_1L, 2, axis=0)
+
+  out_BQHC, gradients = out_and_gradients(implementation, encoding, params, arrays, position_1L)
+  _, expected_gradients = out_and_gradients('reference', encoding, params, arrays, position_BL)
+
+  exact = {key: np.float64(leaf) for key, leaf in params.items()}
+  visible_BQK = oracles.visible_pairs(position_BL, position_BL)
+  logits_BHQK = oracles.logits(
+    'fire', exact, *arrays[:2], position_BL, position_BL, visible_BQK, hidden_layers=2
+  )
+  expected_BQHC = oracles.attention(logits_BHQK, visible_BQK, arrays[2])
+  np.testing.assert_allclose(out_BQHC, expected_BQHC, atol=oracles.TOLERANCE['float32'])
+  assert_gradients_agree(gradients, expected_gradients)
+
+
+@every_case
+@every_implementation
+def test_a_few_late_queries_over_many_keys_equal_the_rows_of_the_whole(implementation, case):
+  encoding, params = make(case)
+  query_BQHC, key_BKGC, value_BKGC = arrays = inputs(1, LENGTH, LENGTH)
+  position_BL = np.arange(LENGTH, dtype=np.int32)[None]
+
+  whole_BQHC = attend('reference', encoding, params, arrays, position_BL)
+  late_BQHC = attend(
+    implementation,
+    encoding,
+    params,
+    (query_BQHC[:, 43:], key_BKGC, value_BKGC),
+    position_BL[:, 43:],
+    position_BL,
+  )
+
+  np.testing.assert_allclose(late_BQHC, whole_BQHC[:, 43:], atol=oracles.TOLERANCE['float32'])
+
+
+@every_case
+@every_implementation
+def test_outputs_of_a_prefix_do_not_change_when_the_sequence_grows(implementation, case):
+  encoding, params = make(case)
+  arrays = inputs(1, LENGTH, LENGTH)
+  position_BL = np.arange(LENGTH, dtype=np.int32)[None]
+
+  whole_BQHC = attend(implementation, encoding, params, arrays, position_BL)
+  prefix_BQHC = attend(
+    implementation, encoding, params, [x[:, :33] for x in arrays], position_BL[:, :33]
+  )
+
+  np.testing.assert_allclose(prefix_BQHC, whole_BQHC[:, :33], rtol=1e-5, atol=2e-6)
+
+
+@every_case
+@every_implementation
+def test_a_query_that_sees_nothing_gives_zeros_and_has_no_gradient(implementation, case):
+  encoding, params = make(case)
+  arrays = inputs(1, LENGTH, LENGTH)
+  position_BL = np.arange(LENGTH, dtype=np.int32)[None]
+  query_segment_BL = np.where(np.arange(LENGTH) < 20, 3, 0)[None].astype(np.int32)
+  key_segment_BL = np.zeros((1, LENGTH), np.int32)
+
+  out_BQHC, (of_params, (d_query, d_key, d_value)) = out_and_gradients(
+    implementation,
+    encoding,
+    params,
+    arrays,
+    position_BL,
+    position_BL,
+    query_segment_BL,
+    key_segment_BL,
+  )
+
+  assert not np.any(out_BQHC[:, :20]) and np.all(np.any(out_BQHC[:, 20:], axis=(2, 3)))
+  assert not np.any(d_query[:, :20]) and np.any(d_query[:, 20:])
+  for leaf in jax.tree.leaves((of_params, d_query, d_key, d_value)):
+    assert np.isfinite(leaf).all()
+
+
+@every_case
+@every_implementation
+def test_bfloat16_stays_bfloat16_and_near_the_oracle(implementation, case):
+  encoding, params = make(case)
+  arrays = [x.astype(jnp.bfloat16) for x in inputs(len(LAYOUTS), LENGTH, LENGTH)]
+
+  out_BQHC, (of_params, of_arrays) = out_and_gradients(
+    implementation, encoding, params, arrays, POSITION_BL, None, SEGMENT_BL
+  )
+
+  assert {leaf.dtype for leaf in (out_BQHC, *of_arrays)} == {np.dtype(jnp.bfloat16)}
+  assert {leaf.dtype for leaf in jax.tree.leaves(of_params)} <= {np.dtype(np.float32)}
+  exact, _ = matrix_entry('reference', case, 'causal')
+  # Inputs rounded to 8 bits: logits and values are each off by some 2^-8 of their size.
+  difference = np.abs(np.float32(out_BQHC) - exact)
+  assert difference.max() < 2 * oracles.TOLERANCE['bfloat16']
+  assert difference.mean() < oracles.TOLERANCE['bfloat16'] / 8
+
+
+@every_implementation
+def test_other_positions_and_segments_do_not_recompile(implementation):
+  encoding, params = make('fire 2 layers')
+  arrays = inputs(len(LAYOUTS), LENGTH, LENGTH)
+  traces = []
+
+  @jax.jit
+  def counted(position_BL, segment_BL):
+    traces.append(implementation)
+    return attend(implementation, encoding, params, arrays, position_BL, None, segment_BL)
+
+  counted(POSITION_BL, SEGMENT_BL)
+  counted(POSITION_BL[::-1] + 1000, SEGMENT_BL[::-1])
+
+  assert len(traces) == 1
+
+
+# xPos at great distances, where a common origin would overflow
+
+
+TILED = sorted(set(IMPLEMENTATIONS) - {'reference'})
+LONG_ROWS = {
+  'three tiles far apart': (
+    (*range(16), *range(400_000, 400_016), *range(999_990, 1_000_006)),
+    [0] * 48,
+  ),
+  'tiles a few decays apart': (
+    (*range(16), *range(900, 916), *range(3000, 3016)),
+    [0] * 48,
+  ),
+  'a long segment ends and another starts within a tile': (
+    (*range(99_976, 100_000), *range(24)),
+    [0] * 24 + [1] * 24,
+  ),
+  'a long segment after a short one within a tile': (
+    (*range(8), *range(700_000, 700_040)),
+    [0] * 8 + [1] * 40,
+  ),
+}
+
+
+@pytest.mark.parametrize('row', LONG_ROWS)
+@pytest.mark.parametrize('implementation', TILED)
+def test_xpos_equals_the_oracle_at_a_million_positions(implementation, row):
+  encoding, params = make('xpos')
+  arrays = inputs(1, 48, 48)
+  position_BL, segment_BL = (np.array([part], np.int32) for part in LONG_ROWS[row])
+
+  out_BQHC, gradients = out_and_gradients(
+    implementation, encoding, params, arrays, position_BL, None, segment_BL
+  )
+
+  visible_BQK = oracles.visible_pairs(position_BL, position_BL, segment_BL, segment_BL)
+  logits_BHQK = oracles.logits(
+    'xpos', {}, *arrays[:2], position_BL, position_BL, visible_BQK
+  )
+  expected_BQHC = oracles.attention(logits_BHQK, visible_BQK, arrays[2])
+  np.testing.assert_allclose(out_BQHC, expected_BQHC, atol=1e-4)
+  for leaf in jax.tree.leaves(gradients):
+    assert np.isfinite(leaf).all()
+
+
+# Masks
+
+
+DRAWN = """\
+causal        blockwise     window = 3
+1 . . . .     1 . . . .     1 . . . .
+1 1 . . .     1 1 . . .     1 1 . . .
+1 1 1 . .     1 1 1 . .     1 1 1 . .
+1 1 1 1 .     1 1 1 1 .     . 1 1 1 .
+1 1 1 1 1     . . 1 1 1     . . 1 1 1
+"""
+
+
+def test_masks_are_as_drawn_in_their_docstring():
+  position_BL = np.arange(5, dtype=np.int32)[None]
+  masks = kernels.Mask(), kernels.Mask(block=2), kernels.Mask(window=3)
+
+  assert DRAWN in re.sub(r'(?m)^ +', '', inspect.getdoc(kernels.Mask) + '\n')
+  for column, mask in enumerate(masks):
+    drawn = [re.split(' {5}', line)[column].split() for line in DRAWN.splitlines()[1:]]
+    found = np.where(mask.visible(position_BL, position_BL)[0], '1', '.')
+    assert found.tolist() == drawn, mask
+  assert kernels.Mask(causal=False).visible(position_BL, position_BL).all()
+
+
+def test_masks_combine():
+  position_BL = np.arange(40, dtype=np.int32)[None]
+
+  visible_BQK = kernels.Mask(block=8, window=11).visible(position_BL, position_BL)
+
+  expected_BQK = oracles.visible_pairs(position_BL, position_BL, block=8, window=11)
+  np.testing.assert_array_equal(visible_BQK, expected_BQK)
+
+
+def blocks(x_BL):
+  """[B, L] as [L / BLOCK, B, BLOCK], the form of a tiled row."""
+  return jnp.moveaxis(x_BL.reshape(len(x_BL), -1, BLOCK), 1, 0)
+
+
+def visits(mask, position_BL, segment_BL):
+  segment_IBL = None if segment_BL is None else blocks(segment_BL)
+  position_IBL = blocks(position_BL)
+  queries = chunked.Queries(None, position_IBL, segment_IBL)
+  keys = chunked.Keys(None, None, position_IBL, segment_IBL)
+  return np.array(chunked.tiles_to_visit(kernels.Mask(**mask), queries, keys))
+
+
+def test_tiles_above_the_diagonal_are_never_visited():
+  position_BL = np.arange(96, dtype=np.int32)[None]
+
+  np.testing.assert_array_equal(visits({}, position_BL, None), np.tri(6, dtype=bool))
+  band = np.tri(6, dtype=bool) & ~np.tri(6, k=-2, dtype=bool)
+  np.testing.assert_array_equal(visits({'window': BLOCK + 1}, position_BL, None), band)
+  np.testing.assert_array_equal(visits({'block': BLOCK}, position_BL, None), band)
+  assert visits({'causal': False}, position_BL, None).all()
+
+
+def test_tiles_of_other_segments_are_never_visited():
+  position_BL = np.tile(np.arange(32, dtype=np.int32), 3)[None]
+  segment_BL = np.repeat(np.int32([4, 5, 9]), 32)[None]
+
+  expected = np.kron(np.eye(3, dtype=bool), np.tri(2, dtype=bool))
+  np.testing.assert_array_equal(visits({}, position_BL, segment_BL), expected)
+
+
+@pytest.mark.parametrize('seed', range(6))
+@pytest.mark.parametrize('mask', MASKS)
+def test_a_tile_with_a_visible_pair_is_always_visited(mask, seed):
+  """For any positions and segments, sorted or not."""
+  rng = np.random.default_rng(seed)
+  segment_BL = np.sort(rng.integers(0, 6, (2, 80)).astype(np.int32), axis=1)
+  position_BL = rng.integers(0, [30, 1000][seed % 2], (2, 80)).astype(np.int32)
+  if seed % 3:
+    position_BL = np.sort(position_BL, axis=1)
+
+  for segments in (segment_BL, None):
+    visible_BQK = oracles.visible_pairs(
+      position_BL, position_BL, segments, segments, **MASKS[mask]
+    )
+    needed_IJ = visible_BQK.reshape(2, 5, BLOCK, 5, BLOCK).any(axis=(0, 2, 4))
+    assert not (needed_IJ & ~visits(MASKS[mask], position_BL, segments)).any()
+
+
+def test_hidden_tiles_cost_nothing_forward_or_backward():
+  """An encoding that counts its calls: 6 of 9 tiles each way under the causal mask."""
+  calls = []
+
+  def counting_bias(params, query_position_BQ, key_position_BK, num_heads):
+    jax.debug.callback(lambda: calls.append(1))
+    return jnp.zeros((1, num_heads, query_position_BQ.shape[1], key_position_BK.shape[1]))
+
+  encoding = base.Encoding(name='counting', init=base.no_parameters, bias=counting_bias)
+  position_BL = np.arange(3 * BLOCK, dtype=np.int32)[None]
+
+  out_and_gradients('chunked', encoding, {}, inputs(1, 48, 48), position_BL)
+  jax.effects_barrier()
+
+  assert len(calls) == 6 + 6
+
+
+# Memory
+
+
+@pytest.mark.parametrize('implementation', TILED)
+def test_memory_grows_linearly_with_length(implementation):
+  """Forward and backward under FIRE; a dense pass takes 16 times as much at 4 times the length."""
+  encoding, params = make('fire 2 layers')
+
+  def temporary_bytes(length):
+    def total(params, arrays, position_BL):
+      query_BQHC, key_BKGC, value_BKGC = arrays
+      return kernels.attention(
+        query_BQHC,
+        key_BKGC,
+        value_BKGC,
+        encoding=encoding,
+        params=params,
+        query_position_BQ=position_BL,
+        key_position_BK=position_BL,
+        implementation=implementation,
+      ).sum()
+
+    shapes = [
+      jax.ShapeDtypeStruct((1, length, heads, HEAD_DIM), jnp.float32)
+      for heads in (NUM_HEADS, NUM_KV_HEADS, NUM_KV_HEADS)
+    ]
+    position_BL = jax.ShapeDtypeStruct((1, length), jnp.int32)
+    lowered = jax.jit(jax.grad(total, argnums=(0, 1))).lower(params, shapes, position_BL)
+    return lowered.compile().memory_analysis().temp_size_in_bytes
+
+  short, long = temporary_bytes(2048), temporary_bytes(8192)
+
+  assert long <= 4.2 * short
+  assert long < 4 * NUM_HEADS * 8192**2 / 4, 'no quarter of one dense [H, Q, K] array'
+
+
+# Choice and errors
+
+
+def attend_by_name(
+  implementation='auto', num_heads=4, num_kv_heads=2, length=8, name='nope', **options
+):
+  encoding = encodings.get(name, **options)
+  position_BL = np.arange(length, dtype=np.int32)[None]
+  key_BKGC = np.ones((1, length, num_kv_heads, HEAD_DIM), np.float32)
+  return kernels.attention(
+    np.ones((1, length, num_heads, HEAD_DIM), np.float32),
+    key_BKGC,
+    key_BKGC,
+    encoding=encoding,
+    params={},
+    query_position_BQ=position_BL,
+    key_position_BK=position_BL,
+    implementation=implementation,
+  )
+
+
+@pytest.mark.parametrize('implementation', ['auto', *kernels.IMPLEMENTATIONS])
+def test_every_implementation_is_reached_by_name(implementation):
+  np.testing.assert_allclose(attend_by_name(implementation), 1.0, rtol=1e-6)
+
+
+def test_auto_is_dense_up_to_512_by_512():
+  assert kernels.choose(512, 512) == kernels.choose(1, 512 * 512) == 'reference'
+  assert kernels.choose(513, 512) == 'chunked'
+
+
+@pytest.mark.parametrize(
+  ('options', 'message'),
+  [
+    ({'implementation': 'flash'}, "implementation='flash'; known: auto, chunked, reference"),
+    ({'num_kv_heads': 3}, 'num_kv_heads=3 must divide num_heads=4'),
+    (
+      {'name': 'xpos', 'scale_base': 1.0, 'length': 80, 'implementation': 'reference'},
+      "xpos decays too fast for one tile of 80 queries in float32 (at most 63); use "
+      "implementation='chunked'",
+    ),
+  ],
+)
+def test_mistakes_are_answered_with_their_value(options, message):
+  with pytest.raises(errors.UserError, match=re.escape(message)):
+    attend_by_name(**options)
+
+
+@pytest.mark.parametrize(
+  ('fields', 'message'),
+  [
+    ({'block': 0}, 'block=0'),
+    ({'window': -3}, 'window=-3'),
+    ({'window': 5, 'causal': False}, 'window=5'),
+    ({'block': 4, 'causal': False}, 'block=4'),
+  ],
+)
+def test_masks_refuse_what_they_cannot_mean(fields, message):
+  with pytest.raises(errors.UserError, match=message):
+    kernels.Mask(**fields)
