@@ -1,11 +1,11 @@
 """How a command starts and ends: flags, one sentence for a user's mistake, and an exit status."""
 
 import os
+import runpy
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from absl import app, flags, logging
-from ml_collections import config_flags
 
 from lex_fire import config as config_lib
 from lex_fire import errors
@@ -26,7 +26,9 @@ def run(main: Callable[[], None]) -> None:
   def parse(argv):
     try:
       return flags.FLAGS(argv)
-    except (flags.Error, errors.UserError) as error:
+    except (AttributeError, KeyError) as error:  # what a ConfigDict raises for a field it lacks
+      fail(_unknown_field(argv) or error)
+    except (flags.Error, errors.UserError, OSError) as error:
       fail(_last_line(error))
 
   def guarded(argv):
@@ -48,14 +50,35 @@ def run(main: Callable[[], None]) -> None:
 
 def _last_line(error: Exception) -> str:
   """Returns what went wrong; of an error in a config file, which comes with its trace, the last line."""
-  return str(error).strip().splitlines()[-1].removeprefix('lex_fire.errors.UserError: ')
+  last = str(error).strip().splitlines()[-1].strip()
+  last = last.removeprefix('lex_fire.errors.UserError: ')
+  return f'cannot read --config: {last}' if isinstance(error, OSError) else last
+
+
+def _unknown_field(argv: Sequence[str]) -> str | None:
+  """Returns what is wrong with the first flag --config.A.B that names no field of the config."""
+  given = [argument.lstrip('-').partition('=') for argument in argv if argument.startswith('-')]
+  file = next((value for name, _, value in given if name == 'config'), '')
+  if not file:
+    return None
+  path, _, arg = file.partition(':')
+  fields = runpy.run_path(path)['get_config'](arg).to_dict()
+  for name, _, _ in given:
+    known = {'config': fields}
+    for part in name.split('.') if name.startswith('config.') else ():
+      if not isinstance(known, dict) or part not in known:
+        there = ', '.join(known) if isinstance(known, dict) else 'nothing'
+        return f'unknown config key {name.removeprefix("config.")!r}; known for {part!r}: {there}'
+      known = known[part]
+  return None
 
 
 def define_config() -> None:
   """Declares --config=FILE.py:ARGUMENTS, whose fields are flags too, and --workdir."""
-  config_flags.DEFINE_config_file(
-    'config', None, 'a file of configs/, FILE.py or FILE.py:NAME=VALUE'
-  )
+  from ml_collections import config_flags
+
+  text = 'a file of configs/: FILE.py or FILE.py:NAME=VALUE,NAME=VALUE'
+  config_flags.DEFINE_config_file('config', None, text)
   flags.DEFINE_string('workdir', None, 'where a run keeps its config, checkpoints and metrics')
 
 
@@ -63,9 +86,12 @@ def config() -> config_lib.Config:
   """Returns the config that the flags describe.
 
   Raises:
-    errors.UserError: if --config is missing, or as config.Config.from_dict does.
+    errors.UserError: if --config is missing or no readable file, or as config.Config.from_dict does.
   """
-  values = flags.FLAGS.config
-  if values is None:
+  if flags.FLAGS.config is None:
     raise errors.UserError('--config is missing, for example --config=configs/quickstart.py')
-  return config_lib.Config.from_dict(values.to_dict())
+  try:
+    values = flags.FLAGS.config.to_dict()
+  except OSError as error:
+    raise errors.UserError(_last_line(error)) from error
+  return config_lib.Config.from_dict(values)

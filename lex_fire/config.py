@@ -87,7 +87,16 @@ class DataConfig:
 
   @property
   def files(self) -> dict[str, str] | None:
-    """The globs by split, or None when there are none."""
+    """The globs by split, or None for a Task that takes none.
+
+    Raises:
+      errors.UserError: if task text lacks one.
+    """
+    if self.task == 'text' and not (self.train_files and self.validation_files):
+      raise errors.UserError(
+        f"data.task='text' needs both globs of files, not data.train_files={self.train_files!r} "
+        f'and data.validation_files={self.validation_files!r}'
+      )
     globs = {'train': self.train_files, 'validation': self.validation_files}
     return {split: glob for split, glob in globs.items() if glob} or None
 
@@ -161,6 +170,11 @@ class Config:
         f'data.length={self.data.length} is past the {encoding.max_length} positions of encoding '
         f'{encoding.name!r}; shorten it or raise encoding.max_length'
       )
+    if not 0 <= self.optimizer.warmup_steps < self.train.steps:
+      raise errors.UserError(
+        f'optimizer.warmup_steps={self.optimizer.warmup_steps} must be at least 0 and below '
+        f'train.steps={self.train.steps}'
+      )
     if self.data.batch_size % self.train.accumulation:
       raise errors.UserError(
         f'train.accumulation={self.train.accumulation} must divide '
@@ -186,10 +200,9 @@ class Config:
     return cls(**made, encoding=EncodingConfig(name, tuple(sorted(options.items()))))
 
   def to_dict(self) -> dict[str, Any]:
-    """Returns nested dicts of JSON values; `from_dict` gives the Config back."""
+    """Returns nested dicts of values for JSON (a tuple is a list there); `from_dict` reads both."""
     values = dataclasses.asdict(self)
     values['encoding'] = {'name': self.encoding.name, **dict(self.encoding.options)}
-    values['evaluate']['lengths'] = list(self.evaluate.lengths)
     return values
 
 

@@ -19,6 +19,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from absl import flags
 
 from lex_fire import checkpoint, cli, errors, loss, metrics, model, plot, sharding, train
 from lex_fire import config as config_lib
@@ -239,8 +240,6 @@ class Progress:
 
 def _request(config: config_lib.Config) -> Request:
   """Returns the request of the flags, completed by the first run's config."""
-  from absl import flags
-
   given = {}
   if flags.FLAGS.lengths is not None:
     try:
@@ -257,8 +256,6 @@ def _request(config: config_lib.Config) -> Request:
 
 def main() -> None:
   """The command."""
-  from absl import flags
-
   workdirs = [pathlib.Path(workdir) for workdir in flags.FLAGS.workdir or ()]
   if not workdirs:
     raise errors.UserError('--workdir is missing: the run or runs (DIR,DIR) to evaluate')
@@ -281,8 +278,6 @@ def main() -> None:
 
 def define_flags() -> None:
   """Declares the command's flags."""
-  from absl import flags
-
   flags.DEFINE_list('workdir', None, 'the run or runs to evaluate, DIR or DIR,DIR')
   flags.DEFINE_list('lengths', None, "of the windows, in tokens (default: the run's config)")
   known = ', '.join(protocols.PROTOCOLS)

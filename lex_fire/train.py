@@ -13,6 +13,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
+from absl import flags
 
 from lex_fire import checkpoint, cli, errors, loss, metrics, model, optimizer, sharding
 from lex_fire import config as config_lib
@@ -73,7 +74,7 @@ def step(
     'params': optax.apply_updates(state['params'], updates),
     'optimizer': optimizer_state,
   }
-  return state, {'loss': loss_sum / weight_sum, 'gradient_norm': optax.global_norm(gradients)}
+  return state, {'loss': loss_sum / weight_sum, 'gradient_norm': optax.tree.norm(gradients)}
 
 
 def _split(x, parts):
@@ -338,8 +339,6 @@ def _loop(config, program, data, checkpoints, reporter, state, first):
 
 def main() -> None:
   """The command."""
-  from absl import flags
-
   if flags.FLAGS.workdir is None:
     raise errors.UserError('--workdir is missing: where checkpoints and metrics go')
   train(cli.config(), flags.FLAGS.workdir)
@@ -347,4 +346,5 @@ def main() -> None:
 
 if __name__ == '__main__':
   cli.define_config()
+  flags.adopt_module_key_flags(cli)  # so that --help shows them
   cli.run(main)

@@ -1,0 +1,44 @@
+# Two commands: `make quickstart` trains, evaluates and plots; `make test` lints, checks types and tests.
+# Both make .venv from PYTHON (3.11 or newer) first; another PYTHON makes it anew.
+
+PYTHON ?= python3
+RUNS ?= runs/quickstart
+VERSION := $(shell $(PYTHON) -c 'import sys; print("%d.%d" % sys.version_info[:2])' 2>/dev/null)
+BIN := .venv/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet
+
+.PHONY: quickstart test clean
+.DELETE_ON_ERROR:
+
+quickstart: .venv/installed-$(VERSION)
+	@mkdir -p $(RUNS)
+	@for encoding in fire rope; do \
+	  $(BIN)/python -m lex_fire.train --config=configs/quickstart.py:encoding=$$encoding \
+	    --workdir=$(RUNS)/$$encoding || exit $$?; \
+	done
+	@$(BIN)/python -m lex_fire.evaluate --workdir=$(RUNS)/fire,$(RUNS)/rope
+	@echo 'next: look at $(RUNS)/evaluations/same_tokens.png, then train another encoding (alibi, t5, xpos,' \
+	  'fire_s, ...): $(BIN)/python -m lex_fire.train --config=configs/quickstart.py:encoding=alibi' \
+	  '--workdir=$(RUNS)/alibi'
+
+test: .venv/tested-$(VERSION)
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/pyright --pythonpath $(BIN)/python
+	$(BIN)/python -m pytest -q --durations=10
+
+.venv/installed-$(VERSION): requirements.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
+	  echo 'error: $(PYTHON) is Python $(VERSION); use 3.11 or newer: make PYTHON=python3.12' >&2; exit 2; }
+	@test -e $@ || $(PYTHON) -m venv --clear .venv || { \
+	  echo 'error: no venv; on Debian and Ubuntu: apt install python3-venv' >&2; exit 2; }
+	@echo 'installing requirements into .venv (a few minutes the first time)'
+	@$(PIP) -r requirements.txt
+	@touch $@
+
+.venv/tested-$(VERSION): .venv/installed-$(VERSION) requirements-dev.txt
+	@$(PIP) -r requirements-dev.txt
+	@touch $@
+
+clean:
+	rm -rf .venv runs

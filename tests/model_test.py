@@ -1,0 +1,527 @@
+"""The decoder against an oracle of its architecture, its laws, the loss, and a training step."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import oracles
+import pytest
+
+from lex_fire import config as config_lib
+from lex_fire import encodings, errors, loss, model, train
+
+LENGTH, VOCAB = 16, 32
+SHAPE = {
+  'num_layers': 2,
+  'd_model': 16,
+  'num_heads': 4,
+  'num_kv_heads': 2,
+  'head_dim': 4,
+  'd_ff': 24,
+  'vocab_size': VOCAB,
+}
+# Lengths at which tiny rows already tell an encoding's near from its far.
+OPTIONS = {
+  'learned': {'max_length': LENGTH},
+  'fire': {'threshold': 6.0, 'width': 8},
+  'fire_s': {'threshold': 6.0, 'width': 8},
+  't5': {'num_buckets': 8, 'max_distance': 12},
+}
+# A float32 logit after two layers of sums of 16 to 24 terms; logits are of order 1 to 4.
+ROUNDING = 1e-5
+
+every_encoding = pytest.mark.parametrize('name', encodings.ENCODINGS)
+
+
+def make(name='nope', options=None, **shape):
+  """Returns the tiny decoder with an encoding."""
+  encoding = encodings.get(name, **(OPTIONS.get(name, {}) if options is None else options))
+  return model.Transformer(config_lib.ModelConfig(**SHAPE | shape), encoding)
+
+
+@functools.cache
+def shapes(name='nope', **shape):
+  """Returns the tiny decoder's parameters as shapes."""
+  return jax.eval_shape(make(name, **shape).init, jax.random.key(0), tokens(1, 1))['params']
+
+
+@functools.cache
+def initial(name='nope', **shape):
+  """Returns random parameters, away from their start, where norms do nothing and biases are 0."""
+  rng = np.random.default_rng(5)
+
+  def draw(path, leaf):
+    mean = path[-1].key in ('scale_D', 'c', 'length_multiplier')
+    return jnp.asarray(mean + 0.25 * rng.normal(size=leaf.shape), jnp.float32)
+
+  return jax.tree_util.tree_map_with_path(draw, shapes(name, **shape))
+
+
+@functools.cache
+def _compiled(name, shape):
+  transformer = make(name, **dict(shape))
+  return jax.jit(lambda params, *args: transformer.apply({'params': params}, *args))
+
+
+def logits(name, params, *args, **shape):
+  """Returns logits_BLV of the tiny decoder, compiled once a length."""
+  return np.asarray(_compiled(name, tuple(sorted(shape.items())))(params, *args))
+
+
+def tokens(rows, length, seed=0):
+  return np.random.default_rng(seed).integers(0, VOCAB, (rows, length)).astype(np.int32)
+
+
+# Against the architecture
+
+
+def expected_logits(c, name, params, tokens_BL, **options):
+  """logits_BLV in float64 of tokens at positions 0, 1 ..., token by token where it can be."""
+  params = jax.tree.map(np.float64, params)
+  position_BL = np.broadcast_to(np.arange(tokens_BL.shape[1]), tokens_BL.shape)
+  visible_BQK = oracles.visible_pairs(position_BL, position_BL)
+
+  def norm(x_BLD, weights):
+    if c.norm == 'layernorm':
+      x_BLD = x_BLD - x_BLD.mean(axis=-1, keepdims=True)
+    root_mean_square = np.sqrt((x_BLD**2).mean(axis=-1, keepdims=True) + 1e-6)
+    return x_BLD / root_mean_square * weights['scale_D'] + weights.get('bias_D', 0.0)
+
+  def attention(x_BLD, weights):
+    query_BLHC = np.tensordot(x_BLD, weights['query_DHC'], 1)
+    key_BLGC = np.tensordot(x_BLD, weights['key_DGC'], 1)
+    value_BLGC = np.tensordot(x_BLD, weights['value_DGC'], 1)
+    logits_BHQK = oracles.logits(
+      name,
+      weights.get('encoding', params.get('encoding')),
+      query_BLHC,
+      key_BLGC,
+      position_BL,
+      position_BL,
+      only_BQK=visible_BQK,
+      **options,
+    )
+    out_BLHC = oracles.attention(logits_BHQK, visible_BQK, value_BLGC)
+    return np.tensordot(out_BLHC, weights['out_HCD'], 2)
+
+  def mlp(x_BLD, weights):
+    hidden_BLF = x_BLD @ weights['in_DF']
+    if c.activation == 'swiglu':
+      gate_BLF = x_BLD @ weights['gate_DF']
+      return (gate_BLF / (1 + np.exp(-gate_BLF)) * hidden_BLF) @ weights['out_FD']
+    inner_BLF = np.sqrt(2 / np.pi) * (hidden_BLF + 0.044715 * hidden_BLF**3)
+    return (0.5 * hidden_BLF * (1 + np.tanh(inner_BLF))) @ weights['out_FD']
+
+  x_BLD = params['embedding_VD'][tokens_BL] * np.sqrt(c.d_model)
+  x_BLD = oracles.embedded(name, params.get('encoding'), x_BLD, position_BL, **options)
+  for layer in range(c.num_layers):
+    block = params[f'block_{layer}']
+    x_BLD = x_BLD + attention(norm(x_BLD, block['attention_norm']), block['attention'])
+    x_BLD = x_BLD + mlp(norm(x_BLD, block['mlp_norm']), block['mlp'])
+  output_VD = params['embedding_VD'] if c.tied_embeddings else params['output_VD']
+  return norm(x_BLD, params['norm']) @ output_VD.T
+
+
+@pytest.mark.parametrize(
+  'shape',
+  [
+    {},
+    {'activation': 'swiglu', 'norm': 'rmsnorm', 'tied_embeddings': False},
+    {'activation': 'swiglu', 'num_kv_heads': 1, 'd_model': 12},
+    {'norm': 'rmsnorm', 'num_kv_heads': 4, 'head_dim': 6, 'num_layers': 3},
+  ],
+  ids=str,
+)
+def test_logits_are_those_of_the_architecture(shape):
+  params, tokens_BL = initial(**shape), tokens(2, 6)
+
+  logits_BLV = logits('nope', params, tokens_BL, **shape)
+
+  c = config_lib.ModelConfig(**SHAPE | shape)
+  assert logits_BLV.dtype == np.float32
+  expected_BLV = expected_logits(c, 'nope', params, tokens_BL)
+  np.testing.assert_allclose(logits_BLV, expected_BLV, rtol=0, atol=ROUNDING)
+
+
+@every_encoding
+def test_logits_are_those_of_the_architecture_under_every_encoding(name):
+  params, tokens_BL = initial(name), tokens(1, LENGTH)
+
+  logits_BLV = logits(name, params, tokens_BL)
+
+  options = OPTIONS.get(name, {})
+  expected_BLV = expected_logits(
+    config_lib.ModelConfig(**SHAPE), name, params, tokens_BL, **options
+  )
+  np.testing.assert_allclose(logits_BLV, expected_BLV, rtol=0, atol=ROUNDING)
+
+
+@pytest.mark.parametrize('tied', [True, False])
+def test_only_a_separate_output_has_a_matrix_of_its_own(tied):
+  names = set(shapes(tied_embeddings=tied))
+
+  assert names == {'embedding_VD', 'norm', 'block_0', 'block_1'} | (
+    set() if tied else {'output_VD'}
+  )
+
+
+# What a token sees
+
+
+@every_encoding
+def test_a_logit_depends_on_its_own_and_earlier_tokens_and_on_no_later_one(name):
+  """By gradient. With a separate output, a row of the embedding enters at its token alone."""
+  length = 8
+  transformer, params = make(name, tied_embeddings=False), initial(name)
+  tokens_1L = np.arange(length, dtype=np.int32)[None]
+  probe_V = np.random.default_rng(0).normal(size=VOCAB).astype(np.float32)
+
+  @jax.jit
+  @jax.jacrev
+  def gradient(embedding_VD):
+    changed = params | {'embedding_VD': embedding_VD, 'output_VD': params['embedding_VD']}
+    return transformer.apply({'params': changed}, tokens_1L)[0] @ probe_V
+
+  gradient_LVD = np.asarray(gradient(params['embedding_VD']))
+
+  size_LL = np.abs(gradient_LVD[:, :length]).max(axis=-1)
+  assert (size_LL[np.triu_indices(length, 1)] == 0).all()
+  assert (size_LL[np.tril_indices(length)] > 1e-4).all()
+
+
+@every_encoding
+def test_documents_of_a_packed_row_have_the_logits_they_have_alone(name):
+  params, lengths = initial(name), (3, 8, 5)
+  tokens_1L = tokens(1, LENGTH)
+  position_1L = np.concatenate([np.arange(n, dtype=np.int32) for n in lengths])[None]
+  segment_ids_1L = np.repeat(np.int32([1, 2, 3]), lengths)[None]
+
+  packed_1LV = logits(name, params, tokens_1L, position_1L, segment_ids_1L)
+
+  start = 0
+  for n in lengths:
+    alone_1LV = logits(name, params, np.pad(tokens_1L[:, start : start + n], ((0, 0), (0, 8 - n))))
+    found_1LV = packed_1LV[:, start : start + n]
+    np.testing.assert_allclose(found_1LV, alone_1LV[:, :n], rtol=0, atol=ROUNDING)
+    start += n
+
+
+@every_encoding
+def test_logits_of_a_prefix_do_not_change_when_the_sequence_grows(name):
+  params, tokens_BL = initial(name), tokens(1, LENGTH)
+
+  short_BLV = logits(name, params, tokens_BL[:, :8])
+  long_BLV = logits(name, params, tokens_BL)
+
+  np.testing.assert_allclose(long_BLV[:, :8], short_BLV, rtol=0, atol=ROUNDING)
+
+
+def test_logits_of_a_prefix_do_not_change_when_the_sequence_is_64_times_as_long():
+  params, tokens_BL = initial('fire'), tokens(1, 64 * 8)
+
+  short_BLV = logits('fire', params, tokens_BL[:, :8])
+  long_BLV = logits('fire', params, tokens_BL)
+
+  np.testing.assert_allclose(long_BLV[:, :8], short_BLV, rtol=0, atol=ROUNDING)
+
+
+def test_positions_are_0_to_the_length_unless_they_are_given():
+  params, tokens_BL = initial('sinusoidal'), tokens(2, LENGTH)
+  position_1L = np.arange(LENGTH, dtype=np.int32)[None]
+
+  implied_BLV = logits('sinusoidal', params, tokens_BL)
+  given_BLV = logits('sinusoidal', params, tokens_BL, position_1L)
+  doubled_BLV = logits('sinusoidal', params, tokens_BL, 2 * position_1L)
+
+  np.testing.assert_allclose(given_BLV, implied_BLV, rtol=0, atol=ROUNDING)
+  assert np.abs(doubled_BLV - implied_BLV).max() > 0.1
+
+
+def test_a_row_longer_than_a_learned_table_is_refused():
+  params = initial('learned')
+
+  logits('learned', params, tokens(1, LENGTH))
+  with pytest.raises(errors.UserError, match=r"length=17 is past the 16 .*'learned'"):
+    logits('learned', params, tokens(1, LENGTH + 1))
+
+
+# Ways to compute the same
+
+
+def restacked(params):
+  """The parameters of an unrolled model as those of a scan over its layers."""
+  blocks = [params[f'block_{layer}'] for layer in range(SHAPE['num_layers'])]
+  rest = {name: value for name, value in params.items() if not name.startswith('block_')}
+  return rest | {'blocks': jax.tree.map(lambda *leaves: jnp.stack(leaves), *blocks)}
+
+
+@functools.cache
+def value_and_gradient(name, **shape):
+  """Returns (logits_BLV, gradients as of the unrolled model), computed as `shape` says."""
+  transformer, tokens_BL = make(name, **shape), tokens(2, LENGTH)
+  arrange = restacked if shape.get('scan_layers') else lambda params: params
+
+  @jax.jit
+  @functools.partial(jax.grad, has_aux=True)
+  def gradient(params):
+    logits_BLV = transformer.apply({'params': arrange(params)}, tokens_BL)
+    return jnp.sin(logits_BLV).mean(), logits_BLV
+
+  gradients, logits_BLV = gradient(initial(name))
+  return logits_BLV, gradients
+
+
+@pytest.mark.parametrize(
+  'shape',
+  [
+    {'scan_layers': True},
+    {'remat': True},
+    {'attention': 'chunked'},
+    {'scan_layers': True, 'remat': True},
+  ],
+  ids=str,
+)
+@pytest.mark.parametrize('name', ['fire', 'fire_s'])
+def test_scan_remat_and_tiles_change_neither_logits_nor_gradients(name, shape):
+  """FIRE has parameters in each layer, FIRE-S one set for all."""
+  logits_BLV, gradients = value_and_gradient(name, attention='reference')
+
+  other_BLV, other_gradients = value_and_gradient(name, **{'attention': 'reference'} | shape)
+
+  np.testing.assert_allclose(other_BLV, logits_BLV, rtol=0, atol=ROUNDING)
+  for path, gradient in jax.tree_util.tree_leaves_with_path(gradients):
+    other = functools.reduce(lambda tree, key: tree[key.key], path, other_gradients)
+    # gradients of a mean over 1024 logits are of order 1e-2
+    np.testing.assert_allclose(other, gradient, rtol=1e-4, atol=1e-6, err_msg=str(path))
+
+
+def test_scanned_layers_start_from_different_parameters():
+  params = jax.jit(make('fire', scan_layers=True).init)(jax.random.key(0), tokens(1, 1))['params']
+
+  for path, leaf in jax.tree_util.tree_leaves_with_path(params['blocks']['attention']):
+    assert leaf.shape[0] == SHAPE['num_layers']
+    if path[-1].key not in ('c', 'length_multiplier'):
+      assert np.abs(leaf[0] - leaf[1]).max() > 1e-3, path
+
+
+def test_remat_keeps_less_for_the_backward_pass():
+  params, tokens_BL = initial(), tokens(2, LENGTH)
+
+  def kept(remat):
+    apply = functools.partial(make(remat=remat).apply, tokens_BL=tokens_BL)
+    backward = jax.eval_shape(lambda p: jax.vjp(lambda p: apply({'params': p}), p)[1], params)
+    return sum(leaf.size for leaf in jax.tree.leaves(backward))
+
+  assert kept(remat=True) < 0.7 * kept(remat=False)
+
+
+def test_fire_has_parameters_in_each_layer_and_fire_s_exactly_one_set():
+  def places(name, **shape):
+    leaves = jax.tree_util.tree_leaves_with_path(shapes(name, **shape))
+    paths = ['/'.join(key.key for key in path) for path, _ in leaves]
+    return {path.rpartition('/')[0] for path in paths if 'encoding' in path}
+
+  assert places('fire') == {f'block_{layer}/attention/encoding' for layer in (0, 1)}
+  assert places('fire', scan_layers=True) == {'blocks/attention/encoding'}
+  assert places('fire_s') == places('fire_s', scan_layers=True) == {'encoding'}
+  assert places('rope') == set()
+
+
+@pytest.mark.parametrize('implementation', ['auto', 'chunked'])
+def test_implementations_agree_on_packed_rows_longer_than_a_tile(implementation):
+  length, params = 150, initial('fire')
+  tokens_BL = tokens(2, length)
+  segment_ids_BL = np.int32([[1] * 100 + [2] * 50, [1] * 10 + [2] * 140])
+  position_BL = np.int32([[*range(100), *range(50)], [*range(10), *range(140)]])
+  args = (params, tokens_BL, position_BL, segment_ids_BL)
+
+  dense_BLV = logits('fire', *args, attention='reference')
+  other_BLV = logits('fire', *args, attention=implementation)
+
+  np.testing.assert_allclose(other_BLV, dense_BLV, rtol=0, atol=ROUNDING)
+
+
+def test_an_unknown_implementation_is_refused():
+  with pytest.raises(errors.UserError, match="implementation='dense'; known: auto"):
+    jax.eval_shape(make(attention='dense').init, jax.random.key(0), tokens(1, 1))
+
+
+@pytest.mark.parametrize('name', ['fire', 'xpos', 'learned'])
+def test_bfloat16_computes_near_float32_and_keeps_parameters_and_logits_float32(name):
+  params, tokens_BL = initial(name), tokens(2, LENGTH)
+
+  own = shapes(name, dtype='bfloat16')
+  logits_BLV = logits(name, params, tokens_BL)
+  half_BLV = logits(name, params, tokens_BL, dtype='bfloat16')
+
+  assert {leaf.dtype for leaf in jax.tree.leaves(own)} == {np.dtype(np.float32)}
+  assert half_BLV.dtype == np.float32
+  error_BLV = np.abs(half_BLV - logits_BLV)
+  # Some ten roundings to 8 bits, each 2^-9 of a value of up to 4, add up as a random walk.
+  assert 1e-4 < error_BLV.mean() < 0.02 and error_BLV.max() < 0.1
+
+
+@pytest.mark.parametrize('name', ['fire', 'rope'])
+def test_a_second_call_does_not_recompile(name):
+  transformer, params, traces = make(name), initial(name), []
+
+  @jax.jit
+  def apply(params, *args):
+    traces.append(name)
+    return transformer.apply({'params': params}, *args)
+
+  position_1L = np.arange(8, dtype=np.int32)[None]
+  apply(params, tokens(1, 8), position_1L)
+  apply(params, tokens(1, 8, seed=1), position_1L + 100)
+
+  assert len(traces) == 1
+
+
+# Training on one device
+
+
+def run_config(name='fire', **sections):
+  """Returns the config of a tiny run, without warmup, whose step is smooth in the gradient.
+
+  With Adam's epsilon far below a gradient, its first step is the sign of it, which rounding turns.
+  """
+  optimizer = {'learning_rate': 0.01, 'warmup_steps': 0, 'epsilon': 1e-2}
+  return config_lib.Config(
+    model=config_lib.ModelConfig(**SHAPE),
+    encoding=config_lib.EncodingConfig(name, tuple(sorted(OPTIONS.get(name, {}).items()))),
+    data=config_lib.DataConfig(length=LENGTH, batch_size=8),
+    optimizer=config_lib.OptimizerConfig(**optimizer | sections.get('optimizer', {})),
+    train=config_lib.TrainConfig(**sections.get('train', {})),
+  )
+
+
+def make_batch(packed=False, seed=0):
+  """Returns a batch of 8 rows whose weights are far from equal, in rows and in tokens."""
+  rng, tokens_BL = np.random.default_rng(seed), tokens(8, LENGTH + 1, seed)
+  weights_BL = rng.integers(0, 3, (8, LENGTH)).astype(np.float32)
+  weights_BL[[0, 2, 5]] = 0.0
+  position = np.arange(LENGTH, dtype=np.int32)[None]
+  first_of_second_B1 = rng.integers(1, LENGTH, (8, 1))
+  second_BL = (position >= first_of_second_B1).astype(np.int32)
+  return {
+    'inputs_BL': tokens_BL[:, :-1],
+    'targets_BL': tokens_BL[:, 1:],
+    'loss_weights_BL': weights_BL,
+    'position_BL': position - second_BL * first_of_second_B1.astype(np.int32)
+    if packed
+    else position,
+    'segment_ids_BL': second_BL + 1 if packed else None,
+  }
+
+
+@functools.cache
+def first_state():
+  return jax.jit(functools.partial(train.init, run_config()))()
+
+
+@functools.cache
+def one_step(accumulation, packed):
+  config = run_config(train={'accumulation': accumulation})
+  return jax.jit(functools.partial(train.step, config))(first_state(), make_batch(packed))
+
+
+@pytest.mark.parametrize(
+  ('accumulation', 'packed'),
+  [(2, False), (4, False), (4, True)],
+  ids=['2 parts, shared positions', '4 parts, shared positions', '4 parts, packed'],
+)
+def test_accumulation_gives_the_same_step_to_rounding(accumulation, packed):
+  """Its loss is the mean over all weighted tokens, whatever the parts weigh."""
+  state, values = one_step(1, packed)
+
+  other_state, other_values = one_step(accumulation, packed)
+
+  for name in ('loss', 'gradient_norm'):
+    np.testing.assert_allclose(other_values[name], values[name], rtol=1e-5)
+  jax.tree.map(
+    lambda other, leaf: np.testing.assert_allclose(other, leaf, rtol=1e-5, atol=2e-6),
+    other_state['params'],
+    state['params'],
+  )
+
+
+def test_the_loss_of_a_step_is_the_weighted_mean_before_it():
+  params, batch = first_state()['params'], make_batch(packed=True)
+
+  _, values = one_step(1, True)
+
+  logits_BLV = np.float64(
+    logits('fire', params, batch['inputs_BL'], batch['position_BL'], batch['segment_ids_BL'])
+  )
+  total_BL = np.log(np.exp(logits_BLV).sum(axis=-1))
+  chosen_BL = np.take_along_axis(logits_BLV, batch['targets_BL'][..., None], axis=-1)[..., 0]
+  expected = np.average(total_BL - chosen_BL, weights=batch['loss_weights_BL'])
+  np.testing.assert_allclose(values['loss'], expected, rtol=1e-5)
+
+
+def test_thirty_steps_overfit_one_batch_and_compile_once():
+  config = run_config(
+    optimizer={'learning_rate': 0.03, 'epsilon': 1e-8, 'weight_decay': 0.0}, train={'steps': 30}
+  )
+  state, batch, traces, losses = first_state(), make_batch(), [], []
+
+  @jax.jit
+  def step(state, batch):
+    traces.append('step')
+    return train.step(config, state, batch)
+
+  for _ in range(30):
+    state, values = step(state, batch)
+    losses.append(float(values['loss']))
+
+  assert losses[0] > 3.0 and losses[-1] < 0.5, losses
+  assert len(traces) == 1
+
+
+def test_the_first_loss_of_a_separate_output_is_near_log_of_the_vocabulary():
+  """Logits start as normal numbers of variance 1: log V + 1/2, to 0.25 in a mean of 128 tokens."""
+  transformer, batch = make(tied_embeddings=False), make_batch()
+
+  @jax.jit
+  def first_losses():
+    params = transformer.init(jax.random.key(0), batch['inputs_BL'])
+    return loss.token_losses(transformer.apply(params, batch['inputs_BL']), batch['targets_BL'])
+
+  assert abs(first_losses().mean() - (np.log(VOCAB) + 0.5)) < 0.25
+
+
+# Loss
+
+
+def test_token_losses_equal_float64_at_logits_of_any_size():
+  rng = np.random.default_rng(0)
+  scale_B11 = np.array([1e-3, 1.0, 100.0, 1e4, 1e30])[:, None, None]
+  logits_BLV = (rng.normal(size=(5, 6, VOCAB)) * scale_B11).astype(np.float32)
+  targets_BL = rng.integers(0, VOCAB, (5, 6))
+
+  loss_BL = loss.token_losses(logits_BLV, targets_BL)
+
+  exact_BLV = np.float64(logits_BLV)
+  highest_BL1 = exact_BLV.max(axis=-1, keepdims=True)
+  total_BL = np.log(np.exp(exact_BLV - highest_BL1).sum(axis=-1)) + highest_BL1[..., 0]
+  expected_BL = total_BL - np.take_along_axis(exact_BLV, targets_BL[..., None], axis=-1)[..., 0]
+  assert loss_BL.dtype == jnp.float32
+  # A difference of two numbers as large as the logits carries their rounding.
+  error_BL = np.abs(loss_BL - expected_BL) / np.maximum(1.0, np.abs(highest_BL1[..., 0]))
+  assert error_BL.max() < 1e-6
+
+
+def test_the_gradient_of_a_loss_is_softmax_minus_the_target_at_logits_of_any_size():
+  logits_BLV = jnp.float32([[[0.0, 1.0, 2.0], [1e4, 0.0, -1e4], [-1e30, 1e30, 0.0]]])
+
+  @jax.jit
+  @jax.grad
+  def gradient(logits_BLV):
+    return loss.token_losses(logits_BLV, jnp.int32([[2, 0, 0]])).sum()
+
+  gradient_BLV = gradient(logits_BLV)
+
+  weight_V = np.exp([0.0, 1.0, 2.0]) / np.exp([0.0, 1.0, 2.0]).sum()
+  expected_LV = [weight_V - [0, 0, 1], [0, 0, 0], [-1, 1, 0]]
+  np.testing.assert_allclose(gradient_BLV[0], expected_LV, atol=1e-6)

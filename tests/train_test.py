@@ -1,0 +1,202 @@
+"""Tests `../lex_fire/train.py` and `checkpoint.py`: runs, resumes, and what a run leaves behind."""
+
+import json
+import os
+import pathlib
+import signal
+import subprocess
+import sys
+import time
+
+import jax
+import numpy as np
+import pytest
+import tiny
+
+from lex_fire import checkpoint, errors, train
+
+
+@pytest.fixture(scope='module')
+def data(tmp_path_factory):
+  return tiny.write_corpus(tmp_path_factory.mktemp('corpus'))
+
+
+@pytest.fixture(scope='module')
+def whole(data, tmp_path_factory):
+  """A run from start to end, never interrupted."""
+  workdir = tmp_path_factory.mktemp('runs') / 'whole'
+  state = train.train(tiny.config(data), workdir)
+  return workdir, state
+
+
+def read_metrics(workdir):
+  """Returns the metrics of a run but for those that are measured in seconds."""
+  lines = (workdir / 'metrics.jsonl').read_text().splitlines()
+  rows = [json.loads(line) for line in lines]
+  return [{name: row[name] for name in row if 'per_second' not in name} for row in rows]
+
+
+def assert_equal_bits(tree, expected):
+  jax.tree.map(
+    lambda a, b: np.testing.assert_array_equal(np.asarray(a), np.asarray(b)), tree, expected
+  )
+
+
+def final_state(workdir, config):
+  """Returns what the newest checkpoint of a workdir holds."""
+  checkpoints = checkpoint.Checkpoints(workdir)
+  program = train.Program(config, train.sharding.make_mesh())
+  state = checkpoints.restore(checkpoints.latest(), program.abstract_state)
+  checkpoints.close()
+  return state
+
+
+def test_the_loss_falls_and_every_step_is_logged_once(whole):
+  workdir, _ = whole
+
+  rows = read_metrics(workdir)
+
+  trained = [row for row in rows if 'loss' in row]
+  assert [row['step'] for row in trained] == list(range(1, 13))
+  assert trained[-1]['loss'] < trained[0]['loss'] - 0.5
+  assert [row['step'] for row in rows if 'validation_loss' in row] == [4, 8, 12]
+  for row in trained:  # bytes: one token is one byte but for EOS, which stands for none
+    ratio = row['bits_per_byte'] / row['loss'] * np.log(2)
+    assert 1.0 < ratio < 1.001
+
+
+def test_tensorboard_gets_the_same_numbers(whole):
+  from tensorboard.backend.event_processing import event_accumulator
+
+  workdir, _ = whole
+  accumulator = event_accumulator.EventAccumulator(str(workdir))
+  accumulator.Reload()
+
+  logged = {event.step: event.value for event in accumulator.Scalars('loss')}
+
+  rows = {row['step']: row['loss'] for row in read_metrics(workdir) if 'loss' in row}
+  assert logged == pytest.approx(rows)
+
+
+def test_latest_and_best_checkpoints_are_kept(data, tmp_path):
+  config = tiny.config(data, train={'keep_latest': 1, 'keep_best': 1})
+  state = train.init(config)
+  checkpoints = checkpoint.Checkpoints(tmp_path, keep_latest=1, keep_best=1)
+
+  for step, loss in ((1, 3.0), (2, 1.0), (3, 2.0), (4, 2.5)):
+    checkpoints.save(step, state, loss)
+  checkpoints.close()
+
+  kept = sorted(int(path.name) for path in (tmp_path / 'checkpoints').iterdir())
+  assert kept == [2, 4]
+  assert checkpoint.Checkpoints(tmp_path).latest() == 4
+
+
+def test_a_finished_run_is_left_alone(whole, data, capsys):
+  workdir, state = whole
+  before = (workdir / 'metrics.jsonl').read_bytes()
+
+  again = train.train(tiny.config(data), workdir)
+
+  assert 'done already' in capsys.readouterr().out
+  assert (workdir / 'metrics.jsonl').read_bytes() == before
+  assert_equal_bits(again, state)
+
+
+def test_a_run_killed_again_and_again_equals_an_unbroken_one_bit_for_bit(whole, data, tmp_path):
+  workdir, state = whole
+  config = tiny.config(data)
+  command = [sys.executable, '-m', 'lex_fire.train', f'--workdir={tmp_path / "killed"}']
+  command += tiny.flags(tiny.values(data))
+  metrics_file = tmp_path / 'killed' / 'metrics.jsonl'
+
+  for lines in (3, 9):  # kill -9 once so many lines are there: before and after the first checkpoint
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+    deadline = time.monotonic() + 120
+    while not metrics_file.exists() or len(metrics_file.read_bytes().splitlines()) < lines:
+      assert process.poll() is None, process.stderr.read().decode()
+      assert time.monotonic() < deadline
+      time.sleep(0.002)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    process.stderr.close()
+  resumed = train.train(config, tmp_path / 'killed')
+
+  assert_equal_bits(resumed, state)
+  assert read_metrics(tmp_path / 'killed') == read_metrics(workdir)
+  assert_equal_bits(final_state(tmp_path / 'killed', config), final_state(workdir, config))
+
+
+def test_a_checkpoint_restores_to_another_mesh_bit_for_bit(whole, data):
+  workdir, state = whole
+  config = tiny.config(data, mesh={'data': 2, 'fsdp': 4})
+  program = train.Program(config, train.sharding.make_mesh(2, 4))
+  checkpoints = checkpoint.Checkpoints(workdir)
+
+  restored = checkpoints.restore(12, program.abstract_state)
+  checkpoints.close()
+
+  assert_equal_bits(restored, state)
+  embedding_VD = restored['params']['embedding_VD']
+  assert embedding_VD.sharding.spec == jax.sharding.PartitionSpec(None, ('fsdp',))
+
+
+def test_a_workdir_belongs_to_one_config(whole, data):
+  workdir, _ = whole
+  other = tiny.config(data, optimizer={'weight_decay': 0.5})
+
+  with pytest.raises(errors.UserError, match=r'optimizer.weight_decay=0.1 \(asked: 0.5\)'):
+    train.train(other, workdir)
+
+
+def test_a_config_that_is_no_json_is_refused(tmp_path):
+  (tmp_path / 'config.json').write_text('{"model"')
+
+  with pytest.raises(errors.UserError, match='config.json.* is not JSON'):
+    checkpoint.read_config(tmp_path)
+
+
+def test_a_workdir_that_cannot_be_written_is_refused(data, tmp_path):
+  (tmp_path / 'file').write_text('')
+
+  with pytest.raises(errors.UserError, match='cannot write workdir .*file/run.*Not a directory'):
+    train.train(tiny.config(data), tmp_path / 'file' / 'run')
+
+
+def test_a_vocabulary_larger_than_the_models_is_refused(data, tmp_path):
+  config = tiny.config(data, model={'vocab_size': 100})
+
+  with pytest.raises(errors.UserError, match='model.vocab_size=100 is less than the 259 ids'):
+    train.train(config, tmp_path)
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(data, tmp_path):
+  config = tiny.config(data, optimizer={'learning_rate': 1e30, 'warmup_steps': 1})
+
+  with pytest.raises(errors.UserError, match=r'loss=(nan|inf) at step \d+'):
+    train.train(config, tmp_path)
+
+  assert checkpoint.Checkpoints(tmp_path).latest() is None
+
+
+def test_isolated_documents_and_accumulation_train(data, tmp_path):
+  config = tiny.config(
+    data,
+    data={'isolate_documents': True, 'batch_size': 16},
+    train={'accumulation': 2, 'steps': 4},
+  )
+
+  train.train(config, tmp_path)
+
+  losses = [row['loss'] for row in read_metrics(tmp_path) if 'loss' in row]
+  assert losses[-1] < losses[0]
+
+
+def test_importing_the_library_imports_no_tensorflow():
+  code = (
+    'import sys, lex_fire, lex_fire.train, lex_fire.evaluate\n'
+    'assert not {"tensorflow", "seqio", "grain", "ml_collections"} & set(sys.modules)'
+  )
+  environment = {**os.environ, 'PYTHONPATH': str(pathlib.Path(__file__).parents[1])}
+
+  subprocess.run([sys.executable, '-c', code], check=True, env=environment)
