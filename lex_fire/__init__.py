@@ -1,0 +1,23 @@
+"""Transformers that are trained on short sequences and used on long ones.
+
+    import lex_fire
+    fire = lex_fire.encodings.get('fire', hidden_layers=2)
+
+`encodings` and `kernels` are pure functions; `model` is a Flax decoder that takes any of them;
+`config` and `presets` say what a run is; `train` and `evaluate` are the commands, as functions.
+"""
+
+import importlib
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+  from lex_fire import config, encodings, evaluate, kernels, model, presets, train
+
+__all__ = ['config', 'encodings', 'evaluate', 'kernels', 'model', 'presets', 'train']
+
+
+def __getattr__(name: str):
+  """Imports a room when it is first used: preparing data, say, needs no JAX."""
+  if name not in __all__:
+    raise AttributeError(f'module {__name__!r} has no attribute {name!r}')
+  return importlib.import_module(f'{__name__}.{name}')

@@ -22,7 +22,10 @@ TRAIN_MISTAKES = {
   'unknown option': ([QUICK, '--config.encoding.slope=1', '--workdir=WORKDIR'], 'threshold'),
   'unknown flag': ([QUICK, '--workdri=WORKDIR'], "'workdri'"),
   'no flag': ([QUICK, 'workdir'], "unknown argument 'workdir'; flags start with --"),
-  'unknown argument': ([QUICK + ':size=base', '--workdir=WORKDIR'], "'size=base'; known: encoding="),
+  'unknown argument': (
+    [QUICK + ':size=base', '--workdir=WORKDIR'],
+    "'size=base'; known: encoding=",
+  ),
   'unknown encoding': ([QUICK + ':encoding=rop', '--workdir=WORKDIR'], "'rop'; known: alibi, fire"),
   'unknown preset': ([TEXT + ':size=huge', '--workdir=WORKDIR'], "size='huge'; known: tiny, base"),
   'wrong type': ([QUICK, '--config.model.num_layers=2.5', '--workdir=WORKDIR'], "'2.5'"),
@@ -34,7 +37,10 @@ TRAIN_MISTAKES = {
     [LEARNED, '--config.encoding.max_length=100', '--workdir=WORKDIR'],
     'data.length=256 is past the 100 positions',
   ),
-  'mesh': ([QUICK, '--config.mesh.data=3', '--workdir=WORKDIR'], 'mesh data=3, fsdp=1 does not fit'),
+  'mesh': (
+    [QUICK, '--config.mesh.data=3', '--workdir=WORKDIR'],
+    'mesh data=3, fsdp=1 does not fit',
+  ),
   'batch': (
     [QUICK, '--config.data.batch_size=12', '--workdir=WORKDIR'],
     'B=12, which mesh axes data=8 x fsdp=1 do not divide',
@@ -48,7 +54,10 @@ EVALUATE_MISTAKES = {
   'workdir missing': ([], '--workdir is missing'),
   'no run': (['--workdir=EMPTY'], 'no run in workdir'),
   'no checkpoint': (['--workdir=CLAIMED'], 'no checkpoint in'),
-  'lengths': (['--workdir=CLAIMED', '--lengths=256,long'], '--lengths=256,long must be whole numbers'),
+  'lengths': (
+    ['--workdir=CLAIMED', '--lengths=256,long'],
+    '--lengths=256,long must be whole numbers',
+  ),
   'zero': (['--workdir=CLAIMED', '--lengths=0'], 'lengths=(0,)'),
   'protocol': (['--workdir=CLAIMED', '--protocol=same'], "'same'; known: windows, same_tokens"),
 }
@@ -73,7 +82,11 @@ def results(tmp_path_factory):
         f'--config.data.validation_files={root / "text.txt"}',
         f'--config.data.directory={root / "prepared"}',
       ]
-    return [argument.replace('WORKDIR', str(root / 'new')).replace('CLAIMED', str(claimed)).replace('EMPTY', str(root))]
+    return [
+      argument.replace('WORKDIR', str(root / 'new'))
+      .replace('CLAIMED', str(claimed))
+      .replace('EMPTY', str(root))
+    ]
 
   keys, commands = [], []
   for module, mistakes in (('train', TRAIN_MISTAKES), ('evaluate', EVALUATE_MISTAKES)):

@@ -602,7 +602,10 @@ def test_windows_lie_end_to_end_and_targets_follow_inputs():
   assert batch['loss_weights_BL'].tolist() == [[1, 1, 1], [1, 1, 1]]
   assert batch['position_BL'].tolist() == [[0, 1, 2]]
   assert batch['segment_ids_BL'] is None
-  dtypes = {key: str(batch[key].dtype) for key in ('inputs_BL', 'targets_BL', 'loss_weights_BL', 'position_BL')}
+  dtypes = {
+    key: str(batch[key].dtype)
+    for key in ('inputs_BL', 'targets_BL', 'loss_weights_BL', 'position_BL')
+  }
   assert dtypes == {
     'inputs_BL': 'int32',
     'targets_BL': 'int32',

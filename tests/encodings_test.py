@@ -48,9 +48,7 @@ def make(case):
   """Returns the encoding of a case, its parameters moved off any round value, and its options."""
   name, options = CASES[case]
   encoding = encodings.get(name, **options)
-  params = encoding.init(
-    jax.random.key(1), num_heads=NUM_HEADS, head_dim=HEAD_DIM, d_model=D_MODEL
-  )
+  params = encoding.init(jax.random.key(1), num_heads=NUM_HEADS, head_dim=HEAD_DIM, d_model=D_MODEL)
   if 'length_multiplier' in params:
     params['length_multiplier'] = jnp.float32(0.9)
   return encoding, params, options
@@ -326,9 +324,7 @@ def test_rotating_bfloat16_gives_bfloat16_near_the_oracle(case):
   assert query_BLHC.dtype == key_BLHC.dtype == jnp.bfloat16
   # A decay is no part of `rotate`: what it turns is RoPE's, with the pairing of its own factory.
   defaults = inspect.signature(encodings.ENCODINGS[CASES[case][0]]).parameters
-  turning = {
-    name: options.get(name, defaults[name].default) for name in ('base_period', 'pairing')
-  }
+  turning = {name: options.get(name, defaults[name].default) for name in ('base_period', 'pairing')}
   expected_BHQK = oracles.logits(
     'rope', {}, x_query_BLD, x_key_BLD, position_BL, position_BL, **turning
   )
@@ -406,9 +402,7 @@ def test_a_parameters_name_spells_its_axes(case):
 def test_init_is_a_function_of_its_key(case):
   name, options = CASES[case]
   encoding = encodings.get(name, **options)
-  init = functools.partial(
-    encoding.init, num_heads=NUM_HEADS, head_dim=HEAD_DIM, d_model=D_MODEL
-  )
+  init = functools.partial(encoding.init, num_heads=NUM_HEADS, head_dim=HEAD_DIM, d_model=D_MODEL)
 
   first, again, other = init(jax.random.key(3)), init(jax.random.key(3)), init(jax.random.key(4))
 
@@ -481,9 +475,7 @@ def test_fire_reads_the_size_of_c_and_multiplier_and_not_their_sign(case, name):
   position_BL = np.int32([WIDE])
 
   bias_BHQK = encoding.bias(params, position_BL, position_BL, NUM_HEADS)
-  flipped_BHQK = encoding.bias(
-    params | {name: -params[name]}, position_BL, position_BL, NUM_HEADS
-  )
+  flipped_BHQK = encoding.bias(params | {name: -params[name]}, position_BL, position_BL, NUM_HEADS)
 
   np.testing.assert_array_equal(bias_BHQK, flipped_BHQK)
 

@@ -385,9 +385,7 @@ def test_xpos_equals_the_oracle_at_a_million_positions(implementation, row):
   )
 
   visible_BQK = oracles.visible_pairs(position_BL, position_BL, segment_BL, segment_BL)
-  logits_BHQK = oracles.logits(
-    'xpos', {}, *arrays[:2], position_BL, position_BL, visible_BQK
-  )
+  logits_BHQK = oracles.logits('xpos', {}, *arrays[:2], position_BL, position_BL, visible_BQK)
   expected_BQHC = oracles.attention(logits_BHQK, visible_BQK, arrays[2])
   np.testing.assert_allclose(out_BQHC, expected_BQHC, atol=1e-4)
   for leaf in jax.tree.leaves(gradients):
@@ -464,16 +462,14 @@ def test_tiles_of_other_segments_are_never_visited():
 def test_a_tile_with_a_visible_pair_is_always_visited(mask, seed):
   """For any positions and segments, sorted or not."""
   rng = np.random.default_rng(seed)
-  segment_BL = np.sort(rng.integers(0, 6, (2, 80)).astype(np.int32), axis=1)
-  position_BL = rng.integers(0, [30, 1000][seed % 2], (2, 80)).astype(np.int32)
+  segment_BL = np.sort(rng.integers(0, 6, (1, 80)).astype(np.int32), axis=1)
+  position_BL = rng.integers(0, [30, 1000][seed % 2], (1, 80)).astype(np.int32)
   if seed % 3:
     position_BL = np.sort(position_BL, axis=1)
 
   for segments in (segment_BL, None):
-    visible_BQK = oracles.visible_pairs(
-      position_BL, position_BL, segments, segments, **MASKS[mask]
-    )
-    needed_IJ = visible_BQK.reshape(2, 5, BLOCK, 5, BLOCK).any(axis=(0, 2, 4))
+    visible_BQK = oracles.visible_pairs(position_BL, position_BL, segments, segments, **MASKS[mask])
+    needed_IJ = visible_BQK.reshape(1, 5, BLOCK, 5, BLOCK).any(axis=(0, 2, 4))
     assert not (needed_IJ & ~visits(MASKS[mask], position_BL, segments)).any()
 
 
@@ -556,9 +552,12 @@ def test_every_implementation_is_reached_by_name(implementation):
   np.testing.assert_allclose(attend_by_name(implementation), 1.0, rtol=1e-6)
 
 
-def test_auto_is_dense_up_to_512_by_512():
-  assert kernels.choose(512, 512) == kernels.choose(1, 512 * 512) == 'reference'
-  assert kernels.choose(513, 512) == 'chunked'
+@pytest.mark.parametrize('platform', kernels.MAX_DENSE_LOGITS)
+def test_auto_is_dense_up_to_the_limit_of_its_platform(platform):
+  limit = kernels.MAX_DENSE_LOGITS[platform]
+
+  assert kernels.choose(1, limit, platform) == kernels.choose(limit, 1, platform) == 'reference'
+  assert kernels.choose(1, limit + 1, platform) == 'chunked'
 
 
 @pytest.mark.parametrize(
@@ -568,7 +567,7 @@ def test_auto_is_dense_up_to_512_by_512():
     ({'num_kv_heads': 3}, 'num_kv_heads=3 must divide num_heads=4'),
     (
       {'name': 'xpos', 'scale_base': 1.0, 'length': 80, 'implementation': 'reference'},
-      "xpos decays too fast for one tile of 80 queries in float32 (at most 63); use "
+      'xpos decays too fast for one tile of 80 queries in float32 (at most 63); use '
       "implementation='chunked'",
     ),
   ],

@@ -151,7 +151,7 @@ def test_the_parameters_of_an_encoding_are_known_by_their_place(name, expected):
 
 
 def expected_steps(c, steps, params, gradients):
-  """AdamW by Loshchilov & Hutter 2019, algorithm 2, on {name: array}; gradients clipped together."""
+  """AdamW (Loshchilov & Hutter 2019, algorithm 2) of {name: array}, clipped by the norm of all."""
   params = {name: np.float64(value) for name, value in params.items()}
   first = {name: np.zeros_like(value) for name, value in params.items()}
   second = {name: np.zeros_like(value) for name, value in params.items()}

@@ -1,8 +1,8 @@
 """Position encodings and attention in float64 numpy, straight from the papers, to compare with.
 
 Nothing here imports the library or jax. An oracle speaks of one query at position i and one key at
-position j, in Python's exact integers; only heads and channels are arrays, named by their shape (see
-`lex_fire.encodings.base`). `logits` and `attention` loop over rows, queries and keys.
+position j, in Python's exact integers; only heads and channels are arrays, named by their shape
+(see `lex_fire.encodings.base`). `logits` and `attention` loop over rows, queries and keys.
 
     ORACLES[name].embed(params, n, d_model, **options) -> vector_D added to the token at n
     ORACLES[name].score(query_HC, key_HC, i, j, **options) -> score_H, the rotated dot product

@@ -53,7 +53,7 @@ def suffix(name):
 
 
 def name_of(node):
-  """Returns what `x_BL`, `self.x_BL` and `params['x_BL']` are called; None for other expressions."""
+  """Returns what `x_BL`, `self.x_BL` and `params['x_BL']` are called, or None."""
   if isinstance(node, ast.Name):
     return node.id
   if isinstance(node, ast.Attribute):
@@ -105,12 +105,19 @@ def suffixed_names(tree):
       yield node.lineno, name
 
 
+LATER = (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda)
+
+
+def is_for_types_only(node):
+  return isinstance(node, ast.If) and name_of(node.test) == 'TYPE_CHECKING'
+
+
 def imports(path, *, top_level_only):
   """Yields (line, module) of a file's imports, `from a import b` as a.b where that is a module."""
   waiting = [parse(path)]
   while waiting:
     node = waiting.pop()
-    if top_level_only and isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda):
+    if top_level_only and (isinstance(node, LATER) or is_for_types_only(node)):
       continue
     waiting += ast.iter_child_nodes(node)
     if isinstance(node, ast.Import):

@@ -8,7 +8,14 @@ import sys
 from lex_fire import config as config_lib
 from lex_fire import presets
 
-MODEL = {'num_layers': 2, 'd_model': 16, 'num_heads': 2, 'num_kv_heads': 1, 'head_dim': 8, 'd_ff': 32}
+MODEL = {
+  'num_layers': 2,
+  'd_model': 16,
+  'num_heads': 2,
+  'num_kv_heads': 1,
+  'head_dim': 8,
+  'd_ff': 32,
+}
 
 
 def write_corpus(directory: pathlib.Path) -> dict[str, str]:
@@ -51,7 +58,7 @@ def flags(fields: dict) -> list[str]:
   for section, section_fields in fields.items():
     for name, value in section_fields.items():
       if (section, name) != ('encoding', 'name'):
-          out.append(f'--config.{section}.{name}={value}')
+        out.append(f'--config.{section}.{name}={value}')
   return out
 
 

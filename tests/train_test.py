@@ -110,7 +110,10 @@ def test_a_run_killed_again_and_again_equals_an_unbroken_one_bit_for_bit(whole, 
   command += tiny.flags(tiny.values(data))
   metrics_file = tmp_path / 'killed' / 'metrics.jsonl'
 
-  for lines in (3, 9):  # kill -9 once so many lines are there: before and after the first checkpoint
+  for lines in (
+    3,
+    9,
+  ):  # kill -9 once so many lines are there: before and after the first checkpoint
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
     deadline = time.monotonic() + 120
     while not metrics_file.exists() or len(metrics_file.read_bytes().splitlines()) < lines:

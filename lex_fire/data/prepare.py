@@ -82,17 +82,17 @@ def _documents(task: seqio.Task, split: str) -> Iterator[stream.Document]:
 
 def _with_progress(documents: Iterator[stream.Document], name: str) -> Iterator[stream.Document]:
   """Passes documents on, and if that takes long keeps a line of progress on stderr."""
-  start = reported = time.monotonic()
-  tokens = 0
+  tokens, start, reported = 0, None, None
   for count, document in enumerate(documents, start=1):
+    now = time.monotonic()
+    start, reported = start or now, reported or now  # from the first document: imports are no pace
     yield document
     tokens += len(document.tokens_L)
-    now = time.monotonic()
     if now - reported > _SECONDS_BETWEEN_REPORTS:
       line = f'\r{name}: {count:,} documents, {tokens / (now - start):,.0f} tokens/s'
       print(line, end='', file=sys.stderr, flush=True)
       reported = now
-  if reported > start:
+  if reported != start:
     print(file=sys.stderr)
 
 

@@ -1,0 +1,295 @@
+"""Configs, presets and the files of configs/: what they refuse, and that what they make builds."""
+
+import functools
+import importlib.util
+import json
+import math
+import pathlib
+import re
+
+import jax
+import pytest
+
+from lex_fire import config as config_lib
+from lex_fire import encodings, errors, presets, train
+
+CONFIGS = pathlib.Path(__file__).parents[1] / 'configs'
+
+every_preset = pytest.mark.parametrize('size', presets.PRESETS)
+every_encoding = pytest.mark.parametrize('name', encodings.ENCODINGS)
+
+
+def make(size='tiny', name='rope', **sections):
+  return config_lib.Config.from_dict(presets.make(size, name, **sections))
+
+
+def get_config(file, arg):
+  spec = importlib.util.spec_from_file_location(file, CONFIGS / f'{file}.py')
+  module = importlib.util.module_from_spec(spec)
+  spec.loader.exec_module(module)
+  return module.get_config(arg)
+
+
+def count(tree):
+  return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(tree))
+
+
+@functools.cache
+def abstract_params(config):
+  return jax.eval_shape(functools.partial(train.init, config))['params']
+
+
+# Into a Config and out of it
+
+
+@every_preset
+@every_encoding
+def test_a_config_is_what_its_json_says(size, name):
+  config = make(size, name, data={'batch_size': 6}, optimizer={'beta1': 0.875})
+
+  text = json.dumps(config.to_dict())
+
+  assert config_lib.Config.from_dict(json.loads(text)) == config
+  assert config_lib.Config.from_dict(config.to_dict()) == config
+  assert config.data.batch_size == 6 and config.optimizer.beta1 == 0.875
+  assert config.encoding.name == name
+
+
+@every_encoding
+@pytest.mark.parametrize('file', ['quickstart', 'text'])
+def test_config_files_give_a_config_for_every_encoding(file, name):
+  values = get_config(file, f'encoding={name}')
+
+  config = config_lib.Config.from_dict(values)
+
+  assert config_lib.Config.from_dict(json.loads(json.dumps(config.to_dict()))) == config
+  assert config.encoding.make().name == name
+  assert count(abstract_params(config)) < 2e6
+
+
+@every_preset
+def test_the_text_config_takes_every_preset(size):
+  values = get_config('text', f'size={size},encoding=xpos').to_dict()
+
+  expected = presets.make(size, 'xpos', data={'task': 'text'})
+  assert config_lib.Config.from_dict(values) == config_lib.Config.from_dict(expected)
+
+
+def test_config_files_refuse_an_unknown_argument():
+  with pytest.raises(errors.UserError, match="'size=base'; known: encoding="):
+    get_config('quickstart', 'size=base')
+
+
+def test_equal_configs_are_one_key_and_a_change_is_another():
+  config = make('base', 'fire')
+
+  assert hash(config) == hash(make('base', 'fire'))
+  assert len({config, make('base', 'fire'), make('base', 'fire', train={'seed': 1})}) == 2
+  with pytest.raises(AttributeError):
+    config.train.seed = 1
+
+
+def test_options_of_an_encoding_reach_it_in_any_order():
+  values = make('tiny', 'learned', encoding={'max_length': 300}).to_dict()
+  assert config_lib.Config.from_dict(values).encoding.make().max_length == 300
+
+  fire = {'name': 'fire', 'width': 4, 'threshold': 9.0, 'c': 1.0, 'hidden_layers': 1}
+  backwards = dict(reversed(fire.items()))
+  of = config_lib.Config.from_dict
+  assert of(values | {'encoding': fire}) == of(values | {'encoding': backwards})
+
+
+def test_an_int_stands_for_a_float_and_a_list_for_a_tuple_and_both_are_converted():
+  config = make(optimizer={'clip_norm': 2}, evaluate={'lengths': [7, 8]})
+
+  assert type(config.optimizer.clip_norm) is float and config.optimizer.clip_norm == 2.0
+  assert config.evaluate.lengths == (7, 8)
+
+
+# Presets
+
+
+@every_preset
+@every_encoding
+def test_every_preset_initializes_abstractly_with_every_encoding(size, name):
+  config = make(size, name)
+
+  params = abstract_params(config)
+
+  own = config.encoding.make().init(
+    jax.random.key(0),
+    num_heads=config.model.num_heads,
+    head_dim=config.model.head_dim,
+    d_model=config.model.d_model,
+  )
+  copies = 1 if config.encoding.make().shared else config.model.num_layers
+  assert count(params) == count(abstract_params(make(size, 'nope'))) + copies * count(own)
+
+
+@pytest.mark.parametrize(
+  ('size', 'layers', 'width', 'hidden', 'published'),
+  [
+    ('base', 12, 768, 3072, 125e6),
+    ('large', 24, 1024, 4096, 350e6),
+    ('lex_medium', 24, 1024, 4096, 355e6),
+  ],
+)
+def test_presets_have_about_the_published_number_of_parameters(
+  size, layers, width, hidden, published
+):
+  """Within 15%: the papers name the sizes of GPT-3, whose vocabulary is 50,257 and not 32,128.
+
+  With it, the same layers and embeddings are within 2% (124M, 354M).
+  """
+  # Q, K, V and output of D x D, two matrices of D x F, scale and bias of two norms.
+  layer = 4 * width**2 + 2 * width * hidden + 4 * width
+  expected = layers * layer + 32_128 * width + 2 * width
+
+  parameters = count(abstract_params(make(size, 'nope')))
+
+  assert parameters == expected
+  assert abs(parameters / published - 1) < 0.15
+  assert abs((parameters + (50_257 - 32_128) * width) / published - 1) < 0.02
+
+
+def test_the_tiny_preset_is_the_defaults():
+  assert (
+    presets.make('tiny', 'nope')
+    == config_lib.Config(encoding=config_lib.EncodingConfig('nope')).to_dict()
+  )
+
+
+def test_changes_to_a_preset_replace_its_fields_and_no_others():
+  values = presets.make('base', 'fire', data={'length': 64}, encoding={'threshold': 9.0})
+
+  expected = presets.make('base', 'fire')
+  expected['data']['length'] = 64
+  expected['encoding']['threshold'] = 9.0
+  assert values == expected
+  assert presets.PRESETS['base']['data']['length'] == 2048
+
+
+# What is refused
+
+
+def refuses(message):
+  return pytest.raises(errors.UserError, match=re.escape(message))
+
+
+@pytest.mark.parametrize(
+  ('section', 'fields', 'message'),
+  [
+    ('model', {'activation': 'relu'}, "unknown model.activation='relu'; known: gelu, swiglu"),
+    ('model', {'norm': 'batch'}, "unknown model.norm='batch'; known: layernorm, rmsnorm"),
+    ('model', {'dtype': 'float16'}, "unknown model.dtype='float16'; known: float32, bfloat16"),
+    ('model', {'num_layers': 0}, 'model.num_layers=0 must be at least 1'),
+    ('model', {'d_model': -3}, 'model.d_model=-3 must be at least 1'),
+    ('model', {'num_heads': 0}, 'model.num_heads=0 must be at least 1'),
+    ('model', {'num_kv_heads': 0}, 'model.num_kv_heads=0 must be at least 1'),
+    ('model', {'head_dim': 0}, 'model.head_dim=0 must be at least 1'),
+    ('model', {'d_ff': 0}, 'model.d_ff=0 must be at least 1'),
+    ('model', {'vocab_size': 0}, 'model.vocab_size=0 must be at least 1'),
+    ('model', {'num_kv_heads': 3}, 'model.num_kv_heads=3 must divide model.num_heads=4'),
+    ('model', {'num_kv_heads': 8}, 'model.num_kv_heads=8 must divide model.num_heads=4'),
+    ('model', {'d_model': 16.0}, 'model.d_model=16.0 must be of type int'),
+    ('model', {'remat': 1}, 'model.remat=1 must be of type bool'),
+    ('model', {'num_layers': True}, 'model.num_layers=True must be of type int'),
+    ('model', {'dtype': None}, 'model.dtype=None must be of type str'),
+    ('model', {'width': 7}, "unknown config key 'model.width'; known: num_layers, d_model"),
+    ('data', {'length': 0}, 'data.length=0 must be at least 1'),
+    ('data', {'batch_size': 0}, 'data.batch_size=0 must be at least 1'),
+    ('data', {'lenght': 5}, "unknown config key 'data.lenght'; known: task"),
+    ('optimizer', {'beta1': '0.9'}, "optimizer.beta1='0.9' must be of type float"),
+    ('optimizer', {'warmup_steps': -1}, 'optimizer.warmup_steps=-1'),
+    ('optimizer', {'warmup_steps': 1000}, 'optimizer.warmup_steps=1000'),
+    ('mesh', {'model': 2}, "unknown config key 'mesh.model'; known: data, fsdp"),
+    ('train', {'steps': 0}, 'train.steps=0 must be at least 1'),
+    ('train', {'accumulation': 0}, 'train.accumulation=0 must be at least 1'),
+    ('train', {'accumulation': 3}, 'train.accumulation=3 must divide data.batch_size=8'),
+    ('train', {'log_every': 0}, 'train.log_every=0 must be at least 1'),
+    ('train', {'keep_latest': 0}, 'train.keep_latest=0 must be at least 1'),
+    ('evaluate', {'lengths': 5}, 'evaluate.lengths=5 must be of type tuple'),
+    ('evaluate', {'protocols': 'x'}, "unknown config key 'evaluate.protocols'"),
+    ('encoding', {'name': 'ropee'}, "unknown encoding 'ropee'; known: alibi, fire"),
+    ('encoding', {'treshold': 3.0}, "encoding 'rope' has no option 'treshold'; it takes: base_"),
+    ('schedule', {'kind': 'x'}, "unknown config key 'schedule'; known: model, encoding"),
+  ],
+  ids=str,
+)
+def test_a_value_out_of_range_is_refused_by_name_and_value(section, fields, message):
+  with refuses(message):
+    make(**{section: fields})
+
+
+@pytest.mark.parametrize('key', ['data', 'model', 'encoding'])
+def test_a_missing_section_is_refused_by_name(key):
+  values = make().to_dict()
+  del values[key]
+
+  with refuses(f"config key '{key}' is missing"):
+    config_lib.Config.from_dict(values)
+
+
+def test_a_missing_field_is_refused_by_name():
+  values = make().to_dict()
+  del values['train']['steps']
+
+  with refuses("config key 'train.steps' is missing"):
+    config_lib.Config.from_dict(values)
+
+
+def test_an_encoding_without_a_name_is_refused():
+  with refuses('unknown encoding None'):
+    config_lib.Config.from_dict(make().to_dict() | {'encoding': {}})
+
+
+def test_training_past_a_learned_table_is_refused():
+  make('tiny', 'learned', data={'length': 2048})
+
+  with refuses("data.length=2049 is past the 2048 positions of encoding 'learned'"):
+    make('tiny', 'learned', data={'length': 2049})
+  with refuses("data.length=256 is past the 100 positions of encoding 'learned'"):
+    make('tiny', 'learned', encoding={'max_length': 100})
+
+
+def test_an_unknown_preset_is_refused():
+  with refuses("unknown preset size='huge'; known: tiny, base, large, lex_medium"):
+    presets.make('huge', 'fire')
+
+
+def test_an_unknown_encoding_of_a_preset_is_refused():
+  with refuses("unknown encoding 'firee'; known: alibi, fire, fire_s"):
+    presets.make('tiny', 'firee')
+
+
+def test_own_text_needs_the_files_of_both_splits():
+  assert make().data.files is None
+  globs = {'train_files': 'a/*.txt', 'validation_files': 'b/*.txt'}
+  files = make(data={'task': 'text', **globs}).data.files
+  assert files == {'train': 'a/*.txt', 'validation': 'b/*.txt'}
+
+  with refuses("data.train_files='a/*.txt' and data.validation_files=''"):
+    _ = make(data={'task': 'text', 'train_files': 'a/*.txt'}).data.files
+
+
+# The argument of a config file
+
+
+@pytest.mark.parametrize(
+  ('arg', 'expected'),
+  [
+    ('', {'size': 'tiny', 'encoding': 'fire'}),
+    ('size=base', {'size': 'base', 'encoding': 'fire'}),
+    ('encoding=t5,size=large', {'size': 'large', 'encoding': 't5'}),
+    ('size=a=b,', {'size': 'a=b', 'encoding': 'fire'}),
+    ('size=', {'size': '', 'encoding': 'fire'}),
+  ],
+)
+def test_an_argument_is_names_and_values(arg, expected):
+  assert config_lib.parse_arg(arg, size='tiny', encoding='fire') == expected
+
+
+@pytest.mark.parametrize('part', ['sise=base', 'size', 'base', '=base', 'size:base'])
+def test_a_part_of_an_argument_that_is_no_known_name_and_value_is_refused(part):
+  with refuses(f'unknown config argument {part!r}; known: size=, encoding='):
+    config_lib.parse_arg(f'encoding=t5,{part}', size='tiny', encoding='fire')
