@@ -1,4 +1,7 @@
-"""Multi-head attention as a Flax module: project, rotate, attend, project; it owns its encoding's parameters."""
+"""Multi-head attention as a Flax module: project, rotate, attend, project.
+
+It owns its encoding's parameters.
+"""
 
 import math
 
@@ -52,9 +55,8 @@ class Attention(nn.Module):
     query_DHC = weight('query_DHC', (c.d_model, c.num_heads, c.head_dim), fan_in(1))
     key_DGC = weight('key_DGC', (c.d_model, c.num_kv_heads, c.head_dim), fan_in(1))
     value_DGC = weight('value_DGC', (c.d_model, c.num_kv_heads, c.head_dim), fan_in(1))
-    out_scale = (
-      2 * c.num_layers
-    ) ** -0.5  # keeps the residual stream's variance independent of depth
+    # Keeps the residual stream's variance independent of depth.
+    out_scale = (2 * c.num_layers) ** -0.5
     out_HCD = weight('out_HCD', (c.num_heads, c.head_dim, c.d_model), fan_in(2, out_scale))
     params = shared_params if self.encoding.shared else encoding_params(self, self.encoding, c)
 

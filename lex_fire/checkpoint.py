@@ -1,4 +1,4 @@
-"""Checkpoints by Orbax: saved in the background, the latest and the best kept, restored to any mesh."""
+"""Checkpoints by Orbax: saved in the background, latest and best kept, restored to any mesh."""
 
 import json
 import os
@@ -17,12 +17,12 @@ _METRIC = 'validation_loss'
 
 
 class Checkpoints:
-  """The checkpoints of a workdir; each has parameters and the optimizer's state as items of their own."""
+  """The checkpoints of a workdir; each has parameters and optimizer state as items of their own."""
 
   def __init__(self, workdir: str | pathlib.Path, keep_latest: int = 1, keep_best: int = 1):
     """Opens `workdir`/checkpoints, made if it is not there."""
-    # LatestN beside BestN: keeping only the best would delete the newest when it is worse, and a resume
-    # would go back in time.
+    # LatestN beside BestN: keeping only the best would delete the newest when it is worse, and a
+    # resume would go back in time.
     policy = preservation_policy.AnyPreservationPolicy(
       [
         preservation_policy.LatestN(keep_latest),
@@ -38,7 +38,7 @@ class Checkpoints:
     )
 
   def save(self, step: int, state: dict[str, Any], validation_loss: float) -> None:
-    """Saves the state after `step` steps; returns once it is copied, and writes in the background."""
+    """Saves the state after `step` steps: returns once it is copied, writes in the background."""
     items = {name: ocp.args.StandardSave(state[name]) for name in ('params', 'optimizer')}
     metrics = {_METRIC: validation_loss}
     self._manager.save(step, args=ocp.args.Composite(**items), metrics=metrics)

@@ -49,7 +49,7 @@ def run(main: Callable[[], None]) -> None:
 
 
 def _last_line(error: Exception) -> str:
-  """Returns what went wrong; of an error in a config file, which comes with its trace, the last line."""
+  """Returns what went wrong: the last line, as an error in a config file comes with its trace."""
   last = str(error).strip().splitlines()[-1].strip()
   last = last.removeprefix('lex_fire.errors.UserError: ')
   return f'cannot read --config: {last}' if isinstance(error, OSError) else last
@@ -86,7 +86,8 @@ def config() -> config_lib.Config:
   """Returns the config that the flags describe.
 
   Raises:
-    errors.UserError: if --config is missing or no readable file, or as config.Config.from_dict does.
+    errors.UserError: if --config is missing or no readable file, or as config.Config.from_dict
+      does.
   """
   if flags.FLAGS.config is None:
     raise errors.UserError('--config is missing, for example --config=configs/quickstart.py')

@@ -1,10 +1,11 @@
-"""What a run is, as frozen dataclasses; the only door through which a ConfigDict enters the library.
+"""What a run is, as frozen dataclasses.
 
-Every default lives here and nowhere else. Units are in the comments.
+The only door through which a ConfigDict enters the library. Every default lives here and nowhere
+else. Units are in the comments.
 """
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from lex_fire import encodings, errors
@@ -14,12 +15,12 @@ NORMS = ('layernorm', 'rmsnorm')
 DTYPES = ('float32', 'bfloat16')
 
 
-def _choice(name, value, known):
+def _choice(name: str, value: str, known: Sequence[str]) -> None:
   if value not in known:
     raise errors.UserError(f'unknown {name}={value!r}; known: {", ".join(known)}')
 
 
-def _at_least(least, **values):
+def _at_least(least: int, **values: int) -> None:
   for name, value in values.items():
     if value < least:
       raise errors.UserError(f'{name}={value} must be at least {least}')
@@ -51,9 +52,7 @@ class ModelConfig:
   activation: str = 'gelu'  # one of ACTIVATIONS; swiglu has a third matrix of d_ff columns
   norm: str = 'layernorm'  # one of NORMS
   tied_embeddings: bool = True  # logits from the token embeddings, or from a matrix of their own
-  scan_layers: bool = (
-    False  # one compiled block for all layers: compiles fast, 1.3 times slower on CPU
-  )
+  scan_layers: bool = False  # one compiled block for all: compiles fast, 1.3 times slower on CPU
   remat: bool = False  # recompute a block's activations in the backward pass
   dtype: str = 'float32'  # of activations; parameters are always float32
   attention: str = 'auto'  # a key of kernels.IMPLEMENTATIONS, or auto
@@ -72,7 +71,7 @@ class ModelConfig:
 
 @dataclasses.dataclass(frozen=True)
 class DataConfig:
-  """What is trained on: a seqio Task's `train` split, prepared once; its `validation` split judges."""
+  """What is trained on: a seqio Task's `train` split, prepared once; `validation` judges."""
 
   task: str = 'stdlib'  # stdlib, text, or a registered seqio Task
   train_files: str = ''  # glob of text files, plain or .gz, for task text
@@ -108,7 +107,7 @@ class OptimizerConfig:
   learning_rate: float = 1e-3  # at the end of the warmup
   warmup_steps: int = 100
   final_fraction: float = 0.1  # of learning_rate, at the last step
-  encoding_rate: float = 1.0  # learning rate of the encoding's parameters, as a multiple
+  encoding_rate: float = 1.0  # multiple of it at which the encoding's arrays learn
   beta1: float = 0.9
   beta2: float = 0.95
   epsilon: float = 1e-8
@@ -188,10 +187,10 @@ class Config:
     Raises:
       errors.UserError: for an unknown or missing key, a value of another type, or out of range.
     """
-    sections = {field.name: field.default for field in dataclasses.fields(cls)}
+    sections: dict[str, Any] = {field.name: field.default for field in dataclasses.fields(cls)}
     _check_keys('', values, sections)
     made = {
-      name: _section(name, type(default), values[name])
+      name: _section(name, default, values[name])
       for name, default in sections.items()
       if name != 'encoding'
     }
@@ -206,7 +205,7 @@ class Config:
     return values
 
 
-def _check_keys(prefix, values, known):
+def _check_keys(prefix: str, values: Mapping[str, Any], known: Mapping[str, Any]) -> None:
   for key in values:
     if key not in known:
       raise errors.UserError(f'unknown config key {prefix + key!r}; known: {", ".join(known)}')
@@ -215,19 +214,25 @@ def _check_keys(prefix, values, known):
       raise errors.UserError(f'config key {prefix + key!r} is missing')
 
 
-def _section(section, cls, values):
-  """Makes one dataclass; an int is taken for a float, a list for a tuple."""
-  defaults = {field.name: field.default for field in dataclasses.fields(cls)}
-  _check_keys(f'{section}.', values, defaults)
-  made = {}
+def _section(section: str, default: Any, values: Mapping[str, Any]) -> Any:
+  """Makes a dataclass like `default`; an int is taken for a float, a list for a tuple."""
+  kinds: dict[str, type[Any]] = {
+    field.name: type(getattr(default, field.name)) for field in dataclasses.fields(default)
+  }
+  _check_keys(f'{section}.', values, kinds)
+  made: dict[str, Any] = {}
   for key, value in values.items():
-    kind = type(defaults[key])
-    if (kind is float and type(value) is int) or (kind is tuple and isinstance(value, list)):
+    kind = kinds[key]
+    if _converts(value, kind):
       value = kind(value)
     if type(value) is not kind:
       raise errors.UserError(f'{section}.{key}={value!r} must be of type {kind.__name__}')
     made[key] = value
-  return cls(**made)
+  return dataclasses.replace(default, **made)
+
+
+def _converts(value: Any, kind: type[Any]) -> bool:
+  return (kind is float and type(value) is int) or (kind is tuple and isinstance(value, list))
 
 
 def parse_arg(arg: str, **defaults: str) -> dict[str, str]:

@@ -17,7 +17,6 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from absl import flags
 
@@ -57,9 +56,9 @@ def evaluate(
     progress: is called with a length and the tokens scored of it since the last call.
 
   Returns:
-    The report, of JSON values: protocol, checkpoint step, encoding, mask, tokenizer and so on; by length
-    the tokens scored, nats per token, its standard error, perplexity and bits per byte; and the loss by
-    position in the longest windows.
+    The report, of JSON values: protocol, checkpoint step, encoding, mask, tokenizer and so on; by
+    length the tokens scored, nats per token, its standard error, perplexity and bits per byte; and
+    the loss by position in the longest windows.
 
   Raises:
     errors.UserError: if the workdir has no run or no checkpoint, a length is past the encoding, or
@@ -152,7 +151,7 @@ def _losses(transformer, params, windows, progress):
 
 
 def _summary(length, loss_WL, windows, task):
-  """Returns the numbers of one length; the standard error takes documents, not tokens, as independent."""
+  """Returns the numbers of one length; its error takes documents, not tokens, as independent."""
   mean = float(loss_WL.mean(dtype=np.float64))
   excess_W = (loss_WL.astype(np.float64) - mean).sum(axis=1)
   excess_Z = np.bincount(windows.document_W, weights=excess_W)[np.unique(windows.document_W)]
@@ -180,7 +179,7 @@ def _by_position(loss_WL):
 
 
 def table(reports: Sequence[dict[str, Any]]) -> str:
-  """Returns the losses as text: a row a run, a column a length, and the change from first to last."""
+  """Returns the losses as text: a row a run, a column a length, the change from first to last."""
   lengths = [row['length'] for row in reports[0]['lengths']]
   width = max(len('run'), *(len(report['run']) for report in reports))
   lines = [f'{"run":<{width}}' + ''.join(f'{length:>9}' for length in lengths) + '   change']
@@ -194,7 +193,11 @@ def table(reports: Sequence[dict[str, Any]]) -> str:
 def write(
   reports: Sequence[dict[str, Any]], directory: pathlib.Path, name: str
 ) -> list[pathlib.Path]:
-  """Writes NAME.json, NAME.csv and NAME.png into a directory, each whole or not at all; returns the paths."""
+  """Writes NAME.json, NAME.csv and NAME.png into a directory, each whole or not at all.
+
+  Returns:
+    The paths.
+  """
   directory.mkdir(parents=True, exist_ok=True)
 
   def write_json(path):

@@ -1,4 +1,4 @@
-"""What a run reports: its numbers by step in metrics.jsonl and TensorBoard, and a line with the ETA."""
+"""What a run reports: numbers by step in metrics.jsonl and TensorBoard, and a line with the ETA."""
 
 import json
 import os
@@ -9,7 +9,8 @@ import jax
 
 from lex_fire import config as config_lib
 
-# Peak of dense bfloat16 products a chip [FLOP/s], from the vendors' data sheets; by JAX's device_kind.
+# Peak of dense bfloat16 products a chip [FLOP/s], from the vendors' data sheets; by JAX's
+# device_kind.
 PEAK_FLOPS = {
   'TPU v4': 275e12,
   'TPU v5 lite': 197e12,
@@ -25,10 +26,11 @@ PEAK_FLOPS = {
 def train_flops_per_token(c: config_lib.ModelConfig, length: int) -> float:
   """Returns the model FLOPs to train on one token: 6 P + 6 N H C (L + 1).
 
-  As in PaLM (Chowdhery et al. 2022, arXiv:2204.02311, appendix B): forward and backward are three times the forward, in
-  which each weight of a matrix product (P of them, the output layer's included) costs 2, and each of the
-  (L + 1) / 2 keys that a query sees on average costs 2 C a head for its logit and 2 C for its value (PaLM
-  counts all L keys). What rematerialization computes again does not count.
+  As in PaLM (Chowdhery et al. 2022, arXiv:2204.02311, appendix B): forward and backward are three
+  times the forward, in which each weight of a matrix product (P of them, the output layer's
+  included) costs 2, and each of the (L + 1) / 2 keys that a query sees on average costs 2 C a head
+  for its logit and 2 C for its value (PaLM counts all L keys). What rematerialization computes
+  again does not count.
   """
   projections = 2 * c.d_model * c.head_dim * (c.num_heads + c.num_kv_heads)
   mlp = (3 if c.activation == 'swiglu' else 2) * c.d_model * c.d_ff
@@ -37,7 +39,7 @@ def train_flops_per_token(c: config_lib.ModelConfig, length: int) -> float:
 
 
 def utilization(flops_per_second: float) -> float | None:
-  """Returns the fraction of all devices' peak that model FLOPs reach (MFU); None for an unlisted device."""
+  """Returns the fraction of all devices' peak that model FLOPs reach (MFU); None if unlisted."""
   peak = PEAK_FLOPS.get(jax.devices()[0].device_kind)
   return None if peak is None else flops_per_second / (peak * jax.device_count())
 
@@ -104,7 +106,7 @@ class Pace:
     self.resume(step)
 
   def resume(self, step: int) -> None:
-    """Says that a pause after `step` steps is over: the rate leaves it out, the time left does not."""
+    """Says that a pause after `step` steps is over: the rate leaves it out, not the time left."""
     self._last = (step, time.monotonic())
 
   def measure(self, step: int) -> tuple[float, float]:

@@ -1,5 +1,7 @@
 """The Transformer: embed, blocks of attention and MLP with norms before them, norm, logits."""
 
+from typing import Any, cast
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -127,7 +129,8 @@ class Transformer(nn.Module):
         block,
         variable_axes={'params': 0},
         split_rngs={'params': True},
-        in_axes=(nn.broadcast,) * len(rest),
+        # Flax leaves in_axes unannotated; a type checker takes it for the int of its default.
+        in_axes=cast(Any, (nn.broadcast,) * len(rest)),
         length=c.num_layers,
       )
       return block(c, self.encoding, self.mask, name='blocks')(x_BLD, *rest)[0]

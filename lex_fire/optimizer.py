@@ -1,4 +1,4 @@
-"""AdamW with linear warmup and cosine decay, clipped by global norm, weight decay on matrices only."""
+"""AdamW: linear warmup, cosine decay, clipped by global norm, weight decay on matrices only."""
 
 import jax
 import optax
@@ -8,7 +8,7 @@ from lex_fire import sharding
 
 
 def schedule(config: config_lib.Config) -> optax.Schedule:
-  """Learning rate by step: from 0 up to its peak over the warmup, then a cosine to final_fraction of it."""
+  """Learning rate by step: from 0 to its peak over the warmup, then a cosine to final_fraction."""
   c = config.optimizer
   return optax.warmup_cosine_decay_schedule(
     init_value=0.0,
@@ -26,7 +26,7 @@ def make(config: config_lib.Config) -> optax.GradientTransformation:
     optax.clip_by_global_norm(c.clip_norm),
     optax.scale_by_adam(b1=c.beta1, b2=c.beta2, eps=c.epsilon),
     optax.add_decayed_weights(c.weight_decay, mask=decays),
-    optax.masked(optax.scale(c.encoding_rate), is_encoding),
+    optax.masked(optax.scale(c.encoding_rate), encoding_weights),
     optax.scale_by_learning_rate(schedule(config)),
   )
 
@@ -38,9 +38,13 @@ def decays(params):
   )
 
 
-def is_encoding(params):
-  """Returns a tree of bools: the parameters of position encodings."""
-  return _by_path(params, lambda names: 'encoding' in names)
+def encoding_weights(params):
+  """Returns a tree of bools: the arrays of position encodings, which learn at `encoding_rate`.
+
+  A bias must come to differ by many nats between near and far, which takes small steps long. A
+  scalar (FIRE's c and the multiplier of L) is a factor of order 1, for which they are right.
+  """
+  return _by_path(params, lambda names: 'encoding' in names and sharding.suffix(names[-1]) != '')
 
 
 def _by_path(params, choose):

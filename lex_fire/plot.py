@@ -6,7 +6,10 @@ from typing import Any
 
 
 def lengths(reports: Sequence[dict[str, Any]], path: pathlib.Path) -> None:
-  """Draws reports of `evaluate`: loss by length with standard errors, and by position in the longest windows."""
+  """Draws reports of `evaluate`.
+
+  Loss by length with standard errors, and by position in the longest windows.
+  """
   from matplotlib.figure import Figure
   from matplotlib.ticker import FuncFormatter
 

@@ -1,8 +1,8 @@
 """Runs as published, as data: what a preset says replaces the defaults of `config`.
 
-`base` and `large` are FIRE's (Li et al. 2023, arXiv:2310.04418, section 4 and appendix), `lex_medium` is LeX's
-(Sun et al. 2022, arXiv:2212.10554, section 4). The papers' text leaves open the warmup of FIRE and both weight
-decays; those are ours.
+`base` and `large` are FIRE's (Li et al. 2023, arXiv:2310.04418, section 4 and appendix),
+`lex_medium` is LeX's (Sun et al. 2022, arXiv:2212.10554, section 4). The papers' text leaves open
+the warmup of FIRE and both weight decays; those are ours.
 """
 
 from typing import Any

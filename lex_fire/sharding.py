@@ -1,7 +1,8 @@
 """How arrays lie on a mesh: one table from the letters of an array's shape suffix to mesh axes.
 
-`jax.jit` with these shardings is pjit. Parameters carry their shape in their name ('query_DHC'), so a
-rule needs neither wrappers nor a second list of axes, and the optimizer's copies follow by themselves.
+`jax.jit` with these shardings is pjit. Parameters carry their shape in their name ('query_DHC'), so
+a rule needs neither wrappers nor a second list of axes, and the optimizer's copies follow by
+themselves.
 """
 
 import math
@@ -15,8 +16,8 @@ from lex_fire import errors
 
 AXES = ('data', 'fsdp')
 
-# Letter of a dimension -> mesh axes that split it. An array uses an axis once: the first letter takes it,
-# so an activation [B, L, D] is split by batch, and a parameter [D, F] by D.
+# Letter of a dimension -> mesh axes that split it. An array uses an axis once: the first letter
+# takes it, so an activation [B, L, D] is split by batch, and a parameter [D, F] by D.
 RULES = {'B': ('data', 'fsdp'), 'D': ('fsdp',)}
 
 
@@ -78,7 +79,10 @@ def spec(
 
 
 def of_tree(tree, mesh: Mesh):
-  """Returns the NamedSharding of each array of a pytree of named arrays (parameters, optimizer state, batch)."""
+  """Returns the NamedSharding of each array of a pytree of named arrays.
+
+  Such as parameters, optimizer state, or a batch.
+  """
 
   def of_leaf(path, leaf):
     name = next((str(key.key) for key in reversed(path) if hasattr(key, 'key')), '')
@@ -88,7 +92,7 @@ def of_tree(tree, mesh: Mesh):
 
 
 def constrain(array: jax.Array, letters: str) -> jax.Array:
-  """Asks the compiler to lay an activation out by RULES on the mesh of `jax.set_mesh`; no mesh, no effect."""
+  """Asks the compiler to lay an activation out by RULES on the mesh of `jax.set_mesh`, if any."""
   mesh = jax.sharding.get_abstract_mesh()
   if mesh.empty or math.prod(mesh.shape.values()) == 1:
     return array

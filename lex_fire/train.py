@@ -8,7 +8,7 @@ import functools
 import math
 import pathlib
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -40,6 +40,7 @@ def loss_sums(transformer: model.Transformer, params, batch: Batch) -> tuple[jax
   logits_BLV = transformer.apply(
     {'params': params}, batch['inputs_BL'], batch['position_BL'], batch['segment_ids_BL']
   )
+  logits_BLV = cast(jax.Array, logits_BLV)  # Flax returns a pair only if asked by `mutable`
   loss_BL = loss.token_losses(logits_BLV, batch['targets_BL']) * batch['loss_weights_BL']
   return loss_BL.sum(), batch['loss_weights_BL'].sum()
 
@@ -78,14 +79,20 @@ def step(
 
 
 def _split(x, parts):
-  """[B, ...] -> [parts, B / parts, ...], every part with rows of every device; a leading 1 repeats."""
+  """Cuts rows in parts, each with rows of every device; a leading 1 repeats.
+
+  [B, ...] -> [parts, B / parts, ...]
+  """
   if x.shape[0] == 1:
     return jnp.broadcast_to(x[None], (parts, *x.shape))
   return jnp.swapaxes(x.reshape(-1, parts, *x.shape[1:]), 0, 1)
 
 
 class Program:
-  """A run's computations, compiled for its mesh: init, step and loss_sums over sharded states and batches."""
+  """A run's computations, compiled for its mesh.
+
+  They are init, step and loss_sums, over sharded states and batches.
+  """
 
   def __init__(self, config: config_lib.Config, mesh: jax.sharding.Mesh):
     """Lays the state and the batches out on the mesh; nothing is computed yet.
@@ -172,7 +179,7 @@ class Data:
     return windows, prepared.manifest
 
   def validation_batches(self) -> Iterator[Batch]:
-    """Yields the first train.validation_windows windows of the validation split, always the same."""
+    """Yields the first train.validation_windows windows of the validation split, every time."""
     return batches.batches_in_order(
       self._validation,
       self._config.data.batch_size,
@@ -183,7 +190,7 @@ class Data:
 
 
 class Reporter:
-  """Writes and prints the numbers of a step once the next one is under way, so that none waits for it."""
+  """Writes and prints a step's numbers once the next is under way, so that none waits for it."""
 
   def __init__(self, config: config_lib.Config, workdir: pathlib.Path, first_step: int, manifest):
     """Opens the logs; `manifest` says how many bytes a token stands for."""
@@ -225,7 +232,8 @@ class Reporter:
     rate, seconds_left = self._pace.measure(done)
     values |= {
       'bits_per_byte': values['loss'] * self._bits_per_byte,
-      'learning_rate': float(self._schedule(done - 1)),
+      # optax's type of a rate admits complex numbers
+      'learning_rate': float(cast(float, self._schedule(done - 1))),
       'tokens_per_second': rate,
       'model_flops_per_second': rate * self._flops,
     }
@@ -279,8 +287,8 @@ def validate(program: Program, params, data: Data) -> float:
 def train(config: config_lib.Config, workdir: str | pathlib.Path) -> State:
   """Trains to config.train.steps, from the newest checkpoint of `workdir` if it has one.
 
-  A batch is a function of seed and step alone and the state is restored bit for bit, so a run that was
-  killed at any moment and started again ends as one that was not.
+  A batch is a function of seed and step alone and the state is restored bit for bit, so a run that
+  was killed at any moment and started again ends as one that was not.
 
   Args:
     config: of the run; a workdir belongs to one config.
@@ -290,8 +298,8 @@ def train(config: config_lib.Config, workdir: str | pathlib.Path) -> State:
     The final state.
 
   Raises:
-    errors.UserError: if the workdir holds another config, the data cannot be read, the mesh does not
-      divide the batch or a parameter, or the loss is not finite.
+    errors.UserError: if the workdir holds another config, the data cannot be read, the mesh does
+      not divide the batch or a parameter, or the loss is not finite.
   """
   workdir = pathlib.Path(workdir)
   mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp)

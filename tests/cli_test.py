@@ -12,7 +12,8 @@ QUICK = '--config=configs/quickstart.py'
 TEXT = '--config=configs/text.py'
 LEARNED = '--config=configs/quickstart.py:encoding=learned'
 
-# Arguments of `python -m lex_fire.train`, and what the one line on stderr says. WORKDIR is a new folder.
+# Arguments of `python -m lex_fire.train`, and what the one line on stderr says. WORKDIR is a new
+# folder.
 TRAIN_MISTAKES = {
   'config missing': (['--workdir=WORKDIR'], '--config is missing, for example --config=configs/'),
   'workdir missing': ([QUICK], '--workdir is missing'),

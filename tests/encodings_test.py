@@ -218,7 +218,7 @@ def exact_angles(position, num_pairs, base_period):
 @pytest.mark.parametrize('base_period', [10_000, 500_000, 2])
 def test_rotations_are_exact_to_the_last_position(base_period):
   position_L = [0, 1, 3, 511, 65_535, 65_536, 2**20 - 1, 2**20, 2**24 + 1, 2**30 + 7, 2**31 - 1]
-  turn_R = rotary.turns_per_token(8, float(base_period))
+  turn_R = rotary.turns_per_token(16, float(base_period))
 
   cos_BLR, sin_BLR = rotary.cos_sin(np.int32([position_L]), turn_R)
 
@@ -516,6 +516,9 @@ def test_learned_positions_past_the_table_are_nan():
     ('learned', {'max_length': 0}, 'max_length=0'),
     ('rope', {'pairing': 'thirds'}, "pairing='thirds'; known: halves, interleaved"),
     ('xpos', {'pairing': 'thirds'}, "pairing='thirds'"),
+    ('rope', {'base_period': 0.0}, 'base_period=0.0 above 0'),
+    ('xpos', {'base_period': -1.0}, 'base_period=-1.0 above 0'),
+    ('fire', {'name': 'x'}, "'fire' has no option 'name'"),
     ('xpos', {'gamma': 0.0}, 'gamma=0.0'),
     ('xpos', {'scale_base': -512.0}, 'scale_base=-512.0'),
     ('t5', {'num_buckets': 7}, 'num_buckets=7'),
@@ -526,6 +529,14 @@ def test_learned_positions_past_the_table_are_nan():
 def test_mistakes_are_answered_with_their_value(name, options, message):
   with pytest.raises(errors.UserError, match=re.escape(message)):
     encodings.get(name, **options)
+
+
+@pytest.mark.parametrize('name', encodings.ENCODINGS)
+def test_options_are_the_defaults_that_get_accepts(name):
+  options = encodings.options(name)
+
+  assert 'name' not in options
+  assert encodings.get(name, **options).name == name
 
 
 @pytest.mark.parametrize('name', ['rope', 'xpos'])

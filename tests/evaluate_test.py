@@ -38,7 +38,7 @@ def report(workdir):
 
 
 def losses_by_hand(workdir, protocol, length, max_tokens):
-  """Scores windows one by one with the model's own logits and a float64 softmax: {document: losses}."""
+  """Scores windows one by one with a float64 softmax of the model's logits: {document: losses}."""
   config = evaluate.checkpoint.read_config(workdir)
   transformer = train.make_model(config)
   _, params = evaluate._restore(config, workdir, evaluate.sharding.make_mesh())

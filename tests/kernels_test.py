@@ -567,8 +567,8 @@ def test_auto_is_dense_up_to_the_limit_of_its_platform(platform):
     ({'num_kv_heads': 3}, 'num_kv_heads=3 must divide num_heads=4'),
     (
       {'name': 'xpos', 'scale_base': 1.0, 'length': 80, 'implementation': 'reference'},
-      'xpos decays too fast for one tile of 80 queries in float32 (at most 63); use '
-      "implementation='chunked'",
+      'decay of -1.3 nats a token is too fast for one tile of 80 queries in float32 (at most 63); '
+      "use implementation='chunked'",
     ),
   ],
 )
@@ -589,3 +589,23 @@ def test_mistakes_are_answered_with_their_value(options, message):
 def test_masks_refuse_what_they_cannot_mean(fields, message):
   with pytest.raises(errors.UserError, match=message):
     kernels.Mask(**fields)
+
+
+def test_a_decay_over_more_positions_than_float32_can_hold_is_nan_and_not_wrong():
+  encoding = encodings.get('xpos')
+  position_BL = jnp.array([[0, 1, 100_000, 100_001]])
+  x_BLHC = jnp.ones((1, 4, 1, 8))
+
+  out_BLHC = kernels.attention(
+    x_BLHC,
+    x_BLHC,
+    x_BLHC,
+    encoding=encoding,
+    params={},
+    query_position_BQ=position_BL,
+    key_position_BK=position_BL,
+    implementation='reference',
+  )
+
+  assert np.isnan(out_BLHC[0, :2]).all()
+  assert np.isfinite(out_BLHC[0, 2:]).all()

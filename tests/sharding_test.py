@@ -15,7 +15,7 @@ from jax.sharding import PartitionSpec
 from lex_fire import config as config_lib
 from lex_fire import errors, sharding, train
 
-LENGTH, VOCAB, NUM_LAYERS = 16, 32, 2
+LENGTH, VOCAB, NUM_LAYERS = 16, 32, 1
 MESHES = [(8, 1), (4, 2), (1, 8)]
 # A run with FIRE, and one whose batch is computed in two parts.
 RUNS = {'fire': 1, 'rope': 2}

@@ -48,7 +48,7 @@ KEY = dimension_key()
 
 def suffix(name):
   """Returns the shape suffix of `value_BKGC` or `pair_BLR2`; None for constants and bare names."""
-  match = re.fullmatch(r'_?[a-z][a-z0-9_]*_([A-Z0-9]+)', name)
+  match = re.fullmatch(r'_?[a-z][a-z0-9_]*_(\d*[A-Z][A-Z0-9]*)', name)
   return match and match.group(1)
 
 

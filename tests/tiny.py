@@ -33,7 +33,7 @@ def write_corpus(directory: pathlib.Path) -> dict[str, str]:
 
 
 def values(corpus: dict[str, str], name: str = 'fire', **sections) -> dict:
-  """Returns the config of a tiny run on a corpus, with encoding `name`, as nested dicts; `sections` override."""
+  """Returns the config of a tiny run with encoding `name`, as nested dicts; `sections` override."""
   fields = {
     'model': MODEL,
     'data': {**corpus, 'length': 32, 'batch_size': 8},
@@ -64,7 +64,7 @@ def flags(fields: dict) -> list[str]:
 
 _DRIVER = """
 import io, json, os, runpy, sys, tempfile
-import lex_fire.train, lex_fire.evaluate  # once for all commands; JAX starts no thread before it is used
+import lex_fire.train, lex_fire.evaluate  # once for all; JAX starts no thread before it is used
 results = []
 for module, *arguments in json.load(sys.stdin):
   with tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as err:
@@ -98,7 +98,7 @@ json.dump(results, sys.stdout)
 
 
 def run_commands(commands: list[list[str]]) -> list[tuple[int, str, str]]:
-  """Runs `python -m MODULE ARGUMENTS...` for each [MODULE, *ARGUMENTS]; returns status, stdout and stderr.
+  """Runs `python -m MODULE ARGUMENTS...` for each; returns status, stdout and stderr.
 
   One interpreter imports the library and forks for each, so that a command costs no import.
   """

@@ -1,14 +1,18 @@
-"""Position encodings: the registry. Adding one is a file, a line here and an oracle in the tests."""
+"""Position encodings: the registry.
+
+Adding one is a file, a line here and an oracle in the tests.
+"""
 
 import functools
 import inspect
+from collections.abc import Callable
 from typing import Any
 
 from lex_fire import errors
 from lex_fire.encodings import alibi, fire, learned, nope, rope, sinusoidal, t5, xpos
 from lex_fire.encodings.base import Encoding
 
-ENCODINGS = {
+ENCODINGS: dict[str, Callable[..., Encoding]] = {
   'nope': nope.nope,
   'sinusoidal': sinusoidal.sinusoidal,
   'learned': learned.learned,
@@ -21,7 +25,7 @@ ENCODINGS = {
 }
 
 
-def get(name: str, **changes) -> Encoding:
+def get(name: str, /, **changes: Any) -> Encoding:
   """Makes the encoding registered as `name`.
 
   Args:
@@ -52,6 +56,6 @@ def options(name: str) -> dict[str, Any]:
   if name not in ENCODINGS:
     raise errors.UserError(f'unknown encoding {name!r}; known: {", ".join(sorted(ENCODINGS))}')
   factory = ENCODINGS[name]
-  fixed = factory.keywords if isinstance(factory, functools.partial) else {}
   parameters = inspect.signature(factory).parameters.values()
+  fixed = factory.keywords if isinstance(factory, functools.partial) else {}
   return {p.name: p.default for p in parameters if p.name != 'name' and p.name not in fixed}

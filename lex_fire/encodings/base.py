@@ -6,14 +6,14 @@ and an evaluation 64 times past training are the same call. Nothing here knows F
 The dimension key of the whole project (one capital a dimension, as the suffix of an array's name):
 
   B batch         L sequence (queries = keys)     Q queries       K keys
-  H heads         G heads of keys and values      M query heads to each of those
-  D model width   C channels per head             R rotation pairs (C / 2)
+  H heads         G heads of keys and values      C channels per head
+  D model width   R rotation pairs (C / 2)        P the two of a pair
   F feed-forward  V vocabulary                    N layers
   W, X widths of an encoding's MLP                Z buckets, or rows of a table
   I, J blocks of queries and of keys              1 a broadcast dimension
 
-A position array named `_BL` may have a leading 1: all rows then share their positions, and a bias is
-computed once for the batch.
+A position array named `_BL` may have a leading 1: all rows then share their positions, and a bias
+is computed once for the batch.
 """
 
 from collections.abc import Callable
@@ -33,8 +33,8 @@ class Encoding(NamedTuple):
       sum_c rotate(q, i)_c rotate(k, j)_c exp(log_decay_c (i - j)) / sqrt(C)  +  bias(i, j).
 
   A multiplicative decay is handed over as its rate and not applied by `rotate`, since only i - j
-  matters: whoever computes a tile of logits subtracts an origin near it, so that neither factor leaves
-  float32's range at any length, and rotated keys can be cached.
+  matters: whoever computes a tile of logits subtracts an origin near it, so that neither factor
+  leaves float32's range at any length, and rotated keys can be cached.
 
   Attributes:
     name: as registered.
@@ -42,8 +42,8 @@ class Encoding(NamedTuple):
     embed: (params, position_BL, d_model) -> float32 [B, L, D] added to token embeddings, or None.
     rotate: (params, x_BLHC, position_BL) -> x_BLHC in x's dtype, or None.
     log_decay: head_dim -> log_decay_C, static numpy float64 <= 0, nats per token, or None.
-    bias: (params, query_position_BQ, key_position_BK, num_heads) -> bias_BHQK, float32 nats added to
-      the scaled logits, or None. Finite, with finite gradient, for keys after the query too.
+    bias: (params, query_position_BQ, key_position_BK, num_heads) -> bias_BHQK, float32 nats added
+      to the scaled logits, or None. Finite, with finite gradient, for keys after the query too.
     shared: whether one set of parameters serves all layers (FIRE-S, and whatever is only embedded).
     shift_invariant: whether adding one number to all positions leaves the logits as they are.
     learned: whether `params` holds anything.
@@ -62,12 +62,12 @@ class Encoding(NamedTuple):
   max_length: int | None = None
 
 
-def no_parameters(rng, *, num_heads: int, head_dim: int, d_model: int) -> Params:
+def no_parameters(rng: jax.Array, *, num_heads: int, head_dim: int, d_model: int) -> Params:
   """The `init` of an encoding that learns nothing."""
   del rng, num_heads, head_dim, d_model
   return {}
 
 
 def distance(query_position_BQ: jax.Array, key_position_BK: jax.Array) -> jax.Array:
-  """Returns i - j as int32 [B, Q, K]: exact at every length, positive where the key is in the past."""
+  """Returns i - j as int32 [B, Q, K], exact at every length; positive for a key in the past."""
   return query_position_BQ[:, :, None] - key_position_BK[:, None, :]

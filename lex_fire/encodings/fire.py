@@ -1,8 +1,11 @@
-"""FIRE: a learned function of the log-distance, normalised by the query's position (Li et al. 2023, arXiv:2310.04418, section 3).
+"""FIRE: a learned function of the log-distance, normalised by the query's position.
+
+Li et al. 2023, arXiv:2310.04418, section 3:
 
     b_h(i, j) = f_h( psi(i - j) / psi(max(L, i)) ),   psi(x) = log(c x + 1)
 
-Every input to f lies in [0, 1] at every length: a longer sequence is interpolated, never extrapolated.
+Every input to f lies in [0, 1] at every length: a longer sequence is interpolated, never
+extrapolated.
 """
 
 import functools
@@ -16,13 +19,22 @@ from lex_fire.encodings import base
 EPSILON = 1e-6  # added to the denominator, as in the paper's appendix
 
 
-def _uniform(rng, fan_in, shape):
-  """The paper's code is PyTorch, whose linear layers start uniform in +-1/sqrt(fan_in), biases too."""
+def _uniform(rng: jax.Array, fan_in: int, shape: tuple[int, ...]) -> jax.Array:
+  """As the paper's PyTorch code, whose linear layers start in +-1/sqrt(fan_in), biases too."""
   bound = fan_in**-0.5
   return jax.random.uniform(rng, shape, jnp.float32, -bound, bound)
 
 
-def _init(rng, *, num_heads, head_dim, d_model, hidden_layers, width, c):
+def _init(
+  rng: jax.Array,
+  *,
+  num_heads: int,
+  head_dim: int,
+  d_model: int,
+  hidden_layers: int,
+  width: int,
+  c: float,
+) -> base.Params:
   del head_dim, d_model
   keys = jax.random.split(rng, 6)
   params = {
@@ -39,19 +51,25 @@ def _init(rng, *, num_heads, head_dim, d_model, hidden_layers, width, c):
   return params
 
 
-def interpolation(params, query_position_BQ, key_position_BK, *, threshold):
+def interpolation(
+  params: base.Params,
+  query_position_BQ: jax.Array,
+  key_position_BK: jax.Array,
+  *,
+  threshold: float,
+) -> jax.Array:
   """Returns x_BQK in [0, 1]: psi(|i - j|) / (psi(max(L, i, j)) + eps), float32.
 
-  For j <= i it is the paper's; for keys after the query, which the causal mask hides, it stays finite and
-  so does its gradient. psi is increasing, so psi of a maximum is the maximum of psi.
+  For j <= i it is the paper's; for keys after the query, which the causal mask hides, it stays
+  finite and so does its gradient. psi is increasing, so psi of a maximum is the maximum of psi.
   """
   c = jnp.abs(params['c'])
   length = jnp.abs(params['length_multiplier']) * threshold
 
-  def psi(x):
+  def psi(x: jax.Array) -> jax.Array:
     return jnp.log1p(c * x)
 
-  def norm(position):
+  def norm(position: jax.Array) -> jax.Array:
     return psi(jnp.maximum(position.astype(jnp.float32), length)) + EPSILON
 
   distance_BQK = jnp.abs(base.distance(query_position_BQ, key_position_BK)).astype(jnp.float32)
@@ -59,16 +77,17 @@ def interpolation(params, query_position_BQ, key_position_BK, *, threshold):
   return psi(distance_BQK) / jnp.maximum(norm_BQ[:, :, None], norm_BK[:, None, :])
 
 
-def mlp(params, x_BQK):
+def mlp(params: base.Params, x_BQK: jax.Array) -> jax.Array:
   """Returns f(x) as bias_BHQK: an MLP from one scalar to H outputs with one or two ReLU layers.
 
-  Products are in full float32 (accelerators round to bfloat16 by default, which would blur x). The first
-  layer's bias enters by a column of ones: as sums, its gradients took ten times longer on CPU.
+  Products are in full float32 (accelerators round to bfloat16 by default, which would blur x). The
+  first layer's bias enters by a column of ones: as sums, its gradients took ten times longer on
+  CPU.
   """
   highest = jax.lax.Precision.HIGHEST
-  input_Z2 = jnp.stack([x_BQK.ravel(), jnp.ones(x_BQK.size, x_BQK.dtype)], axis=1)
+  input_ZP = jnp.stack([x_BQK.ravel(), jax.lax.full((x_BQK.size,), 1, x_BQK.dtype)], axis=1)
   hidden_ZW = jnp.matmul(
-    input_Z2, jnp.stack([params['w_in_W'], params['b_in_W']]), precision=highest
+    input_ZP, jnp.stack([params['w_in_W'], params['b_in_W']]), precision=highest
   )
   hidden_ZW = jax.nn.relu(hidden_ZW)
   if 'w_hidden_WX' in params:
@@ -78,7 +97,14 @@ def mlp(params, x_BQK):
   return jnp.moveaxis(bias_ZH.reshape(*x_BQK.shape, -1), -1, 1)
 
 
-def _bias(params, query_position_BQ, key_position_BK, num_heads, *, threshold):
+def _bias(
+  params: base.Params,
+  query_position_BQ: jax.Array,
+  key_position_BK: jax.Array,
+  num_heads: int,
+  *,
+  threshold: float,
+) -> jax.Array:
   del num_heads
   x_BQK = interpolation(params, query_position_BQ, key_position_BK, threshold=threshold)
   return mlp(params, x_BQK)

@@ -9,12 +9,14 @@ from lex_fire import errors
 from lex_fire.encodings import base
 
 
-def _init(rng, *, num_heads, head_dim, d_model, max_length):
+def _init(
+  rng: jax.Array, *, num_heads: int, head_dim: int, d_model: int, max_length: int
+) -> base.Params:
   del num_heads, head_dim
   return {'table_ZD': 0.02 * jax.random.normal(rng, (max_length, d_model), jnp.float32)}
 
 
-def _embed(params, position_BL, d_model):
+def _embed(params: base.Params, position_BL: jax.Array, d_model: int) -> jax.Array:
   del d_model
   # A position past the table becomes NaN: the default gather would silently repeat the last row.
   return params['table_ZD'].at[position_BL].get(mode='fill', fill_value=jnp.nan)

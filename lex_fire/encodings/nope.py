@@ -1,4 +1,7 @@
-"""No position encoding: a decoder learns order from the causal mask alone (Kazemnejad et al. 2023, arXiv:2305.19466)."""
+"""No position encoding: a decoder learns order from the causal mask alone.
+
+Kazemnejad et al. 2023, arXiv:2305.19466.
+"""
 
 from lex_fire.encodings import base
 

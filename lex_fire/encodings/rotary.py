@@ -1,8 +1,9 @@
-"""Rotations by position, exact at every int32 position: what RoPE, xPos and sinusoids share.
+"""Rotations by position, exact at a million tokens: what RoPE, xPos and sinusoids share.
 
-In float32 the product n theta is off by n 2^-24, some 0.06 radians at a million tokens. Here the angle is
-kept in turns as a 48-bit fixed-point fraction: n times it, modulo one turn, is integer arithmetic that
-wraps by itself, so at 2^20 tokens the angle is as exact as at 2^4 (below 1e-6 radians).
+In float32 the product n theta is off by n 2^-24, some 0.06 radians at a million tokens. Here the
+angle is kept in turns as a 48-bit fixed-point fraction: n times it, modulo one turn, is integer
+arithmetic that wraps by itself, so at 2^20 tokens the angle is as exact as at 2^4 (below 1e-6
+radians), and it is defined at every int32 position (3e-5 radians at the last).
 """
 
 import jax
@@ -14,16 +15,24 @@ from lex_fire import errors
 PAIRINGS = {'halves': -2, 'interleaved': -1}  # axis of the pair once channels are split in two axes
 
 
-def turns_per_token(num_pairs: int, base_period: float) -> np.ndarray:
-  """Returns turn_R, float64: theta_m / 2 pi with theta_m = base_period^(-m / R), m = 0 .. R - 1."""
-  return base_period ** (-np.arange(num_pairs) / num_pairs) / (2 * np.pi)
+def turns_per_token(width: int, base_period: float) -> np.ndarray:
+  """Returns turn_R, float64, for the pairs of `width` channels.
+
+  theta_m = base_period^(-2m / width) in turns, that is theta_m / 2 pi; an odd width has half a pair more.
+
+  Raises:
+    errors.UserError: if base_period is not above 0.
+  """
+  if base_period <= 0:
+    raise errors.UserError(f'rotations need a {base_period=} above 0')
+  return base_period ** (-2.0 * np.arange((width + 1) // 2) / width) / (2 * np.pi)
 
 
 def cos_sin(position_BL: jax.Array, turn_R: np.ndarray) -> tuple[jax.Array, jax.Array]:
   """Returns cos_BLR and sin_BLR of 2 pi n turn_m for int32 positions n >= 0, in float32."""
   fixed_R = np.round((turn_R % 1.0) * 2.0**48).astype(np.uint64)
-  high_R = jnp.asarray((fixed_R >> np.uint64(16)).astype(np.uint32))
-  low_R = jnp.asarray((fixed_R & np.uint64(0xFFFF)).astype(np.uint32))
+  high_R = jnp.uint32((fixed_R >> np.uint64(16)).astype(np.uint32))
+  low_R = jnp.uint32((fixed_R & np.uint64(0xFFFF)).astype(np.uint32))
   n_BL1 = position_BL[..., None].astype(jnp.uint32)
   # n fixed / 2^16 modulo 2^32; n is split so that the products with `low` cannot overflow.
   carry_BLR = (n_BL1 >> 16) * low_R[None, None] + (((n_BL1 & 0xFFFF) * low_R[None, None]) >> 16)
@@ -50,7 +59,8 @@ def rotate(
     x_BLHC: queries or keys, any floating dtype.
     position_BL: int32 positions; a leading 1 broadcasts.
     turn_R: float64, turns per token of each pair.
-    pairing: 'halves' pairs channel m with m + C/2 (Llama), 'interleaved' 2m with 2m + 1 (GPT-J, xPos).
+    pairing: 'halves' pairs channel m with m + C/2 (Llama), 'interleaved' 2m with 2m + 1 (GPT-J,
+      xPos).
 
   Returns:
     x_BLHC in its own dtype; the arithmetic is float32 and rounds once.

@@ -1,4 +1,7 @@
-"""T5's relative positions: one learned bias a bucket of distances and a head (Raffel et al. 2020, arXiv:1910.10683, section 2.1)."""
+"""T5's relative positions: one learned bias a bucket of distances and a head.
+
+Raffel et al. 2020, arXiv:1910.10683, section 2.1.
+"""
 
 import functools
 
@@ -23,13 +26,23 @@ def buckets(num_buckets: int, max_distance: int) -> np.ndarray:
   return np.where(distance_Z < exact, distance_Z, np.minimum(far_Z, num_buckets - 1))
 
 
-def _init(rng, *, num_heads, head_dim, d_model, num_buckets):
+def _init(
+  rng: jax.Array, *, num_heads: int, head_dim: int, d_model: int, num_buckets: int
+) -> base.Params:
   del head_dim
   # The authors initialise with standard deviation d_model^-1/2.
   return {'bias_ZH': jax.random.normal(rng, (num_buckets, num_heads), jnp.float32) / d_model**0.5}
 
 
-def _bias(params, query_position_BQ, key_position_BK, num_heads, *, num_buckets, max_distance):
+def _bias(
+  params: base.Params,
+  query_position_BQ: jax.Array,
+  key_position_BK: jax.Array,
+  num_heads: int,
+  *,
+  num_buckets: int,
+  max_distance: int,
+) -> jax.Array:
   del num_heads
   bias_HZ = params['bias_ZH'][buckets(num_buckets, max_distance)].T
   distance_BQK = base.distance(query_position_BQ, key_position_BK)

@@ -9,8 +9,8 @@ from lex_fire.kernels.mask import Mask
 
 IMPLEMENTATIONS = {'reference': reference.attention, 'chunked': chunked.attention}
 
-# Up to this many dense logits a head and row, 'auto' does not cut them in tiles: on CPU tiles that fit the
-# cache win early, an accelerator prefers few large products.
+# Up to this many dense logits a head and row, 'auto' does not cut them in tiles: on CPU tiles that
+# fit the cache win early, an accelerator prefers few large products.
 MAX_DENSE_LOGITS = {'cpu': 128 * 128, 'gpu': 2048 * 2048, 'tpu': 2048 * 2048}
 
 
@@ -36,13 +36,16 @@ def attention(
   """Softmax attention under a position encoding: out_i = sum_j softmax_j(logits_ij) value_j.
 
   Args:
-    query_BQHC, key_BKGC: queries and keys, already rotated by `encoding.rotate`; head h of the queries
-      reads head h // (H / G) of the keys.
+    query_BQHC: queries, already rotated by `encoding.rotate`.
+    key_BKGC: keys, likewise; head h of the queries reads head h // (H / G) of the keys.
     value_BKGC: values.
-    encoding, params: the decay and the bias of the logits.
-    query_position_BQ, key_position_BK: int32 positions within the segment; a leading 1 broadcasts.
-    query_segment_BQ, key_segment_BK: int32 >= 0; a query sees only keys of its own segment. None: all
-      is one segment.
+    encoding: says the decay and the bias of the logits.
+    params: the encoding's.
+    query_position_BQ: int32 positions within the segment; a leading 1 broadcasts.
+    key_position_BK: likewise.
+    query_segment_BQ: int32 >= 0; a query sees only keys of its own segment. None: all is one
+      segment.
+    key_segment_BK: likewise.
     mask: which keys a query may see, by position.
     implementation: a key of IMPLEMENTATIONS, or 'auto': dense when small, else tiled.
 

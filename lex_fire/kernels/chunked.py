@@ -1,8 +1,8 @@
 """Attention in tiles (XLA on any platform): memory linear in length, and hidden tiles are skipped.
 
-The online softmax of FlashAttention (Dao et al. 2022, arXiv:2205.14135) with its own backward pass, over
-any encoding: a tile's logits are recomputed and differentiated by `jax.vjp`, so the gradient of a
-learned bias is summed over tiles, in a fixed order, and no [Q, K] array ever exists.
+The online softmax of FlashAttention (Dao et al. 2022, arXiv:2205.14135) with its own backward pass,
+over any encoding: a tile's logits are recomputed and differentiated by `jax.vjp`, so the gradient
+of a learned bias is summed over tiles, in a fixed order, and no [Q, K] array ever exists.
 """
 
 from typing import NamedTuple
@@ -13,7 +13,8 @@ import jax.numpy as jnp
 from lex_fire.kernels import mask as mask_lib
 from lex_fire.kernels import tile
 
-# Measured on 2 CPU cores: larger tiles of an MLP bias leave the cache (FIRE, 4096 tokens: 1.0 s at 128, 2.4 s at 512).
+# Measured on 2 CPU cores: larger tiles of an MLP bias leave the cache (FIRE, 4096 tokens: 1.0 s at
+# 128, 2.4 s at 512).
 BLOCK = 128
 _PAD_QUERY, _PAD_KEY = -1, -2  # segments of padding: equal to no segment, nor to each other
 
@@ -41,13 +42,13 @@ def attention(
   queries = Queries(
     _heads_first(_blocks(query_BQHC, query_block, 0)),
     _blocks(query_position_BQ, query_block, 'last'),
-    _blocks(query_segment_BQ, query_block, _PAD_QUERY),
+    None if query_segment_BQ is None else _blocks(query_segment_BQ, query_block, _PAD_QUERY),
   )
   keys = Keys(
     _heads_first(_blocks(key_BKGC, key_block, 0)),
     _heads_first(_blocks(value_BKGC, key_block, 0)),
     _blocks(key_position_BK, key_block, 'last'),
-    _blocks(key_segment_BK, key_block, _PAD_KEY),
+    None if key_segment_BK is None else _blocks(key_segment_BK, key_block, _PAD_KEY),
   )
   out_IBHQC = _flash(encoding, mask)(params, queries, keys)
   out_BIQHC = out_IBHQC.transpose(1, 0, 3, 2, 4)
@@ -76,11 +77,12 @@ def _heads_first(x_IBLHC):
 
 
 def _blocks(array, block, fill):
-  """Cuts axis 1 into blocks and puts them first: [B, L, ...] -> [L / block, B, block, ...]; pads with fill."""
-  if array is None:
-    return None
+  """Cuts axis 1 into blocks, padded with fill, and puts them first.
+
+  [B, L, ...] -> [L / block, B, block, ...]
+  """
   pad = [(0, 0), (0, -array.shape[1] % block)] + [(0, 0)] * (array.ndim - 2)
-  # Padding repeats the last position, so that it does not widen the range that a tile seems to span.
+  # Padding repeats the last position, so that it does not widen the range a tile seems to span.
   options = {'mode': 'edge'} if fill == 'last' else {'constant_values': fill}
   padded = jnp.pad(array, pad, **options)
   cut = padded.reshape(array.shape[0], -1, block, *array.shape[2:])
@@ -88,7 +90,7 @@ def _blocks(array, block, fill):
 
 
 def tiles_to_visit(mask: mask_lib.Mask, queries: Queries, keys: Keys) -> jax.Array:
-  """Returns visit_IJ, boolean: whether a query of block I may see a key of block J, from bounds alone."""
+  """Returns visit_IJ, boolean, from bounds: whether a query of block I may see a key of block J."""
 
   def bounds(array_IBL):
     return array_IBL.min(axis=2), array_IBL.max(axis=2)
@@ -117,6 +119,8 @@ def _flash(encoding, mask):
       params=params,
       query_position_BQ=queries.position_IBQ,
       key_position_BK=keys.position_JBK,
+      query_segment_BQ=queries.segment_IBQ,
+      key_segment_BK=keys.segment_JBK,
     )
 
   def hide(logits_BHQK, queries, keys):
@@ -156,7 +160,7 @@ def _flash(encoding, mask):
       def visit_tile(key_block):
         """The tile's share of the gradients of (params, query), key and value."""
         logits_BHQK, vjp = jax.vjp(
-          lambda *args: logits(*args, block, key_block),
+          lambda params, query, key: logits(params, query, key, block, key_block),
           params,
           block.query_IBHQC,
           key_block.key_JBGKC,
@@ -184,7 +188,12 @@ def _flash(encoding, mask):
     d_params, (d_key, d_value) = sums
     d_query = d_query.astype(queries.query_IBHQC.dtype)
     d_key, d_value = d_key.astype(keys.key_JBGKC.dtype), d_value.astype(keys.value_JBGKC.dtype)
-    return d_params, Queries(d_query, None, None), Keys(d_key, d_value, None, None)
+    # None: positions and segments are integers and have no gradient.
+    d_queries = queries._replace(query_IBHQC=d_query, position_IBQ=None, segment_IBQ=None)
+    d_keys = keys._replace(
+      key_JBGKC=d_key, value_JBGKC=d_value, position_JBK=None, segment_JBK=None
+    )
+    return d_params, d_queries, d_keys
 
   @jax.custom_vjp
   def flash(params, queries, keys):
@@ -224,9 +233,10 @@ def _softmax_step(carry, logits_BHQK, value_BGKC):
 
 
 def _softmax_end(carry):
-  """Returns out_BHQC and the log of the softmax's normaliser; a query that saw no key gets 0 and +inf.
+  """Returns out_BHQC and the log of the softmax's normaliser.
 
-  With +inf, every weight exp(logit - inf) of the backward pass is 0.
+  A query that saw no key gets 0 and +inf. With +inf, every weight exp(logit - inf) of the backward
+  pass is 0.
   """
   sum_BHQC, max_BHQ, norm_BHQ = carry
   seen_BHQ = max_BHQ > mask_lib.HIDDEN_LOGIT / 2
@@ -236,7 +246,7 @@ def _softmax_end(carry):
 
 
 def _value_gradient(weights_BHQK, d_out_BHQC, value_BGKC):
-  """Returns d_value_BGKC, float32: the sum over the queries of each key head of weight times d_out."""
+  """Returns d_value_BGKC, float32: the sum over each key head's queries of weight times d_out."""
   batch, num_groups = value_BGKC.shape[:2]
   weights_BGQK = weights_BHQK.reshape(batch, num_groups, -1, weights_BHQK.shape[3])
   d_out_BGQC = d_out_BHQC.reshape(batch, num_groups, -1, d_out_BHQC.shape[3])

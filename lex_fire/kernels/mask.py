@@ -1,4 +1,4 @@
-"""Which keys a query may see, as one small static value that every attention implementation reads."""
+"""Which keys a query may see, as one small static value that every implementation reads."""
 
 import dataclasses
 
@@ -7,8 +7,8 @@ import jax.numpy as jnp
 
 from lex_fire import errors
 
-# Added nowhere, selected instead of a hidden logit: low enough that exp underflows to 0 beside any real
-# logit, finite so that a row that sees nothing has no NaN, in value or gradient.
+# Added nowhere, selected instead of a hidden logit: low enough that exp underflows to 0 beside any
+# real logit, finite so that a row that sees nothing has no NaN, in value or gradient.
 HIDDEN_LOGIT = -1e30
 
 
@@ -27,8 +27,8 @@ class Mask:
 
   Attributes:
     causal: only keys with j <= i.
-    block: blockwise attention (LeX, arXiv:2212.10554, section 3): only the query's block of this many
-      positions and the one before it; None for no such limit [tokens].
+    block: blockwise attention (LeX, arXiv:2212.10554, section 3): only the query's block of this
+      many positions and the one before it; None for no such limit [tokens].
     window: only keys with i - j < window; None for no such limit [tokens].
   """
 
@@ -56,7 +56,10 @@ class Mask:
     """Returns whether any query in a range of positions may see any key in another: a tile's test.
 
     Args:
-      query_low, query_high, key_low, key_high: int32 bounds (inclusive) that broadcast to one shape.
+      query_low: int32 bound (inclusive); the four broadcast to one shape.
+      query_high: likewise.
+      key_low: likewise.
+      key_high: likewise.
 
     Returns:
       A boolean of that shape. False only if `visible` is False for every pair in the ranges.

@@ -34,6 +34,8 @@ def attention(
     params=params,
     query_position_BQ=query_position_BQ,
     key_position_BK=key_position_BK,
+    query_segment_BQ=query_segment_BQ,
+    key_segment_BK=key_segment_BK,
   )
   visible_BQK = mask_lib.visible(
     mask, query_position_BQ, key_position_BK, query_segment_BQ, key_segment_BK

@@ -1,0 +1,83 @@
+"""A decay with distance, split in a factor of the query and one of the key that stay in float32.
+
+Each pair (i, j) is to carry exp(r (i - j)), r <= 0 a channel's rate. Any origin o may be
+subtracted: q_i takes exp(r (i - o)) and k_j takes exp(r (o - j)). With o near the tile both stay
+finite at any position (Sun et al. 2022, arXiv:2212.10554, has o = 0, which leaves float32 near
+position 35,000).
+"""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from lex_fire import errors
+
+MAX_LOG_FACTOR = 40.0  # nats; two such factors still multiply to a finite float32
+
+
+def apply(
+  query_BHQC: jax.Array,
+  key_BGKC: jax.Array,
+  log_decay_C: np.ndarray,
+  query_position_BQ: jax.Array,
+  key_position_BK: jax.Array,
+  query_segment_BQ: jax.Array | None,
+  key_segment_BK: jax.Array | None,
+) -> tuple[jax.Array, jax.Array]:
+  """Returns the queries and keys of a tile times their factors, in their own dtypes.
+
+  A key's factor is clipped where it would overflow: such a key lies in the future of all queries.
+  A query's factor becomes NaN there: its segment spans more positions than one tile can.
+
+  Args:
+    query_BHQC: of the tile.
+    key_BGKC: of the tile.
+    log_decay_C: nats per token, <= 0.
+    query_position_BQ: int32; B may be 1.
+    key_position_BK: likewise.
+    query_segment_BQ: or None: all is one segment.
+    key_segment_BK: likewise.
+
+  Raises:
+    errors.UserError: if the tile has more queries than positions that it can span.
+  """
+  widest = int(2 * MAX_LOG_FACTOR / max(-log_decay_C.min(), 1e-9))
+  if query_BHQC.shape[2] > widest:
+    raise errors.UserError(
+      f'a decay of {log_decay_C.min():.2g} nats a token is too fast for one tile of '
+      f'{query_BHQC.shape[2]} queries in float32 (at most {widest}); '
+      "use implementation='chunked'"
+    )
+  tile = (query_position_BQ, key_position_BK, query_segment_BQ, key_segment_BK)
+  query_offset_BQ = query_position_BQ - _origin(query_position_BQ, query_segment_BQ, *tile)
+  key_offset_BK = _origin(key_position_BK, key_segment_BK, *tile) - key_position_BK
+  rate_11C = jnp.asarray(log_decay_C, jnp.float32)[None, None]
+
+  def scale(x_BHLC, offset_BL, beyond):
+    log_factor_BLC = offset_BL[:, :, None] * rate_11C
+    fits_BLC = log_factor_BLC <= MAX_LOG_FACTOR
+    factor_BLC = jnp.exp(jnp.where(fits_BLC, log_factor_BLC, beyond))
+    return (x_BHLC.astype(jnp.float32) * factor_BLC[:, None]).astype(x_BHLC.dtype)
+
+  return scale(query_BHQC, query_offset_BQ, jnp.nan), scale(key_BGKC, key_offset_BK, MAX_LOG_FACTOR)
+
+
+def _origin(position_BL, segment_BL, query_position, key_position, query_segment, key_segment):
+  """Returns each position's origin, one a segment: midway from its first query to its last key.
+
+  The last key, that is, which a query of the segment can see. So both exponents are at most half of
+  what the segment spans in the tile on the wrong side of 0. A position whose segment has no query
+  or no key here takes part in no visible pair, and is its own origin.
+  """
+  if segment_BL is None:
+    last_query_B = query_position.max(axis=1)
+    last_key_B = jnp.minimum(key_position.max(axis=1), last_query_B)
+    return ((query_position.min(axis=1) + last_key_B) // 2)[:, None]
+  with_query_BLQ = segment_BL[:, :, None] == query_segment[:, None]
+  with_key_BLK = segment_BL[:, :, None] == key_segment[:, None]
+  largest = jnp.iinfo(jnp.int32).max
+  first_BL = jnp.where(with_query_BLQ, query_position[:, None], largest).min(axis=2)
+  last_query_BL = jnp.where(with_query_BLQ, query_position[:, None], -1).max(axis=2)
+  last_key_BL = jnp.where(with_key_BLK, key_position[:, None], -1).max(axis=2)
+  last_BL = jnp.minimum(last_query_BL, last_key_BL)
+  return jnp.where(last_BL >= 0, first_BL + (last_BL - first_BL) // 2, position_BL)
