@@ -26,6 +26,7 @@ def get_config(arg: str = '') -> config_dict.ConfigDict:
       'tiny',
       encoding,
       encoding=options,
+      model={'activation': 'swiglu', 'd_ff': 344, 'norm': 'rmsnorm'},
       data={'length': 256, 'batch_size': 8},
       optimizer={'learning_rate': 4e-3, 'warmup_steps': 40, 'encoding_rate': 10.0},
       train={'steps': 400, 'log_every': 20, 'checkpoint_every': 200},

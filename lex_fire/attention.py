@@ -84,7 +84,7 @@ class Attention(nn.Module):
 
 def encoding_params(module: nn.Module, encoding: encodings.Encoding, c: config_lib.ModelConfig):
   """Declares the encoding's parameters in `module` under 'encoding'; {} when nothing is learned."""
-  if not encoding.learned:
-    return {}
   sizes = {'num_heads': c.num_heads, 'head_dim': c.head_dim, 'd_model': c.d_model}
+  if not encoding.learned:
+    return encoding.init(None, **sizes)  # refuses sizes that it cannot encode
   return module.param('encoding', lambda rng: encoding.init(rng, **sizes))

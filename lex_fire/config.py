@@ -5,10 +5,12 @@ else. Units are in the comments.
 """
 
 import dataclasses
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from lex_fire import encodings, errors
+from lex_fire import encodings, errors, kernels
+from lex_fire.data import protocols
 
 ACTIVATIONS = ('gelu', 'swiglu')
 NORMS = ('layernorm', 'rmsnorm')
@@ -24,6 +26,13 @@ def _at_least(least: int, **values: int) -> None:
   for name, value in values.items():
     if value < least:
       raise errors.UserError(f'{name}={value} must be at least {least}')
+
+
+def _check(ok: bool, allowed: str, **values: float) -> None:
+  """Refuses the one named value unless `ok`; a comparison with NaN is not."""
+  if not ok:
+    ((name, value),) = values.items()
+    raise errors.UserError(f'{name}={value} must be {allowed}')
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,11 +52,11 @@ class ModelConfig:
   """A decoder's shape."""
 
   num_layers: int = 4
-  d_model: int = 128
-  num_heads: int = 4
+  d_model: int = 128  # channels of the residual stream
+  num_heads: int = 4  # heads of queries
   num_kv_heads: int = 4  # heads of keys and values; divides num_heads (grouped-query attention)
-  head_dim: int = 32
-  d_ff: int = 512
+  head_dim: int = 32  # channels a head
+  d_ff: int = 512  # hidden units of the MLP
   vocab_size: int = 259  # ids of the Task's vocabulary
   activation: str = 'gelu'  # one of ACTIVATIONS; swiglu has a third matrix of d_ff columns
   norm: str = 'layernorm'  # one of NORMS
@@ -61,6 +70,7 @@ class ModelConfig:
     _choice('model.activation', self.activation, ACTIVATIONS)
     _choice('model.norm', self.norm, NORMS)
     _choice('model.dtype', self.dtype, DTYPES)
+    _choice('model.attention', self.attention, ('auto', *kernels.IMPLEMENTATIONS))
     sizes = ('num_layers', 'd_model', 'num_heads', 'num_kv_heads', 'head_dim', 'd_ff', 'vocab_size')
     _at_least(1, **{f'model.{name}': getattr(self, name) for name in sizes})
     if self.num_heads % self.num_kv_heads:
@@ -114,13 +124,25 @@ class OptimizerConfig:
   weight_decay: float = 0.1  # of matrices; norms, biases and encodings do not decay
   clip_norm: float = 1.0  # of the whole gradient
 
+  def __post_init__(self):
+    for name in ('learning_rate', 'encoding_rate', 'epsilon', 'clip_norm'):
+      value = getattr(self, name)
+      _check(0 < value < math.inf, 'above 0', **{f'optimizer.{name}': value})
+    for name in ('beta1', 'beta2'):
+      value = getattr(self, name)
+      _check(0 <= value < 1, 'at least 0 and below 1', **{f'optimizer.{name}': value})
+    final = self.final_fraction
+    _check(0 <= final <= 1, 'at least 0 and at most 1', **{'optimizer.final_fraction': final})
+    decay = self.weight_decay
+    _check(0 <= decay < math.inf, 'at least 0', **{'optimizer.weight_decay': decay})
+
 
 @dataclasses.dataclass(frozen=True)
 class MeshConfig:
   """Devices by axis; see sharding.make_mesh."""
 
-  data: int = -1
-  fsdp: int = 1
+  data: int = -1  # devices that share a batch and each hold all parameters; -1: all that are left
+  fsdp: int = 1  # devices that share both a batch and the parameters
 
 
 @dataclasses.dataclass(frozen=True)
@@ -138,6 +160,7 @@ class TrainConfig:
 
   def __post_init__(self):
     names = [field.name for field in dataclasses.fields(self) if field.name != 'seed']
+    _at_least(0, **{'train.seed': self.seed})
     _at_least(1, **{f'train.{name}': getattr(self, name) for name in names})
 
 
@@ -148,6 +171,15 @@ class EvaluateConfig:
   lengths: tuple[int, ...] = (256, 512, 1024, 2048, 4096)  # [tokens]
   protocol: str = 'same_tokens'  # a key of data.protocols.PROTOCOLS
   max_tokens: int = 65_536  # scored at each length
+
+  def __post_init__(self):
+    protocols.get(self.protocol)
+    _at_least(1, **{'evaluate.max_tokens': self.max_tokens})
+    whole = all(type(length) is int and length > 0 for length in self.lengths)
+    if not whole or len(set(self.lengths)) != len(self.lengths) or not self.lengths:
+      raise errors.UserError(
+        f'evaluate.lengths={self.lengths} must be one or more different whole numbers above 0'
+      )
 
 
 @dataclasses.dataclass(frozen=True)

@@ -26,26 +26,13 @@ from lex_fire.data import protocols, tasks
 
 SPLIT = 'validation'
 MIN_DOCUMENTS = 16  # that share the budget, if the longest length lets them: few would be no sample
-TOKENS_PER_BATCH = 16_384  # a device; the longest row is computed alone if it has more
-
-
-@dataclasses.dataclass(frozen=True)
-class Request:
-  """What to evaluate: lengths [tokens], a protocol, and the most tokens to score at each length."""
-
-  lengths: tuple[int, ...]
-  protocol: str
-  max_tokens: int
-
-  def __post_init__(self):
-    protocols.get(self.protocol)
-    if not self.lengths or min(self.lengths) < 1 or len(set(self.lengths)) < len(self.lengths):
-      raise errors.UserError(f'lengths={self.lengths} must be different numbers of at least 1')
+TOKENS_PER_BATCH = 32_768  # a device, of whole rows: at least one
+LOGITS_PER_BATCH = 2**29  # likewise: 2 GiB of float32
 
 
 def evaluate(
   workdir: str | pathlib.Path,
-  request: Request | None = None,
+  request: config_lib.EvaluateConfig | None = None,
   progress: Callable[[int, int], None] = lambda length, tokens: None,
 ) -> dict[str, Any]:
   """Evaluates the newest checkpoint of a run.
@@ -66,7 +53,7 @@ def evaluate(
   """
   workdir = pathlib.Path(workdir)
   config = checkpoint.read_config(workdir)
-  request = request or default_request(config)
+  request = request or config.evaluate
   transformer = train.make_model(config)
   for length in request.lengths:
     model.check_length(transformer.encoding, length)
@@ -98,11 +85,6 @@ def evaluate(
     ],
     'positions': _by_position(losses[longest]),
   }
-
-
-def default_request(config: config_lib.Config) -> Request:
-  """Returns what a run's config says to evaluate."""
-  return Request(**dataclasses.asdict(config.evaluate))
 
 
 @functools.lru_cache(maxsize=4)
@@ -139,7 +121,8 @@ def _losses(transformer, params, windows, progress):
 
   count, length = windows.inputs_WL.shape
   devices = jax.device_count()
-  rows = devices * max(1, min(TOKENS_PER_BATCH // length, -(-count // devices)))
+  budget = min(TOKENS_PER_BATCH, LOGITS_PER_BATCH // transformer.config.vocab_size)
+  rows = devices * max(1, min(budget // length, -(-count // devices)))
   parts = []
   for start in range(0, count, rows):
     # The last batch is filled up with its last window again, which is then dropped.
@@ -224,7 +207,7 @@ def write(
 class Progress:
   """Prints, as windows are scored, the run, the length, tokens/s and the time left."""
 
-  def __init__(self, runs: Sequence[str], request: Request):
+  def __init__(self, runs: Sequence[str], request: config_lib.EvaluateConfig):
     """Expects the request's budget of tokens at each length for each run."""
     self._total = len(runs) * len(request.lengths) * request.max_tokens
     self._done, self._start = 0, time.monotonic()
@@ -241,7 +224,7 @@ class Progress:
       self._shown = now
 
 
-def _request(config: config_lib.Config) -> Request:
+def _request(config: config_lib.Config) -> config_lib.EvaluateConfig:
   """Returns the request of the flags, completed by the first run's config."""
   given = {}
   if flags.FLAGS.lengths is not None:
@@ -254,7 +237,7 @@ def _request(config: config_lib.Config) -> Request:
   for name in ('protocol', 'max_tokens'):
     if getattr(flags.FLAGS, name) is not None:
       given[name] = getattr(flags.FLAGS, name)
-  return dataclasses.replace(default_request(config), **given)
+  return dataclasses.replace(config.evaluate, **given)
 
 
 def main() -> None:

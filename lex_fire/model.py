@@ -104,7 +104,8 @@ class Transformer(nn.Module):
       position_BL = jnp.arange(length, dtype=jnp.int32)[None]
     shared_params = attention.encoding_params(self, encoding, c) if encoding.shared else {}
     # Rows of unit length in a tied output give logits of order 1; the input scales them back up
-    # (Vaswani et al. 2017, section 3.4).
+    # (Vaswani et al. 2017, section 3.4). A tied model so begins by predicting its input, with a
+    # loss above log V by order sqrt(D), and unlearns that in its first steps.
     embedding_VD = self.param('embedding_VD', _embedding_init, (c.vocab_size, c.d_model))
     x_BLD = embedding_VD[tokens_BL] * c.d_model**0.5
     if encoding.embed is not None:

@@ -25,7 +25,7 @@ _FIRE_RUN = {
 PRESETS: dict[str, dict[str, dict[str, Any]]] = {
   # 0.8M parameters, for a laptop: the defaults of `config`.
   'tiny': {},
-  # 125M parameters.
+  # Published as 125M parameters; 110M with the vocabulary above.
   'base': {
     'model': {
       'num_layers': 12,
@@ -39,7 +39,7 @@ PRESETS: dict[str, dict[str, dict[str, Any]]] = {
     'optimizer': {'learning_rate': 6e-4, 'warmup_steps': 10_000},
     **_FIRE_RUN,
   },
-  # 350M parameters.
+  # Published as 350M parameters; 335M with the vocabulary above.
   'large': {
     'model': {**_350M, 'd_ff': 4096, **_PAPER},
     'optimizer': {'learning_rate': 3e-4, 'warmup_steps': 10_000},

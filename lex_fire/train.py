@@ -88,10 +88,36 @@ def _split(x, parts):
   return jnp.swapaxes(x.reshape(-1, parts, *x.shape[1:]), 0, 1)
 
 
+class OnMesh:
+  """A jitted function that is traced, compiled and run with its mesh set.
+
+  Without a mesh set, constraints on activations are silently void.
+  """
+
+  def __init__(self, mesh: jax.sharding.Mesh, function: jax.stages.Wrapped):
+    """Binds the function to the mesh."""
+    self._mesh, self._function = mesh, function
+
+  def __call__(self, *arguments):
+    """Calls the function."""
+    with jax.set_mesh(self._mesh):
+      return self._function(*arguments)
+
+  def lower(self, *arguments) -> jax.stages.Lowered:
+    """Lowers the function for arguments that may be abstract."""
+    with jax.set_mesh(self._mesh):
+      return self._function.lower(*arguments)
+
+
 class Program:
   """A run's computations, compiled for its mesh.
 
-  They are init, step and loss_sums, over sharded states and batches.
+  Attributes:
+    mesh: of the run's devices.
+    abstract_state: the state as ShapeDtypeStructs with their shardings.
+    init: () -> state.
+    step: (state, batch) -> state, metrics; the old state's memory is used again.
+    loss_sums: (params, batch) -> sum of losses [nats], sum of weights.
   """
 
   def __init__(self, config: config_lib.Config, mesh: jax.sharding.Mesh):
@@ -100,7 +126,7 @@ class Program:
     Raises:
       errors.UserError: if the mesh does not divide the batch or a parameter.
     """
-    self._mesh = mesh
+    self.mesh = mesh
     rows = config.data.batch_size // config.train.accumulation
     sharding.spec('B', (rows,), dict(mesh.shape), 'data.batch_size / train.accumulation')
     abstract = jax.eval_shape(functools.partial(init, config))
@@ -109,19 +135,24 @@ class Program:
       lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), abstract, shardings
     )
     whole = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
-    with jax.set_mesh(mesh):
-      self.init = jax.jit(functools.partial(init, config), out_shardings=shardings)
-      self.step = jax.jit(
+    self.init = OnMesh(mesh, jax.jit(functools.partial(init, config), out_shardings=shardings))
+    self.step = OnMesh(
+      mesh,
+      jax.jit(
         functools.partial(step, config),
         donate_argnums=0,
         in_shardings=(shardings, None),
         out_shardings=(shardings, whole),
-      )
-      self.loss_sums = jax.jit(
+      ),
+    )
+    self.loss_sums = OnMesh(
+      mesh,
+      jax.jit(
         functools.partial(loss_sums, make_model(config)),
         in_shardings=(shardings['params'], None),
         out_shardings=whole,
-      )
+      ),
+    )
 
   def put(self, batch: Batch) -> Batch:
     """Makes this process's rows a part of the global batch on the mesh."""
@@ -132,8 +163,8 @@ class Program:
         return None
       shared = x.shape[0] != rows  # a leading 1: the same for all rows of all processes
       shape = (x.shape[0] if shared else rows * jax.process_count(), *x.shape[1:])
-      spec = sharding.spec(sharding.suffix(name), shape, dict(self._mesh.shape), name)
-      layout = jax.sharding.NamedSharding(self._mesh, spec)
+      spec = sharding.spec(sharding.suffix(name), shape, dict(self.mesh.shape), name)
+      layout = jax.sharding.NamedSharding(self.mesh, spec)
       return jax.make_array_from_process_local_data(layout, x, shape)
 
     return {name: put_leaf(name, x) for name, x in batch.items()}
@@ -307,7 +338,7 @@ def train(config: config_lib.Config, workdir: str | pathlib.Path) -> State:
   checkpoint.claim_workdir(workdir, config)
   data = Data(config)
   checkpoints = checkpoint.Checkpoints(workdir, config.train.keep_latest, config.train.keep_best)
-  with jax.set_mesh(mesh), contextlib.closing(checkpoints):
+  with contextlib.closing(checkpoints):
     first = checkpoints.latest() or 0
     _announce(config, program, workdir, first)
     state = checkpoints.restore(first, program.abstract_state) if first else program.init()

@@ -202,6 +202,21 @@ def refuses(message):
     ('optimizer', {'beta1': '0.9'}, "optimizer.beta1='0.9' must be of type float"),
     ('optimizer', {'warmup_steps': -1}, 'optimizer.warmup_steps=-1'),
     ('optimizer', {'warmup_steps': 1000}, 'optimizer.warmup_steps=1000'),
+    ('optimizer', {'learning_rate': -1.0}, 'optimizer.learning_rate=-1.0 must be above 0'),
+    ('optimizer', {'learning_rate': float('nan')}, 'optimizer.learning_rate=nan must be above 0'),
+    ('optimizer', {'clip_norm': 0.0}, 'optimizer.clip_norm=0.0 must be above 0'),
+    ('optimizer', {'beta1': 1.0}, 'optimizer.beta1=1.0 must be at least 0 and below 1'),
+    ('optimizer', {'final_fraction': -0.1}, 'optimizer.final_fraction=-0.1 must be at least 0'),
+    ('optimizer', {'weight_decay': -1.0}, 'optimizer.weight_decay=-1.0 must be at least 0'),
+    ('model', {'attention': 'dense'}, "unknown model.attention='dense'; known: auto, reference"),
+    ('train', {'seed': -1}, 'train.seed=-1 must be at least 0'),
+    ('evaluate', {'lengths': ()}, 'evaluate.lengths=() must be one or more different'),
+    ('evaluate', {'lengths': (8, 8)}, 'evaluate.lengths=(8, 8) must be one or more different'),
+    ('evaluate', {'lengths': ('a',)}, "evaluate.lengths=('a',) must be one or more"),
+    ('evaluate', {'max_tokens': 0}, 'evaluate.max_tokens=0 must be at least 1'),
+    ('evaluate', {'protocol': 'same'}, "unknown protocol 'same'; known: windows, same_tokens"),
+    ('encoding', {'base_period': '9'}, "base_period='9' of 'rope' must be of type float"),
+    ('encoding', {'base_period': float('nan')}, 'base_period=nan above 0'),
     ('mesh', {'model': 2}, "unknown config key 'mesh.model'; known: data, fsdp"),
     ('train', {'steps': 0}, 'train.steps=0 must be at least 1'),
     ('train', {'accumulation': 0}, 'train.accumulation=0 must be at least 1'),
@@ -270,6 +285,13 @@ def test_own_text_needs_the_files_of_both_splits():
 
   with refuses("data.train_files='a/*.txt' and data.validation_files=''"):
     _ = make(data={'task': 'text', 'train_files': 'a/*.txt'}).data.files
+
+
+def test_a_head_that_an_encoding_cannot_rotate_is_refused():
+  config = make('tiny', 'rope', model={'head_dim': 7})
+
+  with refuses('a rotary encoding needs an even head_dim=7'):
+    jax.eval_shape(functools.partial(train.init, config))
 
 
 # The argument of a config file

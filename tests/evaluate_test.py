@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import tiny
 
+from lex_fire import config as config_lib
 from lex_fire import errors, evaluate, train
 from lex_fire.data import protocols
 
@@ -49,7 +50,7 @@ def losses_by_hand(workdir, protocol, length, max_tokens):
     config.data.task,
     config.data.train_files,
     config.data.validation_files,
-    evaluate.Request(LENGTHS, protocol, max_tokens),
+    config_lib.EvaluateConfig(LENGTHS, protocol, max_tokens),
   )[length]
   for inputs_L, targets_L, document in zip(*cut, strict=True):
     text = bytes((targets_L[targets_L > 2] - 3).astype(np.uint8))  # ids are bytes + 3
@@ -63,7 +64,7 @@ def losses_by_hand(workdir, protocol, length, max_tokens):
 
 @pytest.mark.parametrize('protocol', sorted(protocols.PROTOCOLS))
 def test_losses_and_standard_errors_equal_those_computed_window_by_window(workdir, protocol):
-  report = evaluate.evaluate(workdir, evaluate.Request(LENGTHS, protocol, 1024))
+  report = evaluate.evaluate(workdir, config_lib.EvaluateConfig(LENGTHS, protocol, 1024))
 
   for row in report['lengths']:
     by_document = losses_by_hand(workdir, protocol, row['length'], 1024)
@@ -142,7 +143,9 @@ def test_progress_is_told_of_every_token(workdir):
   told = []
 
   evaluate.evaluate(
-    workdir, evaluate.Request((32,), 'windows', 96), lambda length, tokens: told.append(tokens)
+    workdir,
+    config_lib.EvaluateConfig((32,), 'windows', 96),
+    lambda length, tokens: told.append(tokens),
   )
 
   assert sum(told) == 96
@@ -150,10 +153,10 @@ def test_progress_is_told_of_every_token(workdir):
 
 def test_a_length_past_a_learned_table_is_refused_before_any_work(learned_workdir):
   with pytest.raises(errors.UserError, match='length=128 is past the 64 positions'):
-    evaluate.evaluate(learned_workdir, evaluate.Request((32, 128), 'same_tokens', 512))
+    evaluate.evaluate(learned_workdir, config_lib.EvaluateConfig((32, 128), 'same_tokens', 512))
 
 
 @pytest.mark.parametrize('lengths', [(), (0,), (32, 32)])
 def test_lengths_that_make_no_sense_are_refused(lengths):
   with pytest.raises(errors.UserError, match='lengths='):
-    evaluate.Request(lengths, 'windows', 512)
+    config_lib.EvaluateConfig(lengths, 'windows', 512)

@@ -133,17 +133,13 @@ def test_stacking_layers_for_a_scan_makes_no_norm_a_matrix():
     ('rope', []),
     ('learned', ['encoding/table_ZD']),
     ('t5', ['block_0/attention/encoding/bias_ZH']),
-    (
-      'fire_s',
-      [f'encoding/{name}' for name in ('b_in_W', 'b_out_H', 'c', 'length_multiplier')]
-      + ['encoding/w_in_W', 'encoding/w_out_WH'],
-    ),
+    ('fire_s', [f'encoding/{name}' for name in ('b_in_W', 'b_out_H', 'w_in_W', 'w_out_WH')]),
   ],
 )
-def test_the_parameters_of_an_encoding_are_known_by_their_place(name, expected):
+def test_the_arrays_of_an_encoding_and_not_its_scalars_learn_at_their_own_rate(name, expected):
   params = abstract_params(name, num_layers=1)
 
-  assert chosen(optimizer.is_encoding, params) == expected
+  assert chosen(optimizer.encoding_weights, params) == expected
   assert not set(expected) & set(chosen(optimizer.decays, params))
 
 
@@ -182,10 +178,10 @@ def expected_steps(c, steps, params, gradients):
 
 
 def nested(flat):
-  """The encoding's array lies under 'encoding', as in a model."""
+  """The encoding's array and scalar lie under 'encoding', as in a model."""
   return {
     'block_0': {'in_DF': flat['in_DF'], 'norm': {'scale_D': flat['scale_D']}},
-    'encoding': {'table_ZD': flat['table_ZD']},
+    'encoding': {'table_ZD': flat['table_ZD'], 'c': flat['c']},
   }
 
 
@@ -206,13 +202,10 @@ def test_steps_are_adamw_with_clipping_decay_of_matrices_and_a_rate_for_encoding
     clip_norm=0.5,
   )
   rng = np.random.default_rng(0)
-  shapes = {'in_DF': (4, 3), 'scale_D': (4,), 'table_ZD': (5, 4)}
-  start = {name: rng.normal(size=shape).astype(np.float32) for name, shape in shapes.items()}
+  shapes = {'in_DF': (4, 3), 'scale_D': (4,), 'table_ZD': (5, 4), 'c': ()}
+  start = {name: np.float32(rng.normal(size=shape)) for name, shape in shapes.items()}
   gradients = [
-    {
-      name: (gradient_size * rng.normal(size=shape)).astype(np.float32)
-      for name, shape in shapes.items()
-    }
+    {name: np.float32(gradient_size * rng.normal(size=shape)) for name, shape in shapes.items()}
     for _ in range(4)
   ]
 

@@ -227,10 +227,9 @@ def lowered(sizes, computation, **shape):
   mesh = make_mesh(*sizes)
   program = train.Program(run_config(**shape), mesh)
   state = program.abstract_state
-  with jax.set_mesh(mesh):
-    if computation == 'loss_sums':
-      return program.loss_sums.lower(state['params'], program.put(make_batch())).as_text()
-    return program.step.lower(state, program.put(make_batch())).as_text()
+  if computation == 'loss_sums':
+    return program.loss_sums.lower(state['params'], program.put(make_batch())).as_text()
+  return program.step.lower(state, program.put(make_batch())).as_text()
 
 
 def activation_constraints(text):

@@ -36,13 +36,20 @@ def get(name: str, /, **changes: Any) -> Encoding:
     The encoding.
 
   Raises:
-    errors.UserError: for an unknown name, or an option that the factory does not take.
+    errors.UserError: for an unknown name, an option that the factory does not take, or a value
+      of another type or out of its range.
   """
   known = options(name)
   for option in changes:
     if option not in known:
       raise errors.UserError(
         f'encoding {name!r} has no option {option!r}; it takes: {", ".join(known) or "none"}'
+      )
+  for option, value in changes.items():
+    default = known[option]
+    if type(value) is not type(default) and not (type(default) is float and type(value) is int):
+      raise errors.UserError(
+        f'encoding option {option}={value!r} of {name!r} must be of type {type(default).__name__}'
       )
   return ENCODINGS[name](**changes)
 

@@ -133,7 +133,7 @@ def fire(
   """
   if hidden_layers not in (1, 2):
     raise errors.UserError(f'fire has 1 or 2 hidden layers, not {hidden_layers=}')
-  if width < 1 or threshold <= 0 or c <= 0:
+  if width < 1 or not threshold > 0 or not c > 0:
     raise errors.UserError(f'fire needs {width=}, {threshold=} and {c=} above 0')
   return base.Encoding(
     name=name,

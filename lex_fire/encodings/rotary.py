@@ -18,12 +18,13 @@ PAIRINGS = {'halves': -2, 'interleaved': -1}  # axis of the pair once channels a
 def turns_per_token(width: int, base_period: float) -> np.ndarray:
   """Returns turn_R, float64, for the pairs of `width` channels.
 
-  theta_m = base_period^(-2m / width) in turns, that is theta_m / 2 pi; an odd width has half a pair more.
+  theta_m = base_period^(-2m / width) in turns, that is theta_m / 2 pi; an odd width has half a pair
+  more.
 
   Raises:
     errors.UserError: if base_period is not above 0.
   """
-  if base_period <= 0:
+  if not base_period > 0:
     raise errors.UserError(f'rotations need a {base_period=} above 0')
   return base_period ** (-2.0 * np.arange((width + 1) // 2) / width) / (2 * np.pi)
 

@@ -39,7 +39,7 @@ def xpos(
   Raises:
     errors.UserError: for gamma or scale_base <= 0, or an unknown pairing.
   """
-  if gamma <= 0 or scale_base <= 0:
+  if not (gamma > 0 and scale_base > 0):
     raise errors.UserError(f'xpos needs {gamma=} and {scale_base=} above 0')
 
   def decay(head_dim: int) -> np.ndarray:

@@ -1,5 +1,7 @@
 """Attention by several implementations of one contract, chosen by name."""
 
+from collections.abc import Callable
+
 import jax
 
 from lex_fire import errors
@@ -7,7 +9,10 @@ from lex_fire.encodings import base
 from lex_fire.kernels import chunked, reference
 from lex_fire.kernels.mask import Mask
 
-IMPLEMENTATIONS = {'reference': reference.attention, 'chunked': chunked.attention}
+IMPLEMENTATIONS: dict[str, Callable[..., jax.Array]] = {
+  'reference': reference.attention,
+  'chunked': chunked.attention,
+}
 
 # Up to this many dense logits a head and row, 'auto' does not cut them in tiles: on CPU tiles that
 # fit the cache win early, an accelerator prefers few large products.
