@@ -83,6 +83,7 @@ def evaluate(
     'lengths': [
       _summary(length, losses[length], windows[length], task) for length in sorted(request.lengths)
     ],
+    'change': _change(losses, windows),
     'positions': _by_position(losses[longest]),
   }
 
@@ -133,13 +134,24 @@ def _losses(transformer, params, windows, progress):
   return np.concatenate(parts)
 
 
-def _summary(length, loss_WL, windows, task):
-  """Returns the numbers of one length; its error takes documents, not tokens, as independent."""
+def _mean_by_document(loss_WL, document_W) -> tuple[float, float | None]:
+  """Returns the mean over tokens and its standard error, which takes documents as independent.
+
+  Tokens of a document are not. The mean is a ratio of two sums over documents, losses and tokens;
+  its variance is that of the sums of loss - mean. None: there is but one document.
+  """
+  _, index_W = np.unique(document_W, return_inverse=True)
   mean = float(loss_WL.mean(dtype=np.float64))
-  excess_W = (loss_WL.astype(np.float64) - mean).sum(axis=1)
-  excess_Z = np.bincount(windows.document_W, weights=excess_W)[np.unique(windows.document_W)]
+  excess_Z = np.bincount(index_W, weights=(loss_WL.astype(np.float64) - mean).sum(axis=1))
   count = len(excess_Z)
-  error = math.sqrt(count / (count - 1) * (excess_Z**2).sum()) / loss_WL.size if count > 1 else None
+  if count < 2:
+    return mean, None
+  return mean, math.sqrt(count / (count - 1) * (excess_Z**2).sum()) / loss_WL.size
+
+
+def _summary(length, loss_WL, windows, task):
+  """Returns the numbers of one length."""
+  mean, error = _mean_by_document(loss_WL, windows.document_W)
   text_bytes = tasks.text_bytes(task, windows.targets_WL.ravel())
   return {
     'length': length,
@@ -149,6 +161,21 @@ def _summary(length, loss_WL, windows, task):
     'perplexity': math.exp(mean),
     'bits_per_byte': mean * loss_WL.size / text_bytes / math.log(2),
   }
+
+
+def _change(losses, windows):
+  """Returns the change from the shortest to the longest length.
+
+  Its standard error is that of the differences token by token, so it exists only if both scored the
+  same tokens: what makes one document harder than another cancels.
+  """
+  first, last = min(losses), max(losses)
+  change = float(losses[last].mean(dtype=np.float64) - losses[first].mean(dtype=np.float64))
+  error = None
+  if np.array_equal(windows[first].targets_WL.ravel(), windows[last].targets_WL.ravel()):
+    difference_WL = losses[last] - losses[first].reshape(losses[last].shape)
+    error = _mean_by_document(difference_WL, windows[last].document_W)[1]
+  return {'from': first, 'to': last, 'nats_per_token': change, 'standard_error': error}
 
 
 def _by_position(loss_WL):
@@ -167,9 +194,10 @@ def table(reports: Sequence[dict[str, Any]]) -> str:
   width = max(len('run'), *(len(report['run']) for report in reports))
   lines = [f'{"run":<{width}}' + ''.join(f'{length:>9}' for length in lengths) + '   change']
   for report in reports:
-    values = [row['nats_per_token'] for row in report['lengths']]
-    cells = ''.join(f'{value:>9.3f}' for value in values)
-    lines.append(f'{report["run"]:<{width}}{cells}{values[-1] - values[0]:>+9.3f}')
+    cells = ''.join(f'{row["nats_per_token"]:>9.3f}' for row in report['lengths'])
+    change, error = report['change']['nats_per_token'], report['change']['standard_error']
+    spread = '' if error is None else f' +-{error:.3f}'
+    lines.append(f'{report["run"]:<{width}}{cells}{change:>+9.3f}{spread}')
   return '\n'.join(lines)
 
 

@@ -40,9 +40,11 @@ def lengths(reports: Sequence[dict[str, Any]], path: pathlib.Path) -> None:
     axes.set_xscale('log', base=2)
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f'{value:g}'))
     for train_length in sorted({report['train_length'] for report in reports}):
-      axes.axvline(train_length, color='grey', linestyle='--', linewidth=1, label='trained at')
+      axes.axvline(
+        train_length, color='grey', linestyle='--', linewidth=1, label=f'trained at {train_length}'
+      )
     axes.set(title=title, xlabel=label)
     axes.grid(alpha=0.3)
   by_length.set_ylabel('loss [nats per token]')
-  by_length.legend()
+  by_length.legend(loc='upper left')
   figure.savefig(path, dpi=150)

@@ -79,6 +79,28 @@ def test_losses_and_standard_errors_equal_those_computed_window_by_window(workdi
     assert row['standard_error'] == pytest.approx(expected, abs=1e-5)
 
 
+def test_the_change_has_the_standard_error_of_paired_differences(workdir):
+  request = config_lib.EvaluateConfig(LENGTHS, 'same_tokens', 1024)
+  change = evaluate.evaluate(workdir, request)['change']
+
+  short, long = (losses_by_hand(workdir, 'same_tokens', length, 1024) for length in (32, 128))
+  difference_Z = np.array([(long[document] - short[document]).sum() for document in short])
+  tokens_Z = np.array([losses.size for losses in short.values()])
+  mean = difference_Z.sum() / tokens_Z.sum()
+  excess_Z = difference_Z - mean * tokens_Z
+  count = len(excess_Z)
+  expected = math.sqrt(count / (count - 1) * (excess_Z**2).sum()) / tokens_Z.sum()
+  assert (change['from'], change['to']) == (32, 128)
+  assert change['nats_per_token'] == pytest.approx(mean, abs=1e-5)
+  assert change['standard_error'] == pytest.approx(expected, abs=1e-6)
+
+
+def test_other_tokens_at_each_length_give_no_paired_error(workdir):
+  request = config_lib.EvaluateConfig((32, 128), 'windows', 160)
+
+  assert evaluate.evaluate(workdir, request)['change']['standard_error'] is None
+
+
 def test_same_tokens_scores_equally_many_tokens_at_each_length(report):
   assert report['protocol'] == 'same_tokens'
   assert [row['length'] for row in report['lengths']] == list(LENGTHS)
@@ -136,6 +158,7 @@ def test_the_table_has_a_row_a_run_and_the_change_to_the_longest(report):
     'fire',
     *(f'{value:.3f}' for value in values),
     f'{values[-1] - values[0]:+.3f}',
+    f'+-{report["change"]["standard_error"]:.3f}',
   ]
 
 

@@ -21,7 +21,7 @@ ENCODINGS: dict[str, Callable[..., Encoding]] = {
   'alibi': alibi.alibi,
   't5': t5.t5,
   'fire': fire.fire,
-  'fire_s': functools.partial(fire.fire, name='fire_s', shared=True),
+  'fire_s': functools.partial(fire.fire, shared=True),
 }
 
 
@@ -65,4 +65,4 @@ def options(name: str) -> dict[str, Any]:
   factory = ENCODINGS[name]
   parameters = inspect.signature(factory).parameters.values()
   fixed = factory.keywords if isinstance(factory, functools.partial) else {}
-  return {p.name: p.default for p in parameters if p.name != 'name' and p.name not in fixed}
+  return {p.name: p.default for p in parameters if p.name not in fixed}

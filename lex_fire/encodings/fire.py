@@ -115,7 +115,6 @@ def fire(
   width: int = 32,
   threshold: float = 512.0,
   c: float = 0.1,
-  name: str = 'fire',
   shared: bool = False,
 ) -> base.Encoding:
   """FIRE, functional interpolation for relative positions.
@@ -125,7 +124,6 @@ def fire(
     width: units of a hidden layer (32 in the paper).
     threshold: initial L [tokens]; learned through a multiplier that starts at 1, used as |.|.
     c: initial c of psi, > 0; learned, used as |c|.
-    name: as registered.
     shared: one set of parameters for all layers (FIRE-S) instead of one a layer.
 
   Raises:
@@ -136,7 +134,7 @@ def fire(
   if width < 1 or not threshold > 0 or not c > 0:
     raise errors.UserError(f'fire needs {width=}, {threshold=} and {c=} above 0')
   return base.Encoding(
-    name=name,
+    name='fire_s' if shared else 'fire',
     init=functools.partial(_init, hidden_layers=hidden_layers, width=width, c=c),
     bias=functools.partial(_bias, threshold=threshold),
     shared=shared,
