@@ -17,7 +17,7 @@ quickstart: .venv/installed-$(VERSION)
 	    --workdir=$(RUNS)/$$encoding || exit $$?; \
 	done
 	@$(BIN)/python -m lex_fire.evaluate --workdir=$(RUNS)/fire,$(RUNS)/rope
-	@echo 'next: look at $(RUNS)/evaluations/same_tokens.png, then train another encoding (alibi, t5, xpos,' \
+	@echo 'next: look at $(RUNS)/evaluations/fire_rope_same_tokens.png, then train another encoding (alibi, t5, xpos,' \
 	  'fire_s, ...): $(BIN)/python -m lex_fire.train --config=configs/quickstart.py:encoding=alibi' \
 	  '--workdir=$(RUNS)/alibi'
 

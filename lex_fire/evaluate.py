@@ -281,7 +281,9 @@ def main() -> None:
   directory = pathlib.Path(
     flags.FLAGS.output or os.path.join(os.path.commonpath(workdirs), 'evaluations')
   )
-  paths = write(reports, directory, flags.FLAGS.name or request.protocol)
+  compared = [workdir.name for workdir in workdirs] if len(workdirs) > 1 else []
+  name = flags.FLAGS.name or '_'.join([*compared, request.protocol])
+  paths = write(reports, directory, name)
   tokens, documents = reports[0]['lengths'][-1]['tokens'], reports[0]['documents']
   print(
     f'\nnats per token by length ({request.protocol}, {tokens:,} tokens of {documents} documents)'
@@ -298,7 +300,7 @@ def define_flags() -> None:
   flags.DEFINE_string('protocol', None, f"one of {known} (default: the run's config)")
   flags.DEFINE_integer('max_tokens', None, "scored at each length (default: the run's config)")
   flags.DEFINE_string('output', None, 'a directory (default: evaluations/ where the runs are)')
-  flags.DEFINE_string('name', None, 'of the files there (default: the protocol)')
+  flags.DEFINE_string('name', None, 'of the files there (default: runs compared, protocol)')
 
 
 if __name__ == '__main__':

@@ -8,7 +8,7 @@ from lex_fire import encodings, evaluate
 
 ROOT = pathlib.Path(__file__).parents[1]
 README = (ROOT / 'README.md').read_text()
-RESULTS = ROOT / 'experiments' / 'quickstart' / 'same_tokens.json'
+RESULTS = ROOT / 'experiments' / 'quickstart' / 'fire_rope_same_tokens.json'
 
 
 def test_the_table_is_the_one_that_was_measured():
