@@ -48,9 +48,21 @@ class Checkpoints:
     return self._manager.latest_step()
 
   def restore(self, step: int, abstract: dict[str, Any]) -> dict[str, Any]:
-    """Reads the items that `abstract` (of ShapeDtypeStructs with shardings) names, bit for bit."""
+    """Reads the items that `abstract` (of ShapeDtypeStructs with shardings) names, bit for bit.
+
+    Raises:
+      errors.UserError: if the checkpoint is damaged, or of another model.
+    """
     items = {name: ocp.args.StandardRestore(tree) for name, tree in abstract.items()}
-    return dict(self._manager.restore(step, args=ocp.args.Composite(**items)).items())
+    try:
+      return dict(self._manager.restore(step, args=ocp.args.Composite(**items)).items())
+    except (ValueError, KeyError, OSError) as error:
+      path = pathlib.Path(self._manager.directory) / str(step)
+      reason = ' '.join(str(error).split())[:200]
+      raise errors.UserError(
+        f'checkpoint {str(path)!r} is damaged or of another model: {reason}; '
+        'delete that directory to go on from the one before'
+      ) from error
 
   def wait(self) -> None:
     """Returns once all saves are on disk."""

@@ -12,6 +12,7 @@ import json
 import math
 import os
 import pathlib
+import tempfile
 import time
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -209,7 +210,6 @@ def write(
   Returns:
     The paths.
   """
-  directory.mkdir(parents=True, exist_ok=True)
 
   def write_json(path):
     path.write_text(json.dumps({'runs': reports}, indent=2) + '\n')
@@ -268,22 +268,35 @@ def _request(config: config_lib.Config) -> config_lib.EvaluateConfig:
   return dataclasses.replace(config.evaluate, **given)
 
 
+def _output_directory(workdirs: Sequence[pathlib.Path]) -> pathlib.Path:
+  """Makes the directory of the flags, before hours are spent on what could not be written there."""
+  default = os.path.join(os.path.commonpath([path.absolute() for path in workdirs]), 'evaluations')
+  directory = pathlib.Path(flags.FLAGS.output or os.path.relpath(default))
+  try:
+    directory.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryFile(dir=directory):
+      return directory
+  except OSError as error:
+    raise errors.UserError(
+      f'cannot write into {str(directory)!r}: {error.strerror}; give another --output'
+    ) from error
+
+
 def main() -> None:
   """The command."""
   workdirs = [pathlib.Path(workdir) for workdir in flags.FLAGS.workdir or ()]
   if not workdirs:
     raise errors.UserError('--workdir is missing: the run or runs (DIR,DIR) to evaluate')
+  if len(set(workdirs)) < len(workdirs):
+    raise errors.UserError(f'--workdir={",".join(map(str, workdirs))} names a run twice')
   request = _request(checkpoint.read_config(workdirs[0]))
+  directory = _output_directory(workdirs)
   progress = Progress([workdir.name for workdir in workdirs], request)
   reports = [
     evaluate(workdir, request, functools.partial(progress, workdir.name)) for workdir in workdirs
   ]
-  directory = pathlib.Path(
-    flags.FLAGS.output or os.path.join(os.path.commonpath(workdirs), 'evaluations')
-  )
   compared = [workdir.name for workdir in workdirs] if len(workdirs) > 1 else []
-  name = flags.FLAGS.name or '_'.join([*compared, request.protocol])
-  paths = write(reports, directory, name)
+  paths = write(reports, directory, flags.FLAGS.name or '_'.join([*compared, request.protocol]))
   tokens, documents = reports[0]['lengths'][-1]['tokens'], reports[0]['documents']
   print(
     f'\nnats per token by length ({request.protocol}, {tokens:,} tokens of {documents} documents)'

@@ -59,6 +59,11 @@ EVALUATE_MISTAKES = {
     ['--workdir=CLAIMED', '--lengths=256,long'],
     '--lengths=256,long must be whole numbers',
   ),
+  'twice': (['--workdir=CLAIMED,CLAIMED'], 'names a run twice'),
+  'output': (
+    ['--workdir=CLAIMED', '--output=EMPTY/empty.txt'],
+    "empty.txt': File exists; give ano",
+  ),
   'zero': (['--workdir=CLAIMED', '--lengths=0'], 'lengths=(0,)'),
   'protocol': (['--workdir=CLAIMED', '--protocol=same'], "'same'; known: windows, same_tokens"),
 }

@@ -135,7 +135,7 @@ def test_bytes_per_token_make_bits_per_byte(report):
 def test_json_csv_and_a_plot_are_written(report, tmp_path):
   other = {**report, 'run': 'other'}
 
-  paths = evaluate.write([report, other], tmp_path / 'new', 'both')
+  paths = evaluate.write([report, other], tmp_path, 'both')
 
   assert [path.name for path in paths] == ['both.json', 'both.csv', 'both.png']
   assert json.loads(paths[0].read_text())['runs'] == [report, other]
@@ -144,9 +144,7 @@ def test_json_csv_and_a_plot_are_written(report, tmp_path):
   assert [row['run'] for row in rows] == ['fire'] * 3 + ['other'] * 3
   assert float(rows[0]['nats_per_token']) == report['lengths'][0]['nats_per_token']
   assert paths[2].read_bytes().startswith(b'\x89PNG')
-  assert sorted(path.name for path in (tmp_path / 'new').iterdir()) == sorted(
-    path.name for path in paths
-  )
+  assert sorted(tmp_path.iterdir()) == sorted(paths)
 
 
 def test_the_table_has_a_row_a_run_and_the_change_to_the_longest(report):

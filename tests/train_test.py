@@ -3,6 +3,7 @@
 import json
 import os
 import pathlib
+import shutil
 import signal
 import subprocess
 import sys
@@ -142,6 +143,15 @@ def test_a_checkpoint_restores_to_another_mesh_bit_for_bit(whole, data):
   assert_equal_bits(restored, state)
   embedding_VD = restored['params']['embedding_VD']
   assert embedding_VD.sharding.spec == jax.sharding.PartitionSpec(None, ('fsdp',))
+
+
+def test_a_damaged_checkpoint_is_named(whole, data, tmp_path):
+  workdir = shutil.copytree(whole[0], tmp_path / 'damaged')
+  for file in (workdir / 'checkpoints' / '12' / 'params' / 'd').iterdir():
+    file.write_bytes(file.read_bytes()[:100])
+
+  with pytest.raises(errors.UserError, match="checkpoints/12' is damaged or of another model"):
+    train.train(tiny.config(data), workdir)
 
 
 def test_a_workdir_belongs_to_one_config(whole, data):
