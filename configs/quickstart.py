@@ -3,9 +3,7 @@
     python -m lex_fire.train --config=configs/quickstart.py:encoding=fire \
       --workdir=runs/quickstart/fire
 
-A run takes some two minutes on 2 cores. Expect FIRE to lose next to nothing from 256 to 4096
-tokens, and RoPE most of a nat per byte; experiments/quickstart holds what came out, and why this
-recipe.
+What to expect, how long it takes, and why this recipe: experiments/quickstart/README.md.
 
 Arguments: encoding (any of lex_fire.encodings.ENCODINGS).
 """

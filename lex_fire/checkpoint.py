@@ -1,5 +1,6 @@
 """Checkpoints by Orbax: saved in the background, latest and best kept, restored to any mesh."""
 
+import contextlib
 import json
 import os
 import pathlib
@@ -16,6 +17,10 @@ _CONFIG = 'config.json'
 _METRIC = 'validation_loss'
 
 
+def _loss(metrics: dict[str, float]) -> float:
+  return metrics[_METRIC]
+
+
 class Checkpoints:
   """The checkpoints of a workdir; each has parameters and optimizer state as items of their own."""
 
@@ -27,13 +32,19 @@ class Checkpoints:
       [
         preservation_policy.LatestN(keep_latest),
         preservation_policy.BestN(
-          get_metric_fn=lambda metrics: metrics[_METRIC], reverse=True, n=keep_best
+          get_metric_fn=_loss, reverse=True, n=keep_best, keep_checkpoints_without_metrics=False
         ),
       ]
     )
+    directory = pathlib.Path(workdir).absolute() / 'checkpoints'
+    if directory.exists() and not directory.is_dir():
+      raise errors.UserError(f'{str(directory)!r} must be a directory; move that file away')
     self._manager = ocp.CheckpointManager(
-      pathlib.Path(workdir).absolute() / 'checkpoints',
-      options=ocp.CheckpointManagerOptions(preservation_policy=policy),
+      directory,
+      # best_fn makes Orbax write the metrics: without it the policy forgets them at a restart.
+      options=ocp.CheckpointManagerOptions(
+        preservation_policy=policy, best_fn=_loss, best_mode='min'
+      ),
       item_names=('params', 'optimizer'),
     )
 
@@ -64,10 +75,6 @@ class Checkpoints:
         'delete that directory to go on from the one before'
       ) from error
 
-  def wait(self) -> None:
-    """Returns once all saves are on disk."""
-    self._manager.wait_until_finished()
-
   def close(self) -> None:
     """Waits for the saves and frees the manager's threads."""
     self._manager.close()
@@ -84,10 +91,7 @@ def claim_workdir(workdir: pathlib.Path, config: config_lib.Config) -> None:
   if not path.exists():
     try:
       workdir.mkdir(parents=True, exist_ok=True)
-      if jax.process_index() == 0:
-        temporary = workdir / f'.{_CONFIG}.{os.getpid()}'
-        temporary.write_text(json.dumps(config.to_dict(), indent=2) + '\n')
-        os.replace(temporary, path)
+      _write_json(path, config.to_dict())
     except OSError as error:
       raise errors.UserError(
         f'cannot write workdir {str(workdir)!r}: {error.strerror}; use another --workdir'
@@ -103,6 +107,32 @@ def claim_workdir(workdir: pathlib.Path, config: config_lib.Config) -> None:
     )
 
 
+def claim_data(workdir: pathlib.Path, hashes: dict[str, str]) -> None:
+  """Writes the hash of each split's tokens into a new workdir; in one that has them, compares.
+
+  Raises:
+    errors.UserError: if the data are no longer those that the run began with.
+  """
+  path = workdir / 'data.json'
+  if not path.exists():
+    _write_json(path, hashes)
+    return
+  for split, value in json.loads(path.read_text()).items():
+    if hashes.get(split) != value:
+      raise errors.UserError(
+        f'the {split} data have changed since the run in {str(workdir)!r} began (sha256 '
+        f'{str(hashes.get(split))[:12]}, then {value[:12]}); restore them, or use another --workdir'
+      )
+
+
+def _write_json(path: pathlib.Path, values: dict[str, Any]) -> None:
+  """Writes a file whole or not at all, by the first process."""
+  if jax.process_index() == 0:
+    temporary = path.with_name(f'.{path.name}.{os.getpid()}')
+    temporary.write_text(json.dumps(values, indent=2) + '\n')
+    os.replace(temporary, path)
+
+
 def read_config(workdir: pathlib.Path) -> config_lib.Config:
   """Reads the config of a run.
 
@@ -111,13 +141,18 @@ def read_config(workdir: pathlib.Path) -> config_lib.Config:
   """
   path = workdir / _CONFIG
   try:
-    return config_lib.Config.from_dict(json.loads(path.read_text()))
+    values = json.loads(path.read_text())
+    if not isinstance(values, dict):
+      raise errors.UserError(f'a config must have sections, not be {values!r}')
+    return config_lib.Config.from_dict(values)
+  except errors.UserError as error:
+    raise errors.UserError(f'{str(path)!r}: {error}') from error
   except OSError as error:
     raise errors.UserError(
       f'no run in workdir {str(workdir)!r}: {_CONFIG}: {error.strerror}; '
       'give the --workdir of `python -m lex_fire.train`'
     ) from error
-  except json.JSONDecodeError as error:
+  except ValueError as error:
     raise errors.UserError(f'{str(path)!r} is not JSON: {error}; restore or delete it') from error
 
 
@@ -127,15 +162,13 @@ def restore_params(workdir: pathlib.Path, abstract_params: Any) -> tuple[int, An
   Raises:
     errors.UserError: if the workdir has no checkpoint.
   """
-  checkpoints = Checkpoints(workdir)
-  step = checkpoints.latest()
-  if step is None:
-    raise errors.UserError(
-      f'no checkpoint in {str(workdir)!r}; train first, or give another --workdir'
-    )
-  params = checkpoints.restore(step, {'params': abstract_params})['params']
-  checkpoints.close()
-  return step, params
+  with contextlib.closing(Checkpoints(workdir)) as checkpoints:
+    step = checkpoints.latest()
+    if step is None:
+      raise errors.UserError(
+        f'no checkpoint in {str(workdir)!r}; train first, or give another --workdir'
+      )
+    return step, checkpoints.restore(step, {'params': abstract_params})['params']
 
 
 def _flat(values: dict[str, Any]) -> dict[str, Any]:

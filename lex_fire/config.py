@@ -220,6 +220,9 @@ class Config:
       errors.UserError: for an unknown or missing key, a value of another type, or out of range.
     """
     sections: dict[str, Any] = {field.name: field.default for field in dataclasses.fields(cls)}
+    for section, fields in values.items():
+      if not hasattr(fields, 'keys'):  # a dict, or a ConfigDict, which is no Mapping
+        raise errors.UserError(f'config section {section!r} must have fields, not be {fields!r}')
     _check_keys('', values, sections)
     made = {
       name: _section(name, default, values[name])

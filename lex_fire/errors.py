@@ -1,4 +1,4 @@
-"""The one exception for a mistake in what a user gave, and how a command reports it."""
+"""The one exception for a mistake in what a user gave."""
 
 
 class UserError(ValueError):

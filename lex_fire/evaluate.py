@@ -58,9 +58,9 @@ def evaluate(
   transformer = train.make_model(config)
   for length in request.lengths:
     model.check_length(transformer.encoding, length)
-  windows = _windows(
-    config.data.task, config.data.train_files, config.data.validation_files, request
-  )
+  files = {SPLIT: config.data.files[SPLIT]} if config.data.files else None
+  task = tasks.get_task(config.data.task, files)
+  windows = _windows(task, request)
   mesh = sharding.make_mesh()
   with jax.set_mesh(mesh):
     step, params = _restore(config, workdir, mesh)
@@ -68,7 +68,6 @@ def evaluate(
       length: _losses(transformer, params, windows[length], functools.partial(progress, length))
       for length in sorted(request.lengths)
     }
-  task = tasks.get_task(config.data.task, config.data.files)
   longest = max(request.lengths)
   return {
     'run': workdir.name,
@@ -90,10 +89,8 @@ def evaluate(
 
 
 @functools.lru_cache(maxsize=4)
-def _windows(task_name, train_files, validation_files, request):
+def _windows(task, request):
   """Cuts the documents of a Task once for all runs that are compared on them."""
-  files = config_lib.DataConfig(train_files=train_files, validation_files=validation_files).files
-  task = tasks.get_task(task_name, files)
   return protocols.get(request.protocol)(
     tasks.documents(task, SPLIT),
     request.lengths,
@@ -268,6 +265,20 @@ def _request(config: config_lib.Config) -> config_lib.EvaluateConfig:
   return dataclasses.replace(config.evaluate, **given)
 
 
+def _configs(workdirs: Sequence[pathlib.Path]) -> list[config_lib.Config]:
+  """Reads the runs' configs, which must be of one Task: losses on other tokens do not compare."""
+  configs = [checkpoint.read_config(workdir) for workdir in workdirs]
+  for workdir, config in zip(workdirs, configs, strict=True):
+    for field in ('task', 'validation_files'):
+      first, other = (getattr(c.data, field) for c in (configs[0], config))
+      if first != other:
+        raise errors.UserError(
+          f'{str(workdir)!r} has data.{field}={other!r}, not {first!r} as {str(workdirs[0])!r}; '
+          'evaluate it alone'
+        )
+  return configs
+
+
 def _output_directory(workdirs: Sequence[pathlib.Path]) -> pathlib.Path:
   """Makes the directory of the flags, before hours are spent on what could not be written there."""
   default = os.path.join(os.path.commonpath([path.absolute() for path in workdirs]), 'evaluations')
@@ -287,9 +298,9 @@ def main() -> None:
   workdirs = [pathlib.Path(workdir) for workdir in flags.FLAGS.workdir or ()]
   if not workdirs:
     raise errors.UserError('--workdir is missing: the run or runs (DIR,DIR) to evaluate')
-  if len(set(workdirs)) < len(workdirs):
+  if len({workdir.resolve() for workdir in workdirs}) < len(workdirs):
     raise errors.UserError(f'--workdir={",".join(map(str, workdirs))} names a run twice')
-  request = _request(checkpoint.read_config(workdirs[0]))
+  request = _request(_configs(workdirs)[0])
   directory = _output_directory(workdirs)
   progress = Progress([workdir.name for workdir in workdirs], request)
   reports = [

@@ -184,6 +184,7 @@ class Data:
     c = config.data
     self._train, manifest = self._windows('train')
     self._validation, self.validation_manifest = self._windows('validation')
+    self.hashes = {'train': manifest['sha256'], 'validation': self.validation_manifest['sha256']}
     size = manifest['vocabulary']['size']
     if size > config.model.vocab_size:
       raise errors.UserError(
@@ -213,7 +214,8 @@ class Data:
     """Yields the first train.validation_windows windows of the validation split, every time."""
     return batches.batches_in_order(
       self._validation,
-      self._config.data.batch_size,
+      # What training computes at once fits in memory, so this does too.
+      self._config.data.batch_size // self._config.train.accumulation,
       self._config.train.validation_windows,
       process_index=jax.process_index(),
       process_count=jax.process_count(),
@@ -238,7 +240,7 @@ class Reporter:
     """Takes the values of the step that made it `done` steps; reports those it took before.
 
     Raises:
-      FloatingPointError: if a loss is not finite.
+      errors.UserError: if a loss is not finite.
     """
     self.flush()
     c = self._config.train
@@ -271,13 +273,9 @@ class Reporter:
     utilization = metrics.utilization(rate * self._flops)
     if utilization is not None:
       values['model_flops_utilization'] = utilization
+    _check_finite('loss', values['loss'], done)
     self._writer.write(done, values)
     self._print(done, values, seconds_left)
-    if not math.isfinite(values['loss']):
-      raise errors.UserError(
-        f'loss={values["loss"]} at step {done}; the last checkpoint is kept; '
-        'lower optimizer.learning_rate or raise optimizer.warmup_steps, in another --workdir'
-      )
 
   def _print(self, done, values, seconds_left):
     utilization = values.get('model_flops_utilization')
@@ -291,6 +289,7 @@ class Reporter:
 
   def validation(self, done: int, value: float) -> None:
     """Reports the validation loss after `done` steps [nats per token]."""
+    _check_finite('validation loss', value, done)
     self._writer.write(
       done, {'validation_loss': value, 'validation_bits_per_byte': value * self._bits_per_byte}
     )
@@ -300,6 +299,15 @@ class Reporter:
     """Reports what is pending and closes the logs."""
     self.flush()
     self._writer.close()
+
+
+def _check_finite(name: str, value: float, done: int) -> None:
+  """Stops a run before what has diverged is logged, saved and resumed from."""
+  if not math.isfinite(value):
+    raise errors.UserError(
+      f'{name}={value} at step {done}; checkpoints before it are kept; '
+      'lower optimizer.learning_rate or raise optimizer.warmup_steps, in another --workdir'
+    )
 
 
 def say(line: str) -> None:
@@ -335,8 +343,9 @@ def train(config: config_lib.Config, workdir: str | pathlib.Path) -> State:
   workdir = pathlib.Path(workdir)
   mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp)
   program = Program(config, mesh)
-  checkpoint.claim_workdir(workdir, config)
   data = Data(config)
+  checkpoint.claim_workdir(workdir, config)
+  checkpoint.claim_data(workdir, data.hashes)
   checkpoints = checkpoint.Checkpoints(workdir, config.train.keep_latest, config.train.keep_best)
   with contextlib.closing(checkpoints):
     first = checkpoints.latest() or 0

@@ -122,4 +122,4 @@ def test_a_mistake_gets_one_line_and_status_2(results, command, name, expected):
 def test_a_mistake_in_the_config_leaves_no_workdir_behind(results):
   _, root = results
 
-  assert not pathlib.Path(root / 'new' / 'checkpoints').exists()
+  assert not pathlib.Path(root / 'new').exists()

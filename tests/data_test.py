@@ -574,7 +574,9 @@ def test_the_command_reports_a_mistake_in_one_sentence(tmp_path, capsys):
   status = prepare.main(['--task=text', '--split=train', f'--directory={tmp_path}'])
 
   assert status == 2
-  assert capsys.readouterr().err == "corpus 'text' needs a glob for each split, not files=None\n"
+  assert (
+    capsys.readouterr().err == "error: corpus 'text' needs a glob for each split, not files=None\n"
+  )
 
 
 # Batches

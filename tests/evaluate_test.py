@@ -46,12 +46,9 @@ def losses_by_hand(workdir, protocol, length, max_tokens):
   validation = config.data.validation_files.replace('*', '{}')
   texts = [pathlib.Path(validation.format(part)).read_bytes() for part in range(3)]
   by_document = {}
-  cut = evaluate._windows(
-    config.data.task,
-    config.data.train_files,
-    config.data.validation_files,
-    config_lib.EvaluateConfig(LENGTHS, protocol, max_tokens),
-  )[length]
+  task = evaluate.tasks.get_task('text', {'validation': config.data.validation_files})
+  request = config_lib.EvaluateConfig(LENGTHS, protocol, max_tokens)
+  cut = evaluate._windows(task, request)[length]
   for inputs_L, targets_L, document in zip(*cut, strict=True):
     text = bytes((targets_L[targets_L > 2] - 3).astype(np.uint8))  # ids are bytes + 3
     assert any(text in whole for whole in texts)

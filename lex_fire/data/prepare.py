@@ -115,7 +115,7 @@ def main(argv: Sequence[str] | None = None) -> int:
   try:
     print(prepare(flags.task, flags.split, flags.directory, files or None))
   except errors.UserError as error:
-    print(error, file=sys.stderr)
+    print(f'error: {error}', file=sys.stderr)
     return 2
   return 0
 

@@ -104,7 +104,7 @@ def documents(task: seqio.Task, split: str) -> Iterator[np.ndarray]:
     raise errors.UserError(f'task {task.name!r} has no split {split!r}; it has: {known}')
   eos_id = task.output_features['targets'].vocabulary.eos_id
   with _source_errors():
-    for example in task.get_dataset(split=split, shuffle=False).as_numpy_iterator():
+    for example in _quietly(task.get_dataset(split=split, shuffle=False).as_numpy_iterator()):
       tokens_L = example['targets'].astype(np.int32)
       if not tokens_L.size or tokens_L[-1] != eos_id:
         raise errors.UserError(
@@ -182,6 +182,16 @@ def _import_seqio() -> types.ModuleType:
     with contextlib.suppress(RuntimeError):
       tf.config.set_visible_devices([], 'GPU')
   return seqio
+
+
+def _quietly(examples: Iterator[Any]) -> Iterator[Any]:
+  """Passes examples on; what TensorFlow's C++ code says of an error stands in the error too."""
+  while True:
+    with _quiet_stderr():
+      example = next(examples, None)
+    if example is None:
+      return
+    yield example
 
 
 @contextlib.contextmanager
