@@ -609,3 +609,31 @@ def test_a_decay_over_more_positions_than_float32_can_hold_is_nan_and_not_wrong(
 
   assert np.isnan(out_BLHC[0, :2]).all()
   assert np.isfinite(out_BLHC[0, 2:]).all()
+
+
+@pytest.mark.parametrize('name', sorted(encodings.ENCODINGS))
+def test_token_by_token_over_cached_keys_equals_the_parallel_pass(name):
+  encoding = encodings.get(name)
+  params = encoding.init(jax.random.key(0), num_heads=4, head_dim=8, d_model=32)
+  keys = jax.random.split(jax.random.key(1), 3)
+  query_BLHC = jax.random.normal(keys[0], (1, 12, 4, 8))
+  key_BLGC, value_BLGC = (jax.random.normal(key, (1, 12, 2, 8)) for key in keys[1:])
+  position_BL = 700 + jnp.arange(12)[None]  # past FIRE's threshold
+  if encoding.rotate is not None:
+    query_BLHC = encoding.rotate(params, query_BLHC, position_BL)
+    key_BLGC = encoding.rotate(params, key_BLGC, position_BL)  # what a cache would hold
+
+  def attend(first, last):
+    return kernels.attention(
+      query_BLHC[:, first:last],
+      key_BLGC[:, :last],
+      value_BLGC[:, :last],
+      encoding=encoding,
+      params=params,
+      query_position_BQ=position_BL[:, first:last],
+      key_position_BK=position_BL[:, :last],
+    )
+
+  steps = jnp.concatenate([attend(step, step + 1) for step in range(12)], axis=1)
+
+  np.testing.assert_allclose(steps, attend(0, 12), atol=1e-5)
