@@ -49,7 +49,7 @@ class EncodingConfig:
 
 @dataclasses.dataclass(frozen=True)
 class ModelConfig:
-  """A decoder's shape."""
+  """A model's shape."""
 
   num_layers: int = 4
   d_model: int = 128  # channels of the residual stream
@@ -60,6 +60,7 @@ class ModelConfig:
   vocab_size: int = 259  # ids of the Task's vocabulary
   activation: str = 'gelu'  # one of ACTIVATIONS; swiglu has a third matrix of d_ff columns
   norm: str = 'layernorm'  # one of NORMS
+  causal: bool = True  # predicts the next token; False: an encoder that restores masked ones
   tied_embeddings: bool = True  # logits from the token embeddings, or from a matrix of their own
   scan_layers: bool = False  # one compiled block for all: compiles fast, 1.3 times slower on CPU
   remat: bool = False  # recompute a block's activations in the backward pass
@@ -200,6 +201,11 @@ class Config:
       raise errors.UserError(
         f'data.length={self.data.length} is past the {encoding.max_length} positions of encoding '
         f'{encoding.name!r}; shorten it or raise encoding.max_length'
+      )
+    if not self.model.causal and not encoding.bidirectional:
+      raise errors.UserError(
+        f'model.causal=False, but encoding {encoding.name!r} with these options cannot tell keys '
+        'after the query apart; use encoding.bidirectional=True if it has that option, or another'
       )
     if not 0 <= self.optimizer.warmup_steps < self.train.steps:
       raise errors.UserError(

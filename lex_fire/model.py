@@ -60,7 +60,7 @@ class Block(nn.Module):
   @nn.compact
   def __call__(self, x_BLD, position_BL, segment_ids_BL, shared_params):
     c = self.config
-    attend = attention.Attention(c, self.encoding, self.mask, name='attention')
+    attend = attention.Attention(c, self.encoding, mask, name='attention')
     y_BLD = Norm(c, name='attention_norm')(x_BLD)
     x_BLD = x_BLD + attend(y_BLD, position_BL, segment_ids_BL, shared_params)
     x_BLD = x_BLD + Mlp(c, name='mlp')(Norm(c, name='mlp_norm')(x_BLD))
@@ -68,17 +68,17 @@ class Block(nn.Module):
 
 
 class Transformer(nn.Module):
-  """A decoder; any length, with any encoding.
+  """A decoder, or an encoder if its config is not causal; any length, with any encoding.
 
   Attributes:
     config: the model's shape.
     encoding: the position encoding; owned by each attention, or by the model if it is `shared`.
-    mask: which keys a query may see.
+    mask: which keys a query may see; None: all that the config's `causal` lets it.
   """
 
   config: config_lib.ModelConfig
   encoding: encodings.Encoding
-  mask: kernels.Mask = kernels.Mask()
+  mask: kernels.Mask | None = None
 
   @nn.compact
   def __call__(
@@ -123,6 +123,7 @@ class Transformer(nn.Module):
 
   def _blocks(self, x_BLD, position_BL, segment_ids_BL, shared_params):
     c = self.config
+    mask = self.mask or kernels.Mask(causal=c.causal)
     block = nn.remat(Block) if c.remat else Block
     rest = (position_BL, segment_ids_BL, shared_params)
     if c.scan_layers:
@@ -134,9 +135,9 @@ class Transformer(nn.Module):
         in_axes=cast(Any, (nn.broadcast,) * len(rest)),
         length=c.num_layers,
       )
-      return block(c, self.encoding, self.mask, name='blocks')(x_BLD, *rest)[0]
+      return block(c, self.encoding, mask, name='blocks')(x_BLD, *rest)[0]
     for layer in range(c.num_layers):
-      x_BLD, _ = block(c, self.encoding, self.mask, name=f'block_{layer}')(x_BLD, *rest)
+      x_BLD, _ = block(c, self.encoding, mask, name=f'block_{layer}')(x_BLD, *rest)
     return x_BLD
 
 

@@ -48,6 +48,9 @@ class Encoding(NamedTuple):
     shift_invariant: whether adding one number to all positions leaves the logits as they are.
     learned: whether `params` holds anything.
     max_length: positions from here on have no encoding [tokens]; None when every position has one.
+    bidirectional: whether it tells keys after the query apart, as a bidirectional encoder needs.
+    prefix_stable: whether `rotate` turns a position by that position alone. If not (dynamic NTK),
+      the logits of a prefix change as the sequence grows, and a cache keeps keys unrotated.
   """
 
   name: str
@@ -60,6 +63,8 @@ class Encoding(NamedTuple):
   shift_invariant: bool = True
   learned: bool = False
   max_length: int | None = None
+  bidirectional: bool = True
+  prefix_stable: bool = True
 
 
 def no_parameters(rng: jax.Array, *, num_heads: int, head_dim: int, d_model: int) -> Params:

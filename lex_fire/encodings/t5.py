@@ -68,4 +68,5 @@ def t5(num_buckets: int = 32, max_distance: int = 128) -> base.Encoding:
     init=functools.partial(_init, num_buckets=num_buckets),
     bias=functools.partial(_bias, num_buckets=num_buckets, max_distance=max_distance),
     learned=True,
+    bidirectional=False,
   )
