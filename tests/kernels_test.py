@@ -374,17 +374,20 @@ LONG_ROWS = {
 
 
 @pytest.mark.parametrize('row', LONG_ROWS)
+@pytest.mark.parametrize('mask', ['causal', 'bidirectional'])
 @pytest.mark.parametrize('implementation', TILED)
-def test_xpos_equals_the_oracle_at_a_million_positions(implementation, row):
+def test_xpos_equals_the_oracle_at_a_million_positions(implementation, mask, row):
   encoding, params = make('xpos')
   arrays = inputs(1, 48, 48)
   position_BL, segment_BL = (np.array([part], np.int32) for part in LONG_ROWS[row])
 
   out_BQHC, gradients = out_and_gradients(
-    implementation, encoding, params, arrays, position_BL, None, segment_BL
+    implementation, encoding, params, arrays, position_BL, None, segment_BL, mask=MASKS[mask]
   )
 
-  visible_BQK = oracles.visible_pairs(position_BL, position_BL, segment_BL, segment_BL)
+  visible_BQK = oracles.visible_pairs(
+    position_BL, position_BL, segment_BL, segment_BL, **MASKS[mask]
+  )
   logits_BHQK = oracles.logits('xpos', {}, *arrays[:2], position_BL, position_BL, visible_BQK)
   expected_BQHC = oracles.attention(logits_BHQK, visible_BQK, arrays[2])
   np.testing.assert_allclose(out_BQHC, expected_BQHC, atol=1e-4)

@@ -77,12 +77,15 @@ def xpos_score(
   scale_base=512.0,
   pairing='interleaved',
 ):
-  """Sun et al. 2022, section 2: RoPE's sum with each term times zeta_m^((i - j)/B)."""
+  """Sun et al. 2022, section 2: RoPE's sum with each term times zeta_m^((i - j)/B).
+
+  For keys after the query, which the paper leaves open, zeta_m^(|i - j|/B).
+  """
   query_HR, key_HR = complex_pairs(query_HC, pairing), complex_pairs(key_HC, pairing)
   m_R, width = np.arange(query_HR.shape[-1]), query_HC.shape[-1]
   theta_R = base_period ** (-2 * m_R / width)
   zeta_R = (2 * m_R / width + gamma) / (1 + gamma)
-  decay_R = np.exp(np.log(zeta_R) * (i - j) / scale_base)
+  decay_R = np.exp(np.log(zeta_R) * abs(i - j) / scale_base)
   return (query_HR * key_HR.conj() * decay_R * np.exp(1j * (i - j) * theta_R)).sum(axis=-1).real
 
 

@@ -121,6 +121,7 @@ def _flash(encoding, mask):
       key_position_BK=keys.position_JBK,
       query_segment_BQ=queries.segment_IBQ,
       key_segment_BK=keys.segment_JBK,
+      causal=mask.causal,
     )
 
   def hide(logits_BHQK, queries, keys):

@@ -4,6 +4,10 @@ Each pair (i, j) is to carry exp(r (i - j)), r <= 0 a channel's rate. Any origin
 subtracted: q_i takes exp(r (i - o)) and k_j takes exp(r (o - j)). With o near the tile both stay
 finite at any position (Sun et al. 2022, arXiv:2212.10554, has o = 0, which leaves float32 near
 position 35,000).
+
+For keys after the query, j > i, the same factors would grow with distance: the paper leaves
+bidirectional models open. There the pair is to carry exp(r (j - i)), which is this decay with all
+positions negated, so that it shrinks with |i - j| on both sides.
 """
 
 import jax
@@ -25,6 +29,8 @@ def apply(
   key_segment_BK: jax.Array | None,
 ) -> tuple[jax.Array, jax.Array]:
   """Returns the queries and keys of a tile times their factors, in their own dtypes.
+
+  The pairs of a key before its query are right. With all positions negated, so are the others.
 
   A key's factor is clipped where it would overflow: such a key lies in the future of all queries.
   A query's factor becomes NaN there: its segment spans more positions than one tile can.
@@ -75,9 +81,9 @@ def _origin(position_BL, segment_BL, query_position, key_position, query_segment
     return ((query_position.min(axis=1) + last_key_B) // 2)[:, None]
   with_query_BLQ = segment_BL[:, :, None] == query_segment[:, None]
   with_key_BLK = segment_BL[:, :, None] == key_segment[:, None]
-  largest = jnp.iinfo(jnp.int32).max
+  least, largest = jnp.iinfo(jnp.int32).min, jnp.iinfo(jnp.int32).max
   first_BL = jnp.where(with_query_BLQ, query_position[:, None], largest).min(axis=2)
-  last_query_BL = jnp.where(with_query_BLQ, query_position[:, None], -1).max(axis=2)
-  last_key_BL = jnp.where(with_key_BLK, key_position[:, None], -1).max(axis=2)
+  last_query_BL = jnp.where(with_query_BLQ, query_position[:, None], least).max(axis=2)
+  last_key_BL = jnp.where(with_key_BLK, key_position[:, None], least).max(axis=2)
   last_BL = jnp.minimum(last_query_BL, last_key_BL)
-  return jnp.where(last_BL >= 0, first_BL + (last_BL - first_BL) // 2, position_BL)
+  return jnp.where(last_BL > least, first_BL + (last_BL - first_BL) // 2, position_BL)

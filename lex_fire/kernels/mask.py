@@ -42,6 +42,12 @@ class Mask:
       if value is not None and (value < 1 or not self.causal):
         raise errors.UserError(f'a mask with {name}={value} needs it at least 1, and causal=True')
 
+  @property
+  def reach(self) -> int | None:
+    """How many positions back a query may see, itself included; None: to the beginning."""
+    limits = [] if self.block is None else [2 * self.block]
+    return min(limits + ([] if self.window is None else [self.window]), default=None)
+
   def visible(self, query_position_BQ: jax.Array, key_position_BK: jax.Array) -> jax.Array:
     """Returns visible_BQK, boolean, from positions alone (B may be 1)."""
     i_BQ1, j_B1K = query_position_BQ[:, :, None], key_position_BK[:, None, :]

@@ -36,6 +36,7 @@ def attention(
     key_position_BK=key_position_BK,
     query_segment_BQ=query_segment_BQ,
     key_segment_BK=key_segment_BK,
+    causal=mask.causal,
   )
   visible_BQK = mask_lib.visible(
     mask, query_position_BQ, key_position_BK, query_segment_BQ, key_segment_BK

@@ -17,6 +17,7 @@ def logits(
   key_position_BK: jax.Array,
   query_segment_BQ: jax.Array | None,
   key_segment_BK: jax.Array | None,
+  causal: bool,
 ) -> jax.Array:
   """Returns logits_BHQK, float32 nats, before the mask.
 
@@ -29,22 +30,29 @@ def logits(
     key_position_BK: likewise.
     query_segment_BQ: or None: all is one segment; logits across segments mean nothing.
     key_segment_BK: likewise.
+    causal: whether logits of keys after the query will be hidden, and need no meaning.
 
   Raises:
     errors.UserError: if the encoding decays and the tile is too wide for float32.
   """
   num_heads, head_dim = query_BHQC.shape[1], query_BHQC.shape[3]
-  if encoding.log_decay is not None:
-    query_BHQC, key_BGKC = decay.apply(
-      query_BHQC,
-      key_BGKC,
-      encoding.log_decay(head_dim),
-      query_position_BQ,
-      key_position_BK,
-      query_segment_BQ,
-      key_segment_BK,
-    )
-  logits_BHQK = per_group('BGQC,BGKC->BGQK', query_BHQC * head_dim**-0.5, key_BGKC)
+  segments = (query_segment_BQ, key_segment_BK)
+
+  def products(query_BHQC, key_BGKC):
+    return per_group('BGQC,BGKC->BGQK', query_BHQC * head_dim**-0.5, key_BGKC)
+
+  def decayed(query_position_BQ, key_position_BK):
+    log_decay_C, positions = encoding.log_decay(head_dim), (query_position_BQ, key_position_BK)
+    return products(*decay.apply(query_BHQC, key_BGKC, log_decay_C, *positions, *segments))
+
+  if encoding.log_decay is None:
+    logits_BHQK = products(query_BHQC, key_BGKC)
+  else:
+    logits_BHQK = decayed(query_position_BQ, key_position_BK)
+    if not causal:
+      after_BQK = base.distance(query_position_BQ, key_position_BK) < 0
+      future_BHQK = decayed(-query_position_BQ, -key_position_BK)
+      logits_BHQK = jnp.where(after_BQK[:, None], future_BHQK, logits_BHQK)
   if encoding.bias is not None:
     bias_BHQK = encoding.bias(params, query_position_BQ, key_position_BK, num_heads)
     if bias_BHQK.shape[0] == 1:
