@@ -1,9 +1,10 @@
 """Multi-head attention as a Flax module: project, rotate, attend, project.
 
-It owns its encoding's parameters.
+It owns its encoding's parameters, and while text is generated the keys and values of the past.
 """
 
 import math
+from typing import NamedTuple
 
 import flax.linen as nn
 import jax
@@ -23,6 +24,44 @@ def fan_in(axes: int, scale: float = 1.0):
   return init
 
 
+class Cache(NamedTuple):
+  """Keys and values of the past, a ring of K slots: position n lies in slot n modulo K.
+
+  So K = all positions keeps everything, and a mask that reaches back r positions needs but
+  K = r + (tokens that come at once) - 1 of them, for text of any length.
+
+  Attributes:
+    key_BKGC: rotated, unless the encoding is not prefix stable; in the model's dtype.
+    value_BKGC: likewise.
+    position_BK: int32.
+    segment_BK: int32, 1 for a token, 0 for a slot that holds none yet.
+  """
+
+  key_BKGC: jax.Array
+  value_BKGC: jax.Array
+  position_BK: jax.Array
+  segment_BK: jax.Array
+
+
+def empty_cache(config: config_lib.ModelConfig, batch: int, slots: int) -> Cache:
+  """Returns the cache of one attention with no token in it."""
+  shape = (batch, slots, config.num_kv_heads, config.head_dim)
+  return Cache(
+    key_BKGC=jnp.zeros(shape, config.dtype),
+    value_BKGC=jnp.zeros(shape, config.dtype),
+    position_BK=jnp.zeros((batch, slots), jnp.int32),
+    segment_BK=jnp.zeros((batch, slots), jnp.int32),
+  )
+
+
+def _remember(cache: Cache, tokens: Cache) -> Cache:
+  """Writes tokens of segment 1 over the oldest slots; those of segment 0 are padding, and lost."""
+  slots = cache.position_BK.shape[1]
+  slot_BL = jnp.where(tokens.segment_BK > 0, tokens.position_BK % slots, slots)
+  row_B1 = jnp.arange(slot_BL.shape[0])[:, None]
+  return jax.tree.map(lambda old, new: old.at[row_B1, slot_BL].set(new, mode='drop'), cache, tokens)
+
+
 class Attention(nn.Module):
   """Grouped-query attention under an encoding.
 
@@ -39,6 +78,9 @@ class Attention(nn.Module):
   @nn.compact
   def __call__(self, x_BLD, position_BL, segment_ids_BL, shared_params):
     """Returns [B, L, D] in x's dtype.
+
+    Applied with a variable `cache`, it attends to what is cached and to x itself, which is cached
+    too; positions and segments (1, or 0 for padding) must then have all rows.
 
     Args:
       x_BLD: normalised activations.
@@ -63,23 +105,41 @@ class Attention(nn.Module):
     query_BLHC = jnp.einsum('BLD,DHC->BLHC', x_BLD, query_DHC)
     key_BLGC = jnp.einsum('BLD,DGC->BLGC', x_BLD, key_DGC)
     value_BLGC = jnp.einsum('BLD,DGC->BLGC', x_BLD, value_DGC)
+    keys = Cache(key_BLGC, value_BLGC, position_BL, segment_ids_BL)
     if self.encoding.rotate is not None:
       query_BLHC = self.encoding.rotate(params, query_BLHC, position_BL)
-      key_BLGC = self.encoding.rotate(params, key_BLGC, position_BL)
+    keys = self._rotated_keys(params, keys)
+    self.sow('intermediates', 'query_BLHC', query_BLHC)
+    self.sow('intermediates', 'key_BLGC', keys.key_BKGC)
     out_BLHC = kernels.attention(
       sharding.constrain(query_BLHC, 'BLHC'),
-      sharding.constrain(key_BLGC, 'BLGC'),
-      sharding.constrain(value_BLGC, 'BLGC'),
+      sharding.constrain(keys.key_BKGC, 'BKGC'),
+      sharding.constrain(keys.value_BKGC, 'BKGC'),
       encoding=self.encoding,
       params=params,
       query_position_BQ=position_BL,
-      key_position_BK=position_BL,
+      key_position_BK=keys.position_BK,
       query_segment_BQ=segment_ids_BL,
-      key_segment_BK=segment_ids_BL,
+      key_segment_BK=keys.segment_BK,
       mask=self.mask,
       implementation=c.attention,
     )
     return jnp.einsum('BLHC,HCD->BLD', out_BLHC, out_HCD)
+
+  def _rotated_keys(self, params, new: Cache) -> Cache:
+    """Returns the keys to attend to, rotated: the new ones, after those in the cache if any."""
+
+    def rotated(keys):
+      if self.encoding.rotate is None:
+        return keys
+      return keys._replace(key_BKGC=self.encoding.rotate(params, keys.key_BKGC, keys.position_BK))
+
+    if not self.has_variable('cache', 'keys'):
+      return rotated(new)
+    cache = self.variable('cache', 'keys', lambda: None)
+    stable = self.encoding.prefix_stable
+    cache.value = _remember(cache.value, rotated(new) if stable else new)
+    return cache.value if stable else rotated(cache.value)
 
 
 def encoding_params(module: nn.Module, encoding: encodings.Encoding, c: config_lib.ModelConfig):

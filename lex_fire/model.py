@@ -60,7 +60,7 @@ class Block(nn.Module):
   @nn.compact
   def __call__(self, x_BLD, position_BL, segment_ids_BL, shared_params):
     c = self.config
-    attend = attention.Attention(c, self.encoding, mask, name='attention')
+    attend = attention.Attention(c, self.encoding, self.mask, name='attention')
     y_BLD = Norm(c, name='attention_norm')(x_BLD)
     x_BLD = x_BLD + attend(y_BLD, position_BL, segment_ids_BL, shared_params)
     x_BLD = x_BLD + Mlp(c, name='mlp')(Norm(c, name='mlp_norm')(x_BLD))
@@ -129,7 +129,7 @@ class Transformer(nn.Module):
     if c.scan_layers:
       block = nn.scan(
         block,
-        variable_axes={'params': 0},
+        variable_axes={'params': 0, 'cache': 0, 'intermediates': 0},
         split_rngs={'params': True},
         # Flax leaves in_axes unannotated; a type checker takes it for the int of its default.
         in_axes=cast(Any, (nn.broadcast,) * len(rest)),
@@ -139,6 +139,26 @@ class Transformer(nn.Module):
     for layer in range(c.num_layers):
       x_BLD, _ = block(c, self.encoding, mask, name=f'block_{layer}')(x_BLD, *rest)
     return x_BLD
+
+
+def empty_cache(config: config_lib.ModelConfig, batch: int, slots: int) -> dict[str, Any]:
+  """Returns the variable collection `cache` of a model that has seen no token.
+
+  Applied with it and `mutable=['cache']`, a model takes the next tokens of each row, at positions
+  that follow those before, and attends to the cached ones as if all had come at once. Segments are
+  1, and 0 for padding at the end of shorter rows.
+
+  Args:
+    config: the model's shape.
+    batch: rows.
+    slots: positions to keep a row; see `attention.Cache` [tokens].
+  """
+  of_block = {'attention': {'keys': attention.empty_cache(config, batch, slots)}}
+  if not config.scan_layers:
+    return {f'block_{layer}': of_block for layer in range(config.num_layers)}
+  return {
+    'blocks': jax.tree.map(lambda x: jnp.broadcast_to(x, (config.num_layers, *x.shape)), of_block)
+  }
 
 
 def _embedding_init(rng, shape):
