@@ -12,7 +12,7 @@ import pytest
 
 from lex_fire import encodings, errors, kernels
 from lex_fire.encodings import base
-from lex_fire.kernels import chunked
+from lex_fire.kernels import chunked, decay
 
 BLOCK = 16
 # The registry's implementations, with tiles small enough that a short row has several.
@@ -353,6 +353,17 @@ def test_other_positions_and_segments_do_not_recompile(implementation):
 
 
 TILED = sorted(set(IMPLEMENTATIONS) - {'reference'})
+# The first position past 100,000 whose decay has another origin than that of the position before.
+BORDER = 100_000 + int(
+  np.flatnonzero(
+    np.diff(
+      decay.middle_of_stretch(
+        np.arange(100_000, 140_000)[None], encodings.get('xpos').log_decay(HEAD_DIM)
+      )[0]
+    )
+  )[0]
+  + 1
+)
 LONG_ROWS = {
   'three tiles far apart': (
     (*range(16), *range(400_000, 400_016), *range(999_990, 1_000_006)),
@@ -370,6 +381,7 @@ LONG_ROWS = {
     (*range(8), *range(700_000, 700_040)),
     [0] * 8 + [1] * 40,
   ),
+  'a tile lies on the border of two stretches': (range(BORDER - 24, BORDER + 24), [0] * 48),
 }
 
 

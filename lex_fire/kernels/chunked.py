@@ -34,6 +34,14 @@ def attention(
   block: int = BLOCK,
 ) -> jax.Array:
   """Returns out_BQHC like `reference.attention`, in tiles of `block` queries by `block` keys."""
+  query_BQHC, key_BKGC = tile.prepare(
+    query_BQHC,
+    key_BKGC,
+    encoding=encoding,
+    query_position_BQ=query_position_BQ,
+    key_position_BK=key_position_BK,
+    causal=mask.causal,
+  )
   num_queries, num_keys = query_BQHC.shape[1], key_BKGC.shape[1]
   query_block, key_block = min(block, num_queries), min(block, num_keys)
   if query_segment_BQ is None and (num_queries % query_block or num_keys % key_block):

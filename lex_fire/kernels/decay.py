@@ -1,9 +1,14 @@
 """A decay with distance, split in a factor of the query and one of the key that stay in float32.
 
 Each pair (i, j) is to carry exp(r (i - j)), r <= 0 a channel's rate. Any origin o may be
-subtracted: q_i takes exp(r (i - o)) and k_j takes exp(r (o - j)). With o near the tile both stay
-finite at any position (Sun et al. 2022, arXiv:2212.10554, has o = 0, which leaves float32 near
-position 35,000).
+subtracted: q_i takes exp(r (i - o)) and k_j takes exp(r (o - j)). Sun et al. 2022
+(arXiv:2212.10554) have o = 0, which leaves float32 near position 35,000. Here it takes two steps.
+
+`within_stretch`, once for all queries and keys: positions are cut in stretches so long that the
+decay may halve the exponent range of float32 (16,000 tokens for xPos), and o is the middle of each
+token's own. `between`, a tile: what is left is the decay from the middle of one stretch to that of
+another, relative to an origin near the tile, and nothing at all in the many tiles that lie in one
+stretch. So a decay costs hardly more than a rotation, and no position is too far.
 
 For keys after the query, j > i, the same factors would grow with distance: the paper leaves
 bidirectional models open. There the pair is to carry exp(r (j - i)), which is this decay with all
@@ -19,7 +24,42 @@ from lex_fire import errors
 MAX_LOG_FACTOR = 40.0  # nats; two such factors still multiply to a finite float32
 
 
-def apply(
+def middle_of_stretch(position_BL: jax.Array, log_decay_C: np.ndarray) -> jax.Array:
+  """Returns, for each position, the middle of its stretch, int32."""
+  stretch = int(min(max(MAX_LOG_FACTOR / max(-log_decay_C.min(), 1e-9), 1), 2**30))
+  return position_BL // stretch * stretch + stretch // 2
+
+
+def within_stretch(
+  query_BQHC: jax.Array,
+  key_BKGC: jax.Array,
+  log_decay_C: np.ndarray,
+  query_position_BQ: jax.Array,
+  key_position_BK: jax.Array,
+) -> tuple[jax.Array, jax.Array]:
+  """Returns queries and keys times their decay to and from the middle of their stretch.
+
+  In their own dtypes; positions may have a leading 1.
+  """
+  rate_11C = jnp.asarray(log_decay_C, jnp.float32)[None, None]
+
+  def scale(x_BLHC, offset_BL):
+    factor_BLC = jnp.exp(offset_BL[:, :, None] * rate_11C)
+    return (x_BLHC.astype(jnp.float32) * factor_BLC[:, :, None]).astype(x_BLHC.dtype)
+
+  return (
+    scale(query_BQHC, query_position_BQ - middle_of_stretch(query_position_BQ, log_decay_C)),
+    scale(key_BKGC, middle_of_stretch(key_position_BK, log_decay_C) - key_position_BK),
+  )
+
+
+def all_equal(query_middle_BQ: jax.Array, key_middle_BK: jax.Array) -> jax.Array:
+  """Returns whether a tile lies in one stretch, so that `within_stretch` was all of the decay."""
+  first = query_middle_BQ[0, 0]
+  return jnp.all(query_middle_BQ == first) & jnp.all(key_middle_BK == first)
+
+
+def between(
   query_BHQC: jax.Array,
   key_BGKC: jax.Array,
   log_decay_C: np.ndarray,
@@ -77,8 +117,11 @@ def _origin(position_BL, segment_BL, query_position, key_position, query_segment
   """
   if segment_BL is None:
     last_query_B = query_position.max(axis=1)
-    last_key_B = jnp.minimum(key_position.max(axis=1), last_query_B)
-    return ((query_position.min(axis=1) + last_key_B) // 2)[:, None]
+    first_B, last_B = (
+      query_position.min(axis=1),
+      jnp.minimum(key_position.max(axis=1), last_query_B),
+    )
+    return (first_B + (last_B - first_B) // 2)[:, None]
   with_query_BLQ = segment_BL[:, :, None] == query_segment[:, None]
   with_key_BLK = segment_BL[:, :, None] == key_segment[:, None]
   least, largest = jnp.iinfo(jnp.int32).min, jnp.iinfo(jnp.int32).max

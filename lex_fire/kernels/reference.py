@@ -24,6 +24,14 @@ def attention(
 
   See `kernels.attention` for the arguments.
   """
+  query_BQHC, key_BKGC = tile.prepare(
+    query_BQHC,
+    key_BKGC,
+    encoding=encoding,
+    query_position_BQ=query_position_BQ,
+    key_position_BK=key_position_BK,
+    causal=mask.causal,
+  )
   query_BHQC, key_BGKC, value_BGKC = (
     jnp.swapaxes(x_BLHC, 1, 2) for x_BLHC in (query_BQHC, key_BKGC, value_BKGC)
   )

@@ -7,6 +7,28 @@ from lex_fire.encodings import base
 from lex_fire.kernels import decay
 
 
+def prepare(
+  query_BQHC: jax.Array,
+  key_BKGC: jax.Array,
+  *,
+  encoding: base.Encoding,
+  query_position_BQ: jax.Array,
+  key_position_BK: jax.Array,
+  causal: bool,
+) -> tuple[jax.Array, jax.Array]:
+  """Returns rotated queries and keys as `logits` wants them: what is done once and not a tile.
+
+  Queries are divided by sqrt(C). A causal decay is applied as far as it can be; a bidirectional one
+  is left to the tiles, as it has other factors for keys before and after the query.
+  """
+  if encoding.log_decay is not None and causal:
+    log_decay_C = encoding.log_decay(query_BQHC.shape[3])
+    query_BQHC, key_BKGC = decay.within_stretch(
+      query_BQHC, key_BKGC, log_decay_C, query_position_BQ, key_position_BK
+    )
+  return query_BQHC * query_BQHC.shape[3] ** -0.5, key_BKGC
+
+
 def logits(
   query_BHQC: jax.Array,
   key_BGKC: jax.Array,
@@ -22,43 +44,60 @@ def logits(
   """Returns logits_BHQK, float32 nats, before the mask.
 
   Args:
-    query_BHQC: rotated already.
-    key_BGKC: rotated already; G divides H, and head h reads key head h // (H / G).
+    query_BHQC: from `prepare`, heads first.
+    key_BGKC: likewise; G divides H, and head h reads key head h // (H / G).
     encoding: for the decay and the bias.
     params: the encoding's.
     query_position_BQ: int32; B may be 1.
     key_position_BK: likewise.
     query_segment_BQ: or None: all is one segment; logits across segments mean nothing.
     key_segment_BK: likewise.
-    causal: whether logits of keys after the query will be hidden, and need no meaning.
+    causal: as given to `prepare`; True if logits of keys after the query will be hidden, and need
+      no meaning.
 
   Raises:
     errors.UserError: if the encoding decays and the tile is too wide for float32.
   """
-  num_heads, head_dim = query_BHQC.shape[1], query_BHQC.shape[3]
-  segments = (query_segment_BQ, key_segment_BK)
-
-  def products(query_BHQC, key_BGKC):
-    return per_group('BGQC,BGKC->BGQK', query_BHQC * head_dim**-0.5, key_BGKC)
-
-  def decayed(query_position_BQ, key_position_BK):
-    log_decay_C, positions = encoding.log_decay(head_dim), (query_position_BQ, key_position_BK)
-    return products(*decay.apply(query_BHQC, key_BGKC, log_decay_C, *positions, *segments))
 
   if encoding.log_decay is None:
-    logits_BHQK = products(query_BHQC, key_BGKC)
+    logits_BHQK = _products(query_BHQC, key_BGKC)
   else:
-    logits_BHQK = decayed(query_position_BQ, key_position_BK)
-    if not causal:
-      after_BQK = base.distance(query_position_BQ, key_position_BK) < 0
-      future_BHQK = decayed(-query_position_BQ, -key_position_BK)
-      logits_BHQK = jnp.where(after_BQK[:, None], future_BHQK, logits_BHQK)
+    logits_BHQK = _decayed_products(
+      query_BHQC,
+      key_BGKC,
+      encoding.log_decay(query_BHQC.shape[3]),
+      (query_position_BQ, key_position_BK),
+      (query_segment_BQ, key_segment_BK),
+      causal,
+    )
   if encoding.bias is not None:
-    bias_BHQK = encoding.bias(params, query_position_BQ, key_position_BK, num_heads)
+    bias_BHQK = encoding.bias(params, query_position_BQ, key_position_BK, query_BHQC.shape[1])
     if bias_BHQK.shape[0] == 1:
       bias_BHQK = _to_rows(bias_BHQK, logits_BHQK.shape[0])
     logits_BHQK += bias_BHQK
   return logits_BHQK
+
+
+def _products(query_BHQC, key_BGKC):
+  return per_group('BGQC,BGKC->BGQK', query_BHQC, key_BGKC)
+
+
+def _decayed_products(query_BHQC, key_BGKC, log_decay_C, positions, segments, causal):
+  """Returns the products with what decay `prepare` has left to a tile."""
+
+  def between(*positions):
+    return _products(*decay.between(query_BHQC, key_BGKC, log_decay_C, *positions, *segments))
+
+  if not causal:
+    past_BHQK, future_BHQK = between(*positions), between(*(-position for position in positions))
+    after_BQK = base.distance(*positions) < 0
+    return jnp.where(after_BQK[:, None], future_BHQK, past_BHQK)
+  middles = [decay.middle_of_stretch(position, log_decay_C) for position in positions]
+  return jax.lax.cond(
+    decay.all_equal(*middles),
+    lambda: _products(query_BHQC, key_BGKC),
+    lambda: between(*middles),
+  )
 
 
 def _broadcast_rows(bias_1HQK: jax.Array, batch: int) -> jax.Array:
