@@ -4,16 +4,37 @@
     fire = lex_fire.encodings.get('fire', hidden_layers=2)
 
 `encodings` and `kernels` are pure functions; `model` is a Flax decoder that takes any of them;
-`config` and `presets` say what a run is; `train` and `evaluate` are the commands, as functions.
+`config` and `presets` say what a run is; `train`, `evaluate` and `generate` are the commands, as
+functions; `sampling` says how text is drawn.
 """
 
 import importlib
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-  from lex_fire import config, encodings, evaluate, kernels, model, presets, train
+  from lex_fire import (
+    config,
+    encodings,
+    evaluate,
+    generate,
+    kernels,
+    model,
+    presets,
+    sampling,
+    train,
+  )
 
-__all__ = ['config', 'encodings', 'evaluate', 'kernels', 'model', 'presets', 'train']
+__all__ = [
+  'config',
+  'encodings',
+  'evaluate',
+  'generate',
+  'kernels',
+  'model',
+  'presets',
+  'sampling',
+  'train',
+]
 
 
 def __getattr__(name: str):

@@ -4,7 +4,7 @@ It owns its encoding's parameters, and while text is generated the keys and valu
 """
 
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
@@ -136,7 +136,7 @@ class Attention(nn.Module):
 
     if not self.has_variable('cache', 'keys'):
       return rotated(new)
-    cache = self.variable('cache', 'keys', lambda: None)
+    cache: Any = self.variable('cache', 'keys', lambda: None)  # Flax infers None from the default
     stable = self.encoding.prefix_stable
     cache.value = _remember(cache.value, rotated(new) if stable else new)
     return cache.value if stable else rotated(cache.value)

@@ -17,10 +17,15 @@ def fail(message: object) -> None:
   sys.exit(2)
 
 
-def run(main: Callable[[], None]) -> None:
+def run(main: Callable[[], None], interrupted: str = 'interrupted') -> None:
   """Runs a command: status 0 when it is done, 2 for a mistake of the user's, 130 when interrupted.
 
-  Any other exception is a defect and keeps its traceback.
+  141, as a shell has it, when nobody reads its output any more. Any other exception is a defect and
+  keeps its traceback.
+
+  Args:
+    main: the command.
+    interrupted: the line on stderr that says what an interrupt leaves behind.
   """
 
   def parse(argv):
@@ -39,8 +44,11 @@ def run(main: Callable[[], None]) -> None:
     except errors.UserError as error:
       fail(error)
     except KeyboardInterrupt:
-      print('interrupted; the same command goes on from the last checkpoint', file=sys.stderr)
+      print(interrupted, file=sys.stderr)
       sys.exit(130)
+    except BrokenPipeError:
+      os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for the flush at the end
+      sys.exit(141)
 
   # Libraries' notes on how they save and compile are not for our users.
   logging.set_verbosity(logging.ERROR)
@@ -80,6 +88,23 @@ def define_config() -> None:
   text = 'a file of configs/: FILE.py or FILE.py:NAME=VALUE,NAME=VALUE'
   config_flags.DEFINE_config_file('config', None, text)
   flags.DEFINE_string('workdir', None, 'where a run keeps its config, checkpoints and metrics')
+
+
+def whole_numbers(name: str) -> tuple[int, ...] | None:
+  """Returns the numbers of the list flag `name`, or None if it is not given.
+
+  Raises:
+    errors.UserError: if they are not whole.
+  """
+  texts: list[str] | None = flags.FLAGS[name].value
+  if texts is None:
+    return None
+  try:
+    return tuple(int(text) for text in texts)
+  except ValueError as error:
+    raise errors.UserError(
+      f'--{name}={",".join(texts)} must be whole numbers, like 256,512,4096'
+    ) from error
 
 
 def config() -> config_lib.Config:

@@ -11,10 +11,13 @@ from typing import Any
 
 from lex_fire import encodings, errors, kernels
 from lex_fire.data import protocols
+from lex_fire.kernels import decay
+from lex_fire.kernels import mask as mask_lib
 
 ACTIVATIONS = ('gelu', 'swiglu')
 NORMS = ('layernorm', 'rmsnorm')
 DTYPES = ('float32', 'bfloat16')
+AS_TRAINED = 'as_trained'  # in `evaluate`: what the run itself has
 
 
 def _choice(name: str, value: str, known: Sequence[str]) -> None:
@@ -45,6 +48,43 @@ class EncodingConfig:
   def make(self) -> encodings.Encoding:
     """Makes the encoding; raises errors.UserError for an unknown name or option."""
     return encodings.get(self.name, **dict(self.options))
+
+  def replaced_by(self, text: str, train_length: int) -> 'EncodingConfig':
+    """Reads an encoding that is to stand in the place of this one, which a model was trained with.
+
+    Args:
+      text: NAME or NAME:OPTION=VALUE,OPTION=VALUE, or as_trained: this one itself. Options that are
+        not given stay as trained where this encoding has them too (a rotation's base_period and
+        pairing), and an option train_length is the model's.
+      train_length: of the model's training windows [tokens].
+
+    Raises:
+      errors.UserError: for an unknown name or option, or a value of another type.
+    """
+    if text == AS_TRAINED:
+      return self
+    name, _, arg = text.partition(':')
+    known = encodings.options(name)
+    trained = {'train_length': train_length, **encodings.options(self.name), **dict(self.options)}
+    options = {option: trained.get(option, default) for option, default in known.items()}
+    for part in filter(None, arg.split(',')):
+      option, _, value = part.partition('=')
+      if option not in known:
+        encodings.get(name, **{option: value})  # says what it takes
+      options[option] = _read(option, value, name, like=known[option])
+    return EncodingConfig(name, tuple(sorted(options.items())))
+
+
+def _read(option: str, text: str, name: str, like: Any) -> Any:
+  """Reads the value of an option of encoding `name`, of the type of its default `like`."""
+  try:
+    if isinstance(like, bool):
+      return {'true': True, 'false': False}[text.lower()]
+    return like.__class__(text)
+  except (KeyError, ValueError) as error:
+    raise errors.UserError(
+      f'encoding option {option}={text} of {name!r} must be of type {like.__class__.__name__}'
+    ) from error
 
 
 @dataclasses.dataclass(frozen=True)
@@ -91,9 +131,16 @@ class DataConfig:
   length: int = 256  # of a training window [tokens]
   batch_size: int = 8  # windows a step, over all devices
   isolate_documents: bool = False  # attention within documents only, whose positions restart at 0
+  mask_rate: float = 0.15  # of tokens that a bidirectional model restores; unused by a causal one
+  position_range: int = 0  # positions are drawn from this many, and sorted; 0: they count from 0
 
   def __post_init__(self):
     _at_least(1, **{'data.length': self.length, 'data.batch_size': self.batch_size})
+    _check(0 < self.mask_rate < 1, 'above 0 and below 1', **{'data.mask_rate': self.mask_rate})
+    if self.position_range and self.position_range < self.length:
+      raise errors.UserError(
+        f'data.position_range={self.position_range} must be 0 or at least data.length={self.length}'
+      )
 
   @property
   def files(self) -> dict[str, str] | None:
@@ -172,6 +219,9 @@ class EvaluateConfig:
   lengths: tuple[int, ...] = (256, 512, 1024, 2048, 4096)  # [tokens]
   protocol: str = 'same_tokens'  # a key of data.protocols.PROTOCOLS
   max_tokens: int = 65_536  # scored at each length
+  masks: tuple[str, ...] = (AS_TRAINED,)  # or names of kernels.mask.parse, compared
+  encodings: tuple[str, ...] = (AS_TRAINED,)  # or texts of EncodingConfig.replaced_by, compared
+  attention: str = AS_TRAINED  # or a key of kernels.IMPLEMENTATIONS, or auto
 
   def __post_init__(self):
     protocols.get(self.protocol)
@@ -181,6 +231,58 @@ class EvaluateConfig:
       raise errors.UserError(
         f'evaluate.lengths={self.lengths} must be one or more different whole numbers above 0'
       )
+    for name in ('masks', 'encodings'):
+      texts = getattr(self, name)
+      if not texts or not all(isinstance(text, str) for text in texts):
+        raise errors.UserError(f'evaluate.{name}={texts} must be one or more names')
+    _choice('evaluate.attention', self.attention, (AS_TRAINED, 'auto', *kernels.IMPLEMENTATIONS))
+
+  def named_masks(self, causal: bool, train_length: int) -> dict[str, kernels.Mask]:
+    """Returns the masks by name for a model.
+
+    Args:
+      causal: whether the model is.
+      train_length: of its training windows [tokens].
+
+    Raises:
+      errors.UserError: for a name that is none, a mask that the model was not trained for, or one
+        mask named twice.
+    """
+    own = 'causal' if causal else 'full'
+    named: dict[str, kernels.Mask] = {}
+    for name in (own if text == AS_TRAINED else text for text in self.masks):
+      mask = mask_lib.parse(name, train_length)
+      if mask.causal != causal:
+        raise errors.UserError(
+          f'mask {name!r} needs a model of model.causal={mask.causal}, but this is one of '
+          f'model.causal={causal}; use mask {own!r}'
+        )
+      _once('masks', self.masks, name, mask, named)
+    return named
+
+  def named_encodings(
+    self, trained: EncodingConfig, train_length: int
+  ) -> dict[str, EncodingConfig]:
+    """Returns the encodings by what they were asked as; see EncodingConfig.replaced_by.
+
+    Raises:
+      errors.UserError: as EncodingConfig.replaced_by and make do, or for one named twice.
+    """
+    named: dict[str, EncodingConfig] = {}
+    for text in self.encodings:
+      encoding = trained.replaced_by(text, train_length)
+      encoding.make()  # refuses a value that is out of its range
+      _once('encodings', self.encodings, text, encoding, named)
+    return named
+
+
+def _once(field: str, texts: Sequence[str], text: str, value: Any, named: dict[str, Any]) -> None:
+  """Adds text and value to `named`, unless another text stands for that value there."""
+  if value in named.values():
+    raise errors.UserError(
+      f'evaluate.{field}={", ".join(texts)} compares {text!r} with itself; name each once'
+    )
+  named[text] = value
 
 
 @dataclasses.dataclass(frozen=True)
@@ -196,17 +298,7 @@ class Config:
   evaluate: EvaluateConfig = EvaluateConfig()
 
   def __post_init__(self):
-    encoding = self.encoding.make()
-    if encoding.max_length is not None and self.data.length > encoding.max_length:
-      raise errors.UserError(
-        f'data.length={self.data.length} is past the {encoding.max_length} positions of encoding '
-        f'{encoding.name!r}; shorten it or raise encoding.max_length'
-      )
-    if not self.model.causal and not encoding.bidirectional:
-      raise errors.UserError(
-        f'model.causal=False, but encoding {encoding.name!r} with these options cannot tell keys '
-        'after the query apart; use encoding.bidirectional=True if it has that option, or another'
-      )
+    self._check_encoding(self.encoding.make())
     if not 0 <= self.optimizer.warmup_steps < self.train.steps:
       raise errors.UserError(
         f'optimizer.warmup_steps={self.optimizer.warmup_steps} must be at least 0 and below '
@@ -217,6 +309,34 @@ class Config:
         f'train.accumulation={self.train.accumulation} must divide '
         f'data.batch_size={self.data.batch_size}'
       )
+
+  def _check_encoding(self, encoding: encodings.Encoding) -> None:
+    if encoding.max_length is not None and self.data.length > encoding.max_length:
+      raise errors.UserError(
+        f'data.length={self.data.length} is past the {encoding.max_length} positions of encoding '
+        f'{encoding.name!r}; shorten it or raise encoding.max_length'
+      )
+    if encoding.max_length is not None and self.data.position_range > encoding.max_length:
+      raise errors.UserError(
+        f'data.position_range={self.data.position_range} is past the {encoding.max_length} '
+        f'positions of encoding {encoding.name!r}; lower it or raise encoding.max_length'
+      )
+    if encoding.log_decay is not None:
+      widest = decay.widest(encoding.log_decay(self.model.head_dim))
+      if self.data.position_range > widest:
+        raise errors.UserError(
+          f'data.position_range={self.data.position_range} is past {widest}: one tile of attention '
+          f'could span more positions than the decay of encoding {encoding.name!r} can in float32; '
+          'lower it'
+        )
+    self.evaluate.named_masks(self.model.causal, self.data.length)
+    asked = self.evaluate.named_encodings(self.encoding, self.data.length)
+    for used in (encoding, *(other.make() for other in asked.values())):
+      if not self.model.causal and not used.bidirectional:
+        raise errors.UserError(
+          f'model.causal=False, but encoding {used.name!r} with these options cannot tell keys '
+          'after the query apart; use encoding.bidirectional=True if it has that option, or another'
+        )
 
   @classmethod
   def from_dict(cls, values: Mapping[str, Any]) -> 'Config':

@@ -24,18 +24,19 @@ PEAK_FLOPS = {
 
 
 def train_flops_per_token(c: config_lib.ModelConfig, length: int) -> float:
-  """Returns the model FLOPs to train on one token: 6 P + 6 N H C (L + 1).
+  """Returns the model FLOPs to train on one token: 6 P + 12 N H C K, K the keys that a query sees.
 
   As in PaLM (Chowdhery et al. 2022, arXiv:2204.02311, appendix B): forward and backward are three
   times the forward, in which each weight of a matrix product (P of them, the output layer's
-  included) costs 2, and each of the (L + 1) / 2 keys that a query sees on average costs 2 C a head
-  for its logit and 2 C for its value (PaLM counts all L keys). What rematerialization computes
-  again does not count.
+  included) costs 2, and each key costs 2 C a head for its logit and 2 C for its value. A causal
+  query sees (L + 1) / 2 on average, where PaLM counts all L, which a bidirectional one sees. What
+  rematerialization computes again does not count.
   """
   projections = 2 * c.d_model * c.head_dim * (c.num_heads + c.num_kv_heads)
   mlp = (3 if c.activation == 'swiglu' else 2) * c.d_model * c.d_ff
   weights = c.num_layers * (projections + mlp) + c.d_model * c.vocab_size
-  return 6.0 * weights + 6.0 * c.num_layers * c.num_heads * c.head_dim * (length + 1)
+  keys = (length + 1) / 2 if c.causal else length
+  return 6.0 * weights + 12.0 * c.num_layers * c.num_heads * c.head_dim * keys
 
 
 def utilization(flops_per_second: float) -> float | None:

@@ -153,11 +153,14 @@ def empty_cache(config: config_lib.ModelConfig, batch: int, slots: int) -> dict[
     batch: rows.
     slots: positions to keep a row; see `attention.Cache` [tokens].
   """
-  of_block = {'attention': {'keys': attention.empty_cache(config, batch, slots)}}
-  if not config.scan_layers:
-    return {f'block_{layer}': of_block for layer in range(config.num_layers)}
+
+  def of_block():
+    return {'attention': {'keys': attention.empty_cache(config, batch, slots)}}
+
+  if not config.scan_layers:  # arrays of their own for each, so that a program may be given them
+    return {f'block_{layer}': of_block() for layer in range(config.num_layers)}
   return {
-    'blocks': jax.tree.map(lambda x: jnp.broadcast_to(x, (config.num_layers, *x.shape)), of_block)
+    'blocks': jax.tree.map(lambda x: jnp.broadcast_to(x, (config.num_layers, *x.shape)), of_block())
   }
 
 
@@ -170,5 +173,5 @@ def check_length(encoding: encodings.Encoding, length: int) -> None:
   if encoding.max_length is not None and length > encoding.max_length:
     raise errors.UserError(
       f'{length=} is past the {encoding.max_length} positions that encoding {encoding.name!r} has; '
-      'evaluate shorter, or train with a larger max_length'
+      'use fewer tokens, or train with a larger max_length'
     )

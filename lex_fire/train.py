@@ -7,7 +7,7 @@ import contextlib
 import functools
 import math
 import pathlib
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any, cast
 
 import jax
@@ -17,7 +17,7 @@ from absl import flags
 
 from lex_fire import checkpoint, cli, errors, loss, metrics, model, optimizer, sharding
 from lex_fire import config as config_lib
-from lex_fire.data import batches, prepare, stream
+from lex_fire.data import batches, draws, masking, positions, prepare, stream
 
 State = dict[str, Any]  # {'params': pytree, 'optimizer': pytree}
 Batch = dict[str, Any]  # see data.batches
@@ -171,34 +171,40 @@ class Program:
 
 
 class Data:
-  """The windows that this process trains on and is judged by; prepared once, read by memory map."""
+  """The windows that this process trains on and is judged by; prepared once, read by memory map.
+
+  For a bidirectional model with tokens masked, and at randomized positions if the config says so:
+  in training other ones at each step, and always the same when it is judged.
+  """
 
   def __init__(self, config: config_lib.Config):
     """Prepares and opens both splits.
 
     Raises:
-      errors.UserError: as data.prepare does; for a vocabulary larger than the model's; for a split
-        without one window.
+      errors.UserError: as data.prepare does; for a vocabulary larger than the model's, with a mask
+        if it is bidirectional; for a split without one window.
     """
     self._config = config
     c = config.data
     self._train, manifest = self._windows('train')
     self._validation, self.validation_manifest = self._windows('validation')
     self.hashes = {'train': manifest['sha256'], 'validation': self.validation_manifest['sha256']}
-    size = manifest['vocabulary']['size']
-    if size > config.model.vocab_size:
-      raise errors.UserError(
-        f'model.vocab_size={config.model.vocab_size} is less than the {size} ids of task '
-        f'{c.task!r}; raise it'
-      )
+    self._vocabulary_size = manifest['vocabulary']['size']
+    self._check_ids()
+    self._process = {'process_index': jax.process_index(), 'process_count': jax.process_count()}
     self._sampler = batches.TrainSampler(
-      self._train,
-      c.batch_size,
-      seed=config.train.seed,
-      process_index=jax.process_index(),
-      process_count=jax.process_count(),
+      self._train, c.batch_size, seed=config.train.seed, **self._process
     )
-    self.train_batch: Callable[[int], Batch] = self._sampler.batch
+
+  def _check_ids(self):
+    c = self._config.model
+    ids, masks = self._vocabulary_size, 0 if c.causal else 1
+    if ids + masks > c.vocab_size:
+      mask = '' if c.causal else f' and the mask of a bidirectional model, {ids + masks} together'
+      raise errors.UserError(
+        f'model.vocab_size={c.vocab_size} is less than the {ids} ids of task '
+        f'{self._config.data.task!r}{mask}; raise it'
+      )
 
   def _windows(self, split):
     c = self._config.data
@@ -210,16 +216,32 @@ class Data:
     )
     return windows, prepared.manifest
 
+  def train_batch(self, step: int) -> Batch:
+    """Reads this host's rows of the batch of a step, counted from 0."""
+    seed = self._config.train.seed
+    return self._changed(self._sampler.batch(step), step, self._config.data.batch_size, seed)
+
   def validation_batches(self) -> Iterator[Batch]:
     """Yields the first train.validation_windows windows of the validation split, every time."""
-    return batches.batches_in_order(
-      self._validation,
-      # What training computes at once fits in memory, so this does too.
-      self._config.data.batch_size // self._config.train.accumulation,
-      self._config.train.validation_windows,
-      process_index=jax.process_index(),
-      process_count=jax.process_count(),
+    # What training computes at once fits in memory, so this does too.
+    rows = self._config.data.batch_size // self._config.train.accumulation
+    most = self._config.train.validation_windows
+    in_order = batches.batches_in_order(self._validation, rows, most, **self._process)
+    return (
+      self._changed(batch, ordinal, rows, draws.JUDGE) for ordinal, batch in enumerate(in_order)
     )
+
+  def _changed(self, batch, ordinal, batch_size, seed):
+    """Masks tokens and draws positions; batch `ordinal` is of `batch_size` rows over all hosts."""
+    c = self._config.data
+    if not self._config.model.causal:
+      draw_B = ordinal * batch_size + batches.host_rows(batch_size, **self._process)
+      batch = masking.corrupt(
+        batch, draw_B, seed=seed, rate=c.mask_rate, vocabulary_size=self._vocabulary_size
+      )
+    if c.position_range:
+      batch = positions.randomize(batch, c.position_range, seed=seed, ordinal=ordinal)
+    return batch
 
 
 class Reporter:
@@ -232,8 +254,7 @@ class Reporter:
     self._pace = metrics.Pace(first_step, config.train.steps, tokens)
     self._flops = metrics.train_flops_per_token(config.model, config.data.length)
     self._schedule = optimizer.schedule(config)
-    # bits per byte = nats per token * tokens / bytes / log 2
-    self._bits_per_byte = manifest['tokens'] / manifest['text_bytes'] / math.log(2)
+    self._tokens_per_byte = manifest['tokens'] / manifest['text_bytes']
     self._pending: tuple[int, dict[str, jax.Array]] | None = None
 
   def after(self, done: int, values: dict[str, jax.Array]) -> None:
@@ -263,8 +284,8 @@ class Reporter:
     self._pending = None
     values = {name: float(array) for name, array in arrays.items()}
     rate, seconds_left = self._pace.measure(done)
+    values |= self._bits_per_byte('', values['loss'])
     values |= {
-      'bits_per_byte': values['loss'] * self._bits_per_byte,
       # optax's type of a rate admits complex numbers
       'learning_rate': float(cast(float, self._schedule(done - 1))),
       'tokens_per_second': rate,
@@ -277,12 +298,20 @@ class Reporter:
     self._writer.write(done, values)
     self._print(done, values, seconds_left)
 
+  def _bits_per_byte(self, prefix: str, nats: float) -> dict[str, float]:
+    """Returns {name: bits} for a loss per token; {} for that of some tokens, which code no text."""
+    if not self._config.model.causal:
+      return {}
+    return {f'{prefix}bits_per_byte': nats * self._tokens_per_byte / math.log(2)}
+
   def _print(self, done, values, seconds_left):
+    bits = values.get('bits_per_byte')
     utilization = values.get('model_flops_utilization')
     say(
       f'step {done:>{len(str(self._config.train.steps))}}/{self._config.train.steps}'
-      f'  loss {values["loss"]:.3f}  {values["bits_per_byte"]:.3f} bits/byte'
-      f'  {values["tokens_per_second"]:,.0f} tokens/s'
+      f'  loss {values["loss"]:.3f}'
+      + (f'  {bits:.3f} bits/byte' if bits is not None else '')
+      + f'  {values["tokens_per_second"]:,.0f} tokens/s'
       + (f'  {utilization:.1%} of peak' if utilization is not None else '')
       + f'  ETA {metrics.clock(seconds_left)}'
     )
@@ -290,10 +319,10 @@ class Reporter:
   def validation(self, done: int, value: float) -> None:
     """Reports the validation loss after `done` steps [nats per token]."""
     _check_finite('validation loss', value, done)
-    self._writer.write(
-      done, {'validation_loss': value, 'validation_bits_per_byte': value * self._bits_per_byte}
-    )
-    say(f'step {done}: validation loss {value:.4f}, {value * self._bits_per_byte:.4f} bits/byte')
+    bits = self._bits_per_byte('validation_', value)
+    self._writer.write(done, {'validation_loss': value, **bits})
+    line = f'step {done}: validation loss {value:.4f}'
+    say(line + ''.join(f', {number:.4f} bits/byte' for number in bits.values()))
 
   def close(self) -> None:
     """Reports what is pending and closes the logs."""
@@ -395,4 +424,4 @@ def main() -> None:
 if __name__ == '__main__':
   cli.define_config()
   flags.adopt_module_key_flags(cli)  # so that --help shows them
-  cli.run(main)
+  cli.run(main, 'interrupted; the same command goes on from the last checkpoint')

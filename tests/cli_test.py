@@ -27,7 +27,7 @@ TRAIN_MISTAKES = {
     [QUICK + ':size=base', '--workdir=WORKDIR'],
     "'size=base'; known: encoding=",
   ),
-  'unknown encoding': ([QUICK + ':encoding=rop', '--workdir=WORKDIR'], "'rop'; known: alibi, fire"),
+  'unknown encoding': ([QUICK + ':encoding=rop', '--workdir=WORKDIR'], "'rop'; known: alibi, "),
   'unknown preset': ([TEXT + ':size=huge', '--workdir=WORKDIR'], "size='huge'; known: tiny, base"),
   'wrong type': ([QUICK, '--config.model.num_layers=2.5', '--workdir=WORKDIR'], "'2.5'"),
   'out of range': (
@@ -66,7 +66,62 @@ EVALUATE_MISTAKES = {
   ),
   'zero': (['--workdir=CLAIMED', '--lengths=0'], 'lengths=(0,)'),
   'protocol': (['--workdir=CLAIMED', '--protocol=same'], "'same'; known: windows, same_tokens"),
+  'mask': (['--workdir=CLAIMED', '--mask=causal,blokwise'], "unknown mask 'blokwise'; known: caus"),
+  'mask of no size': (['--workdir=CLAIMED', '--mask=window:x'], "mask 'window:x' needs a whole"),
+  'no mask': (['--workdir=CLAIMED', '--mask='], 'evaluate.masks=() must be one or more names'),
+  'mask twice': (['--workdir=CLAIMED', '--mask=causal,causal'], "compares 'causal' with itself"),
+  'full mask': (['--workdir=CLAIMED', '--mask=full'], "use mask 'causal'"),
+  'causal mask': (['--workdir=ENCODER', '--mask=window:8'], "use mask 'full'"),
+  'replaced by none': (
+    ['--workdir=CLAIMED', '--encoding=as_trained', '--encoding=fir:c=1'],
+    "unknown encoding 'fir'",
+  ),
+  'replaced by no option': (
+    ['--workdir=CLAIMED', '--encoding=fire:scale=2'],
+    "encoding 'fire' has no option 'scale'; it takes: hidden_layers",
+  ),
+  'replaced by other parameters': (
+    ['--workdir=CLAIMED', '--encoding=rope:base_period=100'],
+    "encoding 'rope:base_period=100' does not take the parameters that the run learned with 'fire'",
+  ),
+  'attention': (
+    ['--workdir=CLAIMED', '--attention=dense'],
+    "unknown evaluate.attention='dense'; known: as_trained, auto, reference",
+  ),
+  'two objectives': (
+    ['--workdir=CLAIMED,ENCODER'],
+    'has model.causal=False, not True as',
+  ),
+  'two mask rates': (
+    ['--workdir=ENCODER,ENCODER_HALF'],
+    'has data.mask_rate=0.5, not 0.15 as',
+  ),
 }
+GENERATE = ['--workdir=CLAIMED', '--prompt=a']
+GENERATE_MISTAKES = {
+  'workdir missing': (['--prompt=a'], '--workdir is missing'),
+  'no run': (['--workdir=EMPTY', '--prompt=a'], 'no run in workdir'),
+  'no checkpoint': (GENERATE, 'no checkpoint in'),
+  'no prompt': (['--workdir=CLAIMED'], '--prompt is missing'),
+  'empty prompt': ([*GENERATE, '--prompt='], 'prompt 2 of 2 is empty'),
+  'prompt in latin 1': (['--workdir=CLAIMED', '--prompt=caf\udce9'], 'is not UTF-8 at character 3'),
+  'empty file': (['--workdir=CLAIMED', '--prompt_file=EMPTY/empty.txt'], 'prompt 1 of 1 is empty'),
+  'no file': (['--workdir=CLAIMED', '--prompt_file=EMPTY/none'], "/none': No such file"),
+  'binary file': (
+    ['--workdir=CLAIMED', '--prompt_file=EMPTY/broken.txt.gz'],
+    'not UTF-8 at byte 1',
+  ),
+  'no tokens': ([*GENERATE, '--max_tokens=0'], 'max_tokens=0 must be at least 1'),
+  'temperature': ([*GENERATE, '--temperature=nan'], 'temperature=nan must be 0'),
+  'top_k': ([*GENERATE, '--top_k=0'], 'top_k=0 must be at least 1'),
+  'top_p': ([*GENERATE, '--top_p=0'], 'top_p=0.0 must be above 0'),
+  'seed': ([*GENERATE, '--seed=-1'], 'seed=-1 must be at least 0'),
+  'mask': ([*GENERATE, '--mask=blokwise'], "unknown mask 'blokwise'; known: causal"),
+  'full mask': ([*GENERATE, '--mask=full'], "use mask 'causal'"),
+  'encoding': ([*GENERATE, '--encoding=fir'], "unknown encoding 'fir'"),
+  'encoder': (['--workdir=ENCODER', '--prompt=a'], 'model.causal=False, or a mask that is not'),
+}
+MISTAKES = {'train': TRAIN_MISTAKES, 'evaluate': EVALUATE_MISTAKES, 'generate': GENERATE_MISTAKES}
 
 
 @pytest.fixture(scope='module')
@@ -79,6 +134,10 @@ def results(tmp_path_factory):
   data = tiny.write_corpus(root / 'corpus')
   claimed = root / 'claimed'
   checkpoint.claim_workdir(claimed, tiny.config(data))
+  model = {'causal': False, 'vocab_size': 260}
+  checkpoint.claim_workdir(root / 'encoder', tiny.config(data, model=model))
+  half = tiny.config({**data, 'mask_rate': 0.5}, model=model)
+  checkpoint.claim_workdir(root / 'half', half)
 
   def expand(argument):
     name, _, file = argument.partition('FILES=')
@@ -92,10 +151,12 @@ def results(tmp_path_factory):
       argument.replace('WORKDIR', str(root / 'new'))
       .replace('CLAIMED', str(claimed))
       .replace('EMPTY', str(root))
+      .replace('ENCODER_HALF', str(root / 'half'))
+      .replace('ENCODER', str(root / 'encoder'))
     ]
 
   keys, commands = [], []
-  for module, mistakes in (('train', TRAIN_MISTAKES), ('evaluate', EVALUATE_MISTAKES)):
+  for module, mistakes in MISTAKES.items():
     for name, (arguments, _) in mistakes.items():
       keys.append((module, name))
       commands.append([f'lex_fire.{module}', *(new for old in arguments for new in expand(old))])
@@ -105,8 +166,9 @@ def results(tmp_path_factory):
 @pytest.mark.parametrize(
   ('command', 'name', 'expected'),
   [
-    *(('train', name, expected) for name, (_, expected) in TRAIN_MISTAKES.items()),
-    *(('evaluate', name, expected) for name, (_, expected) in EVALUATE_MISTAKES.items()),
+    (command, name, expected)
+    for command, mistakes in MISTAKES.items()
+    for name, (_, expected) in mistakes.items()
   ],
 )
 def test_a_mistake_gets_one_line_and_status_2(results, command, name, expected):

@@ -56,7 +56,7 @@ def test_a_config_is_what_its_json_says(size, name):
 
 
 @every_encoding
-@pytest.mark.parametrize('file', ['quickstart', 'text'])
+@pytest.mark.parametrize('file', sorted(path.stem for path in CONFIGS.glob('*.py')))
 def test_config_files_give_a_config_for_every_encoding(file, name):
   values = get_config(file, f'encoding={name}')
 
@@ -73,6 +73,17 @@ def test_the_text_config_takes_every_preset(size):
 
   expected = presets.make(size, 'xpos', data={'task': 'text'})
   assert config_lib.Config.from_dict(values) == config_lib.Config.from_dict(expected)
+
+
+@every_encoding
+def test_the_mlm_config_is_the_quickstart_of_an_encoder(name):
+  values = get_config('mlm', f'encoding={name}').to_dict()
+
+  quickstart = get_config('quickstart', f'encoding={name}').to_dict()
+  quickstart['model'] |= {'causal': False, 'vocab_size': quickstart['model']['vocab_size'] + 1}
+  if 'bidirectional' in quickstart['encoding']:
+    quickstart['encoding']['bidirectional'] = True
+  assert values == quickstart
 
 
 def test_config_files_refuse_an_unknown_argument():
@@ -198,6 +209,11 @@ def refuses(message):
     ('model', {'width': 7}, "unknown config key 'model.width'; known: num_layers, d_model"),
     ('data', {'length': 0}, 'data.length=0 must be at least 1'),
     ('data', {'batch_size': 0}, 'data.batch_size=0 must be at least 1'),
+    ('data', {'mask_rate': 0}, 'data.mask_rate=0.0 must be above 0 and below 1'),
+    ('data', {'mask_rate': 1.0}, 'data.mask_rate=1.0 must be above 0 and below 1'),
+    ('data', {'mask_rate': float('nan')}, 'data.mask_rate=nan must be above 0 and below 1'),
+    ('data', {'position_range': 255}, 'data.position_range=255 must be 0 or at least data.length='),
+    ('data', {'position_range': -1}, 'data.position_range=-1 must be 0 or at least data.length='),
     ('data', {'lenght': 5}, "unknown config key 'data.lenght'; known: task"),
     ('optimizer', {'beta1': '0.9'}, "optimizer.beta1='0.9' must be of type float"),
     ('optimizer', {'warmup_steps': -1}, 'optimizer.warmup_steps=-1'),
@@ -225,7 +241,21 @@ def refuses(message):
     ('train', {'keep_latest': 0}, 'train.keep_latest=0 must be at least 1'),
     ('evaluate', {'lengths': 5}, 'evaluate.lengths=5 must be of type tuple'),
     ('evaluate', {'protocols': 'x'}, "unknown config key 'evaluate.protocols'"),
-    ('encoding', {'name': 'ropee'}, "unknown encoding 'ropee'; known: alibi, fire"),
+    ('evaluate', {'masks': ()}, 'evaluate.masks=() must be one or more names'),
+    ('evaluate', {'masks': (3,)}, 'evaluate.masks=(3,) must be one or more names'),
+    ('evaluate', {'masks': ('blokwise',)}, "unknown mask 'blokwise'; known: causal, full, blockw"),
+    ('evaluate', {'masks': ('full',)}, "mask 'full' needs a model of model.causal=False"),
+    ('evaluate', {'masks': ('causal', 'as_trained')}, "compares 'causal' with itself; name each"),
+    ('evaluate', {'masks': ('blockwise', 'blockwise:128')}, "compares 'blockwise:128' with itself"),
+    ('evaluate', {'encodings': ()}, 'evaluate.encodings=() must be one or more names'),
+    ('evaluate', {'encodings': ('rop',)}, "unknown encoding 'rop'; known: alibi"),
+    ('evaluate', {'encodings': ('xpos:beta=4',)}, "encoding 'xpos' has no option 'beta'; it takes"),
+    ('evaluate', {'encodings': ('xpos:gamma=x',)}, "option gamma=x of 'xpos' must be of type flo"),
+    ('evaluate', {'encodings': ('xpos:gamma',)}, "option gamma= of 'xpos' must be of type float"),
+    ('evaluate', {'encodings': ('xpos:gamma=-1',)}, 'xpos needs gamma=-1.0'),
+    ('evaluate', {'encodings': ('rope', 'as_trained')}, "compares 'as_trained' with itself"),
+    ('evaluate', {'attention': 'dense'}, "unknown evaluate.attention='dense'; known: as_trained"),
+    ('encoding', {'name': 'ropee'}, "unknown encoding 'ropee'; known: alibi, dynamic_ntk"),
     ('encoding', {'treshold': 3.0}, "encoding 'rope' has no option 'treshold'; it takes: base_"),
     ('schedule', {'kind': 'x'}, "unknown config key 'schedule'; known: model, encoding"),
   ],
@@ -267,13 +297,72 @@ def test_training_past_a_learned_table_is_refused():
     make('tiny', 'learned', encoding={'max_length': 100})
 
 
+def test_positions_drawn_from_past_a_learned_table_are_refused():
+  make('tiny', 'learned', data={'position_range': 2048})
+
+  with refuses("data.position_range=2049 is past the 2048 positions of encoding 'learned'; lower"):
+    make('tiny', 'learned', data={'position_range': 2049})
+
+
+def test_positions_spread_past_what_a_tile_of_a_decay_can_hold_are_refused():
+  make('tiny', 'xpos', data={'position_range': 30_000})
+  make('tiny', 'rope', data={'position_range': 1_000_000})
+
+  with refuses('data.position_range=40000 is past 3'):
+    make('tiny', 'xpos', data={'position_range': 40_000})
+
+
+def test_blocks_of_half_an_odd_training_length_are_refused():
+  make(data={'length': 33}, evaluate={'masks': ('blockwise:16',)})
+
+  with refuses('half the training length, but train_length=33 is not even'):
+    make(data={'length': 33}, evaluate={'masks': ('blockwise',)})
+
+
+def test_a_bidirectional_model_is_not_evaluated_with_what_cannot_serve_it():
+  t5 = {'name': 't5', 'encoding': {'bidirectional': True}, 'model': {'causal': False}}
+  make(**t5)
+
+  with refuses("model.causal=False, but encoding 't5'"):
+    make(**t5, evaluate={'encodings': ('t5:bidirectional=false',)})
+  with refuses("mask 'causal' needs a model of model.causal=True, but this is one of"):
+    make(**t5, evaluate={'masks': ('causal',)})
+
+
+def test_an_encoding_in_the_place_of_another_keeps_what_both_have():
+  trained = config_lib.EncodingConfig('rope', (('base_period', 500.0), ('pairing', 'interleaved')))
+
+  def replaced(text):
+    encoding = trained.replaced_by(text, train_length=64)
+    return encoding.name, dict(encoding.options)
+
+  assert trained.replaced_by('as_trained', 64) is trained
+  kept = {'base_period': 500.0, 'pairing': 'interleaved'}
+  assert replaced('rope') == ('rope', kept)
+  assert replaced('ntk:scale=8') == ('ntk', kept | {'scale': 8.0})
+  assert replaced('rope_pi:scale=2,pairing=halves') == (
+    'rope_pi',
+    {'base_period': 500.0, 'pairing': 'halves', 'scale': 2.0},
+  )
+  name, options = replaced('yarn:scale=16,ramp=code')
+  assert name == 'yarn'
+  assert options == encodings.options('yarn') | kept | {
+    'scale': 16.0,
+    'ramp': 'code',
+    'train_length': 64,  # the model's
+  }
+  assert replaced('yarn:train_length=128')[1]['train_length'] == 128
+  assert replaced('t5:bidirectional=true')[1]['bidirectional'] is True
+  assert replaced('nope') == ('nope', {})
+
+
 def test_an_unknown_preset_is_refused():
   with refuses("unknown preset size='huge'; known: tiny, base, large, lex_medium"):
     presets.make('huge', 'fire')
 
 
 def test_an_unknown_encoding_of_a_preset_is_refused():
-  with refuses("unknown encoding 'firee'; known: alibi, fire, fire_s"):
+  with refuses("unknown encoding 'firee'; known: alibi, dynamic_ntk, fire"):
     presets.make('tiny', 'firee')
 
 

@@ -2,6 +2,8 @@
 
 import importlib.metadata
 import os
+import pathlib
+import re
 
 _FLAGS = [
   '--xla_force_host_platform_device_count=8',
@@ -21,3 +23,41 @@ os.environ.setdefault('JAX_PLATFORMS', 'cpu')
 import jax  # noqa: E402
 
 jax.config.update('jax_numpy_rank_promotion', 'raise')
+
+
+# Which laws hold for which encoding: `pytest --laws` prints what its tests found.
+
+_held: dict[tuple[str, str], bool] = {}  # (law, encoding): whether all its cases passed
+
+
+def pytest_addoption(parser):
+  parser.addoption('--laws', action='store_true', help='print the laws that each encoding holds')
+
+
+def pytest_runtest_logreport(report):
+  from lex_fire import encodings
+
+  file, _, test = report.nodeid.partition('::')
+  law, bracket, parameters = test.partition('[')
+  if not bracket or (report.when != 'call' and report.passed):
+    return
+  # 'chunked-causal-fire 2 layers' and 'nope+sinusoidal' name encodings, the latter as alike.
+  words = {part.split(' ')[0] for part in re.split(r'[-+]', parameters.rstrip(']'))}
+  for name in words & set(encodings.ENCODINGS):
+    key = (f'{pathlib.Path(file).stem.removesuffix("_test")}: {law.removeprefix("test_")}', name)
+    _held[key] = _held.get(key, True) and report.passed
+
+
+def pytest_terminal_summary(terminalreporter, config):
+  from lex_fire import encodings
+
+  if not config.getoption('--laws') or not _held:
+    return
+  laws, names = list(dict.fromkeys(law for law, _ in _held)), list(encodings.ENCODINGS)
+  terminalreporter.section('laws')
+  for index, name in enumerate(names):
+    terminalreporter.write_line(f'{"| " * index}{name}')
+  for law in laws:
+    cells = ({True: '+', False: 'F', None: '.'}[_held.get((law, name))] for name in names)
+    terminalreporter.write_line(f'{" ".join(cells)}  {law.replace("_", " ")}')
+  terminalreporter.write_line('+ holds, F fails, . says nothing of this encoding')

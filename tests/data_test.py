@@ -14,7 +14,17 @@ import numpy as np
 import pytest
 
 from lex_fire import errors
-from lex_fire.data import batches, corpora, prepare, protocols, stream, tasks
+from lex_fire.data import (
+  batches,
+  corpora,
+  draws,
+  masking,
+  positions,
+  prepare,
+  protocols,
+  stream,
+  tasks,
+)
 
 EOS = 1
 IDENTITY = {'format': 1, 'vocabulary': {'name': 'bytes', 'size': 259, 'eos_id': EOS}}
@@ -77,7 +87,7 @@ def register():
 
 def test_importing_the_room_imports_neither_tensorflow_nor_grain_nor_jax():
   code = (
-    'import sys; from lex_fire.data import batches, prepare, protocols;'
+    'import sys; from lex_fire.data import batches, masking, positions, prepare, protocols;'
     "print({'tensorflow', 'seqio', 'grain', 'jax'} & set(sys.modules))"
   )
 
@@ -752,6 +762,194 @@ def test_a_seed_out_of_range_is_refused(seed):
     make_sampler(make_windows(range(20), length=2), seed=seed)
 
 
+# Random numbers by address
+
+
+def split_mix(seed, n):
+  """Output n of SplitMix64, in whole numbers of Python."""
+  x = (seed + (n + 1) * 0x9E3779B97F4A7C15) % 2**64
+  x = (x ^ x >> 30) * 0xBF58476D1CE4E5B9 % 2**64
+  x = (x ^ x >> 27) * 0x94D049BB133111EB % 2**64
+  return x ^ x >> 31
+
+
+def test_draws_are_the_published_outputs_of_split_mix():
+  """The first five of seed 1234567, as Rosetta Code lists them."""
+  published = [
+    6457827717110365317,
+    3203168211198807973,
+    9817491932198370423,
+    4593380528125082431,
+    16408922859458223821,
+  ]
+
+  assert [split_mix(1234567, n) for n in range(5)] == published
+  number_Z = draws.uniform(1234567, np.arange(5))
+  assert (number_Z * 2.0**53).astype(np.uint64).tolist() == [x >> 11 for x in published]
+
+
+def test_an_index_seeds_the_generator_of_the_next():
+  number_BL = draws.uniform(2**32, 3, np.arange(4)[:, None], np.arange(5)[None])
+
+  for row in range(4):
+    for column in range(5):
+      output = split_mix(split_mix(split_mix(2**32, 3), row), column)
+      assert number_BL[row, column] == (output >> 11) / 2**53
+  assert number_BL.shape == (4, 5)
+
+
+# Masked tokens
+
+SIZE = 259  # ids of tokens; that of the mask
+
+
+def make_batch(rows=4, length=20, seed=0):
+  rng = np.random.default_rng(seed)
+  return {
+    'inputs_BL': np.zeros((rows, length), np.int32),
+    'targets_BL': rng.integers(0, SIZE, (rows, length), np.int32),
+    'loss_weights_BL': np.ones((rows, length), np.float32),
+    'position_BL': np.arange(length, dtype=np.int32)[None],
+    'segment_ids_BL': None,
+  }
+
+
+def corrupt(batch, draw_B=None, seed=7, rate=0.15):
+  draw_B = np.arange(len(batch['targets_BL'])) if draw_B is None else np.array(draw_B)
+  return masking.corrupt(batch, draw_B, seed=seed, rate=rate, vocabulary_size=SIZE)
+
+
+def test_of_the_chosen_tokens_80_percent_are_masked_10_random_and_10_kept():
+  batch = make_batch(rows=512, length=512)
+
+  out = corrupt(batch)
+
+  chosen_BL = out['loss_weights_BL'] == 1
+  assert set(chosen_BL.sum(axis=1)) == {round(0.15 * 512)}
+  # About 39,000 chosen tokens: 0.01 is five standard deviations of a fraction of them.
+  input_Z, target_Z = out['inputs_BL'][chosen_BL], batch['targets_BL'][chosen_BL]
+  assert (input_Z == SIZE).mean() == pytest.approx(0.8, abs=0.01)
+  assert (input_Z == target_Z).mean() == pytest.approx(0.1 + 0.1 / SIZE, abs=0.01)
+  random_Z = input_Z[(input_Z != SIZE) & (input_Z != target_Z)]
+  assert set(random_Z) == set(range(SIZE))
+  assert np.bincount(random_Z).max() < 40  # 15 on average
+  # No place in a row is preferred: 512 rows, five standard deviations.
+  np.testing.assert_allclose(chosen_BL.mean(axis=0), 0.15, atol=0.08)
+
+
+def test_tokens_that_are_not_chosen_are_inputs_as_they_are_and_weigh_nothing():
+  batch = make_batch()
+
+  out = corrupt(batch)
+
+  kept_BL = out['loss_weights_BL'] == 0
+  assert (out['inputs_BL'][kept_BL] == batch['targets_BL'][kept_BL]).all()
+  assert set(np.unique(out['loss_weights_BL'])) == {0, 1}
+  assert {name: getattr(x, 'dtype', None) for name, x in out.items()} == {
+    name: getattr(x, 'dtype', None) for name, x in batch.items()
+  }
+
+
+def test_targets_are_the_original_tokens_where_they_stand():
+  batch = make_batch()
+  before = {name: np.copy(x) for name, x in batch.items()}
+
+  out = corrupt(batch)
+
+  assert out['targets_BL'].tolist() == before['targets_BL'].tolist()
+  changed_BL = out['inputs_BL'] != before['targets_BL']
+  assert changed_BL.any() and (out['loss_weights_BL'][changed_BL] == 1).all()
+  for name in ('inputs_BL', 'targets_BL', 'loss_weights_BL'):  # the batch itself is left alone
+    assert batch[name].tolist() == before[name].tolist()
+
+
+@pytest.mark.parametrize(('length', 'rate', 'chosen'), [(1, 0.01, 1), (3, 0.15, 1), (20, 0.99, 20)])
+def test_every_row_has_a_chosen_token(length, rate, chosen):
+  out = corrupt(make_batch(length=length), rate=rate)
+
+  assert out['loss_weights_BL'].sum(axis=1).tolist() == [chosen] * 4
+
+
+def test_rows_of_padding_keep_weight_zero():
+  batch = make_batch()
+  batch['loss_weights_BL'][2:] = 0
+
+  out = corrupt(batch)
+
+  assert (out['loss_weights_BL'].sum(axis=1) > 0).tolist() == [True, True, False, False]
+
+
+def test_a_row_is_masked_by_its_draw_on_any_host():
+  batch = make_batch(rows=8)
+  whole = corrupt(batch)
+
+  for rows in ([0, 1, 2, 3], [4, 5, 6, 7], [6], [3, 1]):
+    part = {name: x if x is None or len(x) == 1 else x[rows] for name, x in batch.items()}
+    out = corrupt(part, rows)
+    for name in ('inputs_BL', 'targets_BL', 'loss_weights_BL'):
+      assert out[name].tolist() == whole[name][rows].tolist()
+
+
+def test_masks_differ_by_seed_and_by_draw_and_so_by_epoch():
+  batch = make_batch(rows=1, length=200)
+
+  outs = [
+    corrupt(batch, [draw], seed=seed)['inputs_BL'].tolist()
+    for draw in (0, 1, 900)
+    for seed in (0, 1)
+  ]
+
+  assert all(outs.count(out) == 1 for out in outs)
+
+
+# Randomized positions
+
+
+@pytest.mark.parametrize('position_range', [16, 17, 100, 5000])
+def test_randomized_positions_are_sorted_different_and_in_range(position_range):
+  for ordinal in range(10):
+    position_L = positions.sample(16, position_range, seed=3, ordinal=ordinal)
+    assert position_L.dtype == np.int32
+    assert len(position_L) == 16
+    assert (np.diff(position_L) > 0).all()
+    assert 0 <= position_L[0] and position_L[-1] < position_range
+
+
+def test_every_position_of_the_range_is_drawn_equally_often():
+  drawn = [positions.sample(8, 32, seed=0, ordinal=ordinal) for ordinal in range(2000)]
+
+  # Each 500 times on average, with a standard deviation of 19.
+  np.testing.assert_allclose(np.bincount(np.concatenate(drawn)), 500, atol=5 * 19)
+
+
+def test_positions_differ_by_seed_and_by_batch_and_are_drawn_alike_again():
+  def draw(seed, ordinal):
+    return positions.sample(16, 1000, seed=seed, ordinal=ordinal).tolist()
+
+  drawn = [draw(seed, ordinal) for seed in (0, 1) for ordinal in (0, 1, 2)]
+
+  assert all(drawn.count(sample) == 1 for sample in drawn)
+  assert drawn == [draw(seed, ordinal) for seed in (0, 1) for ordinal in (0, 1, 2)]
+
+
+def test_rows_share_one_sample_and_stay_one_row():
+  out = positions.randomize(make_batch(), 100, seed=0, ordinal=5)
+
+  sample = positions.sample(20, 100, seed=0, ordinal=5)
+  assert out['position_BL'].tolist() == [sample.tolist()]
+
+
+def test_isolated_documents_begin_anew_in_the_sample():
+  windows = make_windows([5, 6, 1, 7, 1, 1, 8, 9], length=7, isolate_documents=True)
+
+  batch = positions.randomize(windows.batch(np.array([0])), 90, seed=2, ordinal=0)
+
+  first, second = positions.sample(7, 90, seed=2, ordinal=0)[:2].tolist()
+  expected = [first, second, first, second, first, first, second]
+  assert batch['position_BL'].tolist() == [expected]
+  assert batch['segment_ids_BL'].tolist() == [[1, 1, 2, 2, 3, 4, 4]]
+
+
 # Evaluation protocols
 
 DOCUMENTS = [
@@ -782,11 +980,13 @@ def test_windows_take_every_document_that_has_one():
     [[1, 30, 31, 32], [33, 34, 35, 36], [1, 40, 41, 42]],
     [[30, 31, 32, 33], [34, 35, 36, 37], [40, 41, 42, 43]],
     [1, 1, 2],
+    [0, 4, 0],
   ]
   assert as_lists(result[2]) == [
     [[1, 20], [1, 30], [31, 32], [33, 34], [35, 36], [1, 40], [41, 42]],
     [[20, 21], [30, 31], [32, 33], [34, 35], [36, 37], [40, 41], [42, 43]],
     [0, 1, 1, 1, 1, 2, 2],
+    [0, 0, 2, 4, 6, 0, 2],
   ]
 
 
@@ -798,6 +998,7 @@ def test_same_tokens_cut_the_windows_of_the_longest_again():
     [[1, 30], [31, 32], [33, 34], [35, 36], [1, 40], [41, 42]],
     [[30, 31], [32, 33], [34, 35], [36, 37], [40, 41], [42, 43]],
     [1, 1, 1, 1, 2, 2],
+    [0, 2, 4, 6, 0, 2],
   ]
 
 
@@ -824,6 +1025,8 @@ def test_a_target_has_for_input_the_token_before_it_in_its_document(protocol):
       targets = windows.targets_WL[mine].ravel()
       assert targets.tolist() == DOCUMENTS[document][: len(targets)].tolist()
       assert windows.inputs_WL[mine].ravel().tolist() == [EOS, *targets[:-1]]
+    for targets_L, document, offset in zip(*windows[1:], strict=True):
+      assert targets_L.tolist() == DOCUMENTS[document][offset : offset + length].tolist()
     assert windows.targets_WL.shape[1] == length
     assert {str(array.dtype) for array in windows} == {'int32'}
 
@@ -836,7 +1039,7 @@ def test_the_budget_is_spent_in_order_and_reads_no_further(protocol):
 
   result = cut(protocol, [4], documents(), max_tokens=7)
 
-  assert as_lists(result[4]) == [[[1, 30, 31, 32]], [[30, 31, 32, 33]], [1]]
+  assert as_lists(result[4]) == [[[1, 30, 31, 32]], [[30, 31, 32, 33]], [1], [0]]
 
 
 @pytest.mark.parametrize('protocol', sorted(protocols.PROTOCOLS))
@@ -867,3 +1070,50 @@ def test_same_tokens_refuse_a_length_that_does_not_divide_the_longest():
 def test_an_unknown_protocol_is_refused_with_the_known():
   with pytest.raises(errors.UserError, match="'sliding'; known: windows, same_tokens"):
     protocols.get('sliding')
+
+
+# Masked tokens of evaluation windows
+
+
+@pytest.fixture(scope='module')
+def long_documents():
+  rng = np.random.default_rng(0)
+  return [np.append(rng.integers(3, SIZE, rng.integers(1, 3000)), EOS) for _ in range(40)]
+
+
+def masked(windows, rate=0.15):
+  """Returns what stands in the place of each scored token: {(document, index): input}."""
+  out, scored_WL = masking.corrupt_windows(windows, rate=rate, vocabulary_size=SIZE)
+  assert (out.inputs_WL[~scored_WL] == windows.targets_WL[~scored_WL]).all()
+  assert out.inputs_WL.dtype == np.int32 and scored_WL.dtype == bool
+  for field in ('targets_WL', 'document_W', 'offset_W'):
+    assert getattr(out, field) is getattr(windows, field)
+  index_WL = windows.offset_W[:, None] + np.arange(windows.targets_WL.shape[1])[None]
+  document_WL = np.broadcast_to(windows.document_W[:, None], index_WL.shape)
+  keys = zip(document_WL[scored_WL].tolist(), index_WL[scored_WL].tolist(), strict=True)
+  return dict(zip(keys, out.inputs_WL[scored_WL].tolist(), strict=True))
+
+
+@pytest.mark.parametrize('protocol', sorted(protocols.PROTOCOLS))
+def test_a_token_of_a_document_is_masked_alike_at_every_length(protocol, long_documents):
+  budget = {'max_tokens': 20_000, 'tokens_per_document': 1024}
+  cut_again = cut(protocol, [8, 64, 512], long_documents, **budget)
+
+  of_length = {length: masked(windows) for length, windows in cut_again.items()}
+
+  longest = of_length[512]
+  for length, inputs in of_length.items():
+    assert len(inputs) == pytest.approx(0.15 * cut_again[length].targets_WL.size, rel=0.1)
+    for key in set(inputs) & set(longest):
+      assert inputs[key] == longest[key]
+    if protocol == 'same_tokens':
+      assert inputs == longest
+  share = np.mean([token == SIZE for token in longest.values()])
+  assert share == pytest.approx(0.8, abs=0.04)
+
+
+def test_an_evaluation_in_which_no_token_is_masked_is_refused(long_documents):
+  windows = cut('windows', [8], long_documents, max_tokens=8)[8]
+
+  with pytest.raises(errors.UserError, match='mask rate=1e-09 chooses none of 8 tokens'):
+    masking.corrupt_windows(windows, rate=1e-9, vocabulary_size=SIZE)

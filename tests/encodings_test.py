@@ -14,7 +14,7 @@ import oracles
 import pytest
 
 from lex_fire import encodings, errors
-from lex_fire.encodings import alibi, fire, rotary, t5
+from lex_fire.encodings import alibi, fire, kerple, ntk, rotary, t5, yarn
 
 GOLDEN = pathlib.Path(__file__).parent / 'golden' / 'encodings.txt'
 NUM_HEADS, HEAD_DIM = 6, 8
@@ -23,11 +23,32 @@ D_MODEL = NUM_HEADS * HEAD_DIM
 # Options worth a second look; the defaults of every registered name come by themselves.
 VARIANTS = {
   'fire 2 layers': ('fire', {'hidden_layers': 2}),
+  'fire 3 layers': ('fire', {'hidden_layers': 3, 'width': 8}),
   'fire narrow': ('fire', {'width': 4, 'threshold': 64.0, 'c': 1.0}),
+  'fire square root': ('fire', {'psi': 'sqrt'}),
+  'fire identity': ('fire', {'psi': 'identity'}),
+  'fire without threshold': ('fire', {'threshold': 0.0}),
+  'fire square root without threshold': ('fire', {'psi': 'sqrt', 'threshold': 0.0}),
   'rope interleaved': ('rope', {'pairing': 'interleaved', 'base_period': 500.0}),
+  'rope_pi interleaved': ('rope_pi', {'pairing': 'interleaved', 'scale': 16.0}),
+  'ntk interleaved': ('ntk', {'pairing': 'interleaved', 'scale': 3.5}),
+  'dynamic_ntk interleaved': ('dynamic_ntk', {'pairing': 'interleaved', 'train_length': 7}),
+  'yarn interleaved': (
+    'yarn',
+    {'pairing': 'interleaved', 'scale': 32.0, 'train_length': 1000, 'base_period': 500.0},
+  ),
+  'yarn as published': ('yarn', {'ramp': 'code'}),
+  'yarn as published, in one step': ('yarn', {'ramp': 'code', 'beta_fast': 3.0, 'beta_slow': 2.9}),
   'xpos halves': ('xpos', {'pairing': 'halves', 'gamma': 0.2, 'scale_base': 100.0}),
+  'sandwich short': ('sandwich', {'num_terms': 3, 'd_bar': 4, 'compression': 2.5}),
   't5 8 buckets': ('t5', {'num_buckets': 8, 'max_distance': 64}),
+  't5 bidirectional': ('t5', {'bidirectional': True}),
+  't5 bidirectional 12 buckets': (
+    't5',
+    {'num_buckets': 12, 'max_distance': 40, 'bidirectional': True},
+  ),
   'learned 64': ('learned', {'max_length': 64}),
+  'learned 64 clamped': ('learned', {'max_length': 64, 'clamp': True}),
 }
 CASES = {name: (name, {}) for name in encodings.ENCODINGS} | VARIANTS
 every_case = pytest.mark.parametrize('case', CASES)
@@ -66,19 +87,27 @@ def tokens(length, seed=0):
   return rng.normal(size=(2, len(POSITIONS), length, D_MODEL)).astype(np.float32) * 0.5
 
 
+def heads(encoding, params, x_BLD, position_BL):
+  """Queries or keys that are their tokens' own channels, embedded and rotated."""
+  if encoding.embed is not None:
+    x_BLD = x_BLD + encoding.embed(params, position_BL, D_MODEL)
+  x_BLHC = x_BLD.reshape(*x_BLD.shape[:2], NUM_HEADS, HEAD_DIM)
+  return x_BLHC if encoding.rotate is None else encoding.rotate(params, x_BLHC, position_BL)
+
+
 def logits(encoding, params, x_query_BQD, x_key_BKD, query_position_BQ, key_position_BK):
-  """The formula in Encoding's docstring, for tokens whose queries and keys are their own channels.
+  """The formula in Encoding's docstring, of `heads`."""
+  query_BQHC = heads(encoding, params, x_query_BQD, query_position_BQ)
+  key_BKHC = heads(encoding, params, x_key_BKD, key_position_BK)
+  where = query_position_BQ, key_position_BK
+  return logits_of_heads(encoding, params, query_BQHC, key_BKHC, *where)
+
+
+def logits_of_heads(encoding, params, query_BQHC, key_BKHC, query_position_BQ, key_position_BK):
+  """The rest of that formula.
 
   A decay grows for keys after the query, which a causal mask keeps out of sight: held at 1 there.
   """
-
-  def heads(x_BLD, position_BL):
-    if encoding.embed is not None:
-      x_BLD = x_BLD + encoding.embed(params, position_BL, D_MODEL)
-    x_BLHC = x_BLD.reshape(*x_BLD.shape[:2], NUM_HEADS, HEAD_DIM)
-    return x_BLHC if encoding.rotate is None else encoding.rotate(params, x_BLHC, position_BL)
-
-  query_BQHC, key_BKHC = heads(x_query_BQD, query_position_BQ), heads(x_key_BKD, key_position_BK)
   distance_BQK = query_position_BQ[:, :, None] - key_position_BK[:, None, :]
   rate_C = np.zeros(HEAD_DIM) if encoding.log_decay is None else encoding.log_decay(HEAD_DIM)
   decay_BQKC = jnp.exp(jnp.maximum(distance_BQK, 0)[..., None] * rate_C[None, None, None])
@@ -94,15 +123,15 @@ def expected_logits(case, params, x_query_BQD, x_key_BKD, position_BL):
   name, options = CASES[case]
   params = {key: np.float64(value) for key, value in params.items()}
 
-  def heads(x_BLD):
+  def embedded(x_BLD):
     x_BLD = oracles.embedded(name, params, x_BLD, position_BL, **options)
     return x_BLD.reshape(*x_BLD.shape[:2], NUM_HEADS, HEAD_DIM)
 
   return oracles.logits(
     name,
     params,
-    heads(x_query_BQD),
-    heads(x_key_BKD),
+    embedded(x_query_BQD),
+    embedded(x_key_BKD),
     position_BL,
     position_BL,
     only_BQK=position_BL[:, None] <= position_BL[:, :, None],
@@ -120,6 +149,11 @@ def bias_alone(case, positions_Q, positions_K):
   oracle = oracles.ORACLES[CASES[case][0]].bias
   rows = [[oracle(params, i, j, NUM_HEADS, **options) for j in positions_K] for i in positions_Q]
   return np.array(bias_BHQK[0]), np.moveaxis(np.array(rows), 2, 0)
+
+
+def error(found, expected):
+  """Returns |found - expected|; of values above 4 in proportion, as that is how floats round."""
+  return np.abs(found - expected) / np.maximum(1, np.abs(expected) / 4)
 
 
 def cases_where(holds):
@@ -154,9 +188,9 @@ def test_logits_equal_the_oracle_at_every_length_and_under_jit(case):
   assert eager_BHQK.dtype == jnp.float32
   expected_BHQK = expected_logits(case, params, x_query_BLD, x_key_BLD, position_BL)
   past_BHQK = (position_BL[:, None] <= position_BL[:, :, None])[:, None]
-  error_B = np.abs((eager_BHQK - expected_BHQK) * past_BHQK).max(axis=(1, 2, 3))
-  for where, error in zip(POSITIONS, error_B, strict=True):
-    assert error < oracles.TOLERANCE['float32'], where
+  error_B = (error(eager_BHQK, expected_BHQK) * past_BHQK).max(axis=(1, 2, 3))
+  for where, largest in zip(POSITIONS, error_B, strict=True):
+    assert largest < oracles.TOLERANCE['float32'], where
   np.testing.assert_allclose(jitted_BHQK, eager_BHQK, rtol=1e-5, atol=2e-6)
 
 
@@ -167,8 +201,17 @@ def test_bias_of_keys_after_the_query_is_the_oracles_too(case):
   np.testing.assert_allclose(bias_HQK, expected_HQK, rtol=1e-6, atol=oracles.TOLERANCE['float32'])
 
 
+@with_bias
+def test_bias_tells_keys_after_the_query_apart_as_declared(case):
+  encoding, _, _ = make(case)
+  bias_HQK, _ = bias_alone(case, [100], range(101, 200))
+
+  spread = np.ptp(bias_HQK, axis=2).max()
+  assert spread > 1e-3 if encoding.bidirectional else spread == 0
+
+
 def test_alibi_slopes_are_the_published_ones():
-  for num_heads in (1, 6, 8, 12, 16):
+  for num_heads in range(1, 34):
     np.testing.assert_allclose(alibi.slopes(num_heads), oracles.alibi_slopes(num_heads), rtol=1e-12)
 
   np.testing.assert_allclose(alibi.slopes(8), [2.0**-n for n in range(1, 9)])
@@ -176,23 +219,95 @@ def test_alibi_slopes_are_the_published_ones():
   np.testing.assert_allclose(alibi.slopes(6), [1 / 4, 1 / 16, 1 / 64, 1 / 256, 1 / 2, 1 / 8])
 
 
-@pytest.mark.parametrize('options', [(32, 128), (32, 256), (8, 64), (16, 100)])
-def test_t5_buckets_are_the_published_ones(options):
-  bucket_Z = t5.buckets(*options)
+@pytest.mark.parametrize('bidirectional', [False, True])
+@pytest.mark.parametrize(
+  ('num_buckets', 'max_distance'), [(32, 128), (32, 256), (8, 64), (16, 100)]
+)
+def test_t5_bias_reads_the_published_bucket_of_every_distance(
+  num_buckets, max_distance, bidirectional
+):
+  options = {
+    'num_buckets': num_buckets,
+    'max_distance': max_distance,
+    'bidirectional': bidirectional,
+  }
+  encoding = encodings.get('t5', **options)
+  params = {'bias_ZH': jnp.arange(float(num_buckets))[:, None]}
 
-  distances = range(1001)
-  found = [bucket_Z[min(distance, options[1])] for distance in distances]
-  assert found == [oracles.t5_bucket(distance, *options) for distance in distances]
+  bias_BHQK = encoding.bias(params, np.int32([[1000]]), np.arange(2001, dtype=np.int32)[None], 1)
 
-
-def test_t5_bias_reads_the_bucket_of_every_distance():
-  encoding = encodings.get('t5')
-  params = {'bias_ZH': jnp.arange(32.0)[:, None]}
-
-  bias_BHQK = encoding.bias(params, np.int32([[1000]]), np.arange(1001, dtype=np.int32)[None], 1)
-
-  expected = [oracles.t5_bucket(1000 - j) for j in range(1001)]
+  expected = [oracles.t5_bucket(1000 - j, **options) for j in range(2001)]
   np.testing.assert_array_equal(bias_BHQK[0, 0, 0], expected)
+  unused = {num_buckets // 2} if bidirectional else set()  # distance 0 is counted with the past
+  assert set(expected) == set(range(num_buckets)) - unused
+
+
+def test_t5_counts_keys_after_the_query_in_the_second_half_of_its_buckets():
+  bucket_Z = t5.buckets(32, 128, bidirectional=True)
+
+  past_Z, future_Z = bucket_Z[128:], bucket_Z[:128][::-1]
+  np.testing.assert_array_equal(future_Z, past_Z[1:] + 16)
+  np.testing.assert_array_equal(past_Z, t5.buckets(16, 128))
+  np.testing.assert_array_equal(past_Z[:12], [0, 1, 2, 3, 4, 5, 6, 7, 8, 8, 8, 8])
+
+
+# Kerple's bounds
+
+
+def test_kerples_numbers_are_its_parameters_within_the_bounds():
+  inside_H = np.float32([0.01, 0.0123, 0.3, 1.7, 2.0])
+
+  for numbers in (kerple.log_numbers, kerple.power_numbers):
+    for found_H in numbers({'r1_H': inside_H, 'r2_H': inside_H}):
+      np.testing.assert_array_equal(found_H, inside_H)
+
+
+@pytest.mark.parametrize(
+  ('numbers', 'name', 'greatest'),
+  [
+    (kerple.log_numbers, 'r1_H', np.inf),
+    (kerple.log_numbers, 'r2_H', np.inf),
+    (kerple.power_numbers, 'r1_H', np.inf),
+    (kerple.power_numbers, 'r2_H', 2.0),
+  ],
+)
+def test_kerples_numbers_stay_in_the_bounds_and_never_stop_learning(numbers, name, greatest):
+  x_H = jnp.linspace(-30.0, 30.0, 6001) + 0.0023
+  index = ['r1_H', 'r2_H'].index(name)
+
+  def number(x):
+    return numbers({'r1_H': jnp.ones(1), 'r2_H': jnp.ones(1)} | {name: x[None]})[index][0]
+
+  number_H, slope_H = jax.vmap(jax.value_and_grad(number))(x_H)
+
+  assert (number_H >= 0.01 - 1e-6).all() and (number_H <= greatest + 1e-6).all()
+  np.testing.assert_array_equal(np.abs(slope_H), 1)
+  assert np.abs(np.diff(number_H)).max() < 0.011, 'it jumps'
+
+
+def test_kerple_returns_from_a_bound_as_soon_as_it_should():
+  encoding = encodings.get('kerple_power')
+  position_BL = np.arange(8, dtype=np.int32)[None]
+  params = {'r1_H': jnp.full(1, 0.5), 'r2_H': jnp.full(1, 1.0)}
+
+  @jax.jit
+  @jax.grad
+  def gradient(params):
+    return -encoding.bias(params, position_BL, position_BL, 1).mean()
+
+  def descend(params, sign):
+    slope = gradient(params)
+    return {name: params[name] - sign * 0.03 * np.sign(slope[name]) for name in params}
+
+  for _ in range(200):
+    params = descend(params, 1)
+  flat = kerple.power_numbers(params)
+  for _ in range(10):
+    params = descend(params, -1)
+  steep = kerple.power_numbers(params)
+
+  for low_H, high_H in zip(flat, steep, strict=True):
+    assert low_H < 0.06 and high_H > low_H + 0.2
 
 
 @pytest.mark.parametrize('d_model', [8, 48, 9])
@@ -235,8 +350,9 @@ def test_rope_pairs_are_the_two_halves_or_neighbours():
   position_BL = np.int32([[1]])
   quarter_turn_R = np.array([0.25, 0.5])
 
-  halves_BLHC = rotary.rotate(x_BLHC, position_BL, quarter_turn_R, 'halves')
-  neighbours_BLHC = rotary.rotate(x_BLHC, position_BL, quarter_turn_R, 'interleaved')
+  angles = rotary.cos_sin(position_BL, quarter_turn_R)
+  halves_BLHC = rotary.turn_pairs(x_BLHC, *angles, 'halves')
+  neighbours_BLHC = rotary.turn_pairs(x_BLHC, *angles, 'interleaved')
 
   np.testing.assert_allclose(halves_BLHC.ravel(), [-3, -2, 1, -4], atol=1e-6)
   np.testing.assert_allclose(neighbours_BLHC.ravel(), [-2, 1, -3, -4], atol=1e-6)
@@ -251,17 +367,33 @@ def test_a_tile_is_the_slice_of_the_whole(case):
   position_BL = positions(encoding)
   x_query_BLD, x_key_BLD = tokens(position_BL.shape[1])
 
-  whole_BHQK = logits(encoding, params, x_query_BLD, x_key_BLD, position_BL, position_BL)
-  tile_BHQK = logits(
+  query_BLHC, key_BLHC = (heads(encoding, params, x, position_BL) for x in (x_query_BLD, x_key_BLD))
+
+  whole_BHQK = logits_of_heads(encoding, params, query_BLHC, key_BLHC, position_BL, position_BL)
+  tile_BHQK = logits_of_heads(
     encoding,
     params,
-    x_query_BLD[:, 9:14],
-    x_key_BLD[:, 2:11],
+    query_BLHC[:, 9:14],
+    key_BLHC[:, 2:11],
     position_BL[:, 9:14],
     position_BL[:, 2:11],
   )
 
   np.testing.assert_allclose(tile_BHQK, whole_BHQK[:, :, 9:14, 2:11], rtol=1e-6, atol=2e-6)
+
+
+@every_case
+def test_a_part_of_a_row_is_rotated_alone_as_in_the_row_as_declared(case):
+  """Its end is cut off too: what follows in the longest rows is far past the training length."""
+  encoding, params, _ = make(case)
+  position_BL = positions(encoding)
+  x_BLD, _ = tokens(position_BL.shape[1])
+
+  whole_BLHC = heads(encoding, params, x_BLD, position_BL)
+  part_BLHC = heads(encoding, params, x_BLD[:, 2:11], position_BL[:, 2:11])
+
+  change = np.abs(part_BLHC - whole_BLHC[:, 2:11]).max()
+  assert change < 1e-6 if encoding.prefix_stable else change > 1e-2
 
 
 @every_case
@@ -288,7 +420,7 @@ def test_logits_change_under_a_shift_as_declared(case):
   before_BHQK = logits(encoding, params, x_query_BLD, x_key_BLD, position_BL, position_BL)
   after_BHQK = logits(encoding, params, x_query_BLD, x_key_BLD, shifted_BL, shifted_BL)
 
-  change = np.abs(before_BHQK - after_BHQK).max()
+  change = error(after_BHQK, before_BHQK).max()
   assert change < oracles.TOLERANCE['float32'] if encoding.shift_invariant else change > 1e-2
 
 
@@ -312,6 +444,7 @@ def test_value_and_gradient_are_finite_everywhere(case):
 @with_rotation
 def test_rotating_bfloat16_gives_bfloat16_near_the_oracle(case):
   encoding, params, options = make(case)
+  name, _ = CASES[case]
   position_BL = positions(encoding)
   x_query_BLD, x_key_BLD = (
     x.astype(jnp.bfloat16).reshape(*x.shape[:2], NUM_HEADS, HEAD_DIM)
@@ -322,11 +455,13 @@ def test_rotating_bfloat16_gives_bfloat16_near_the_oracle(case):
   key_BLHC = encoding.rotate(params, x_key_BLD, position_BL)
 
   assert query_BLHC.dtype == key_BLHC.dtype == jnp.bfloat16
-  # A decay is no part of `rotate`: what it turns is RoPE's, with the pairing of its own factory.
-  defaults = inspect.signature(encodings.ENCODINGS[CASES[case][0]]).parameters
-  turning = {name: options.get(name, defaults[name].default) for name in ('base_period', 'pairing')}
+  if encoding.log_decay is not None:
+    # A decay is no part of `rotate`: what it turns is RoPE's, with the pairing of its own factory.
+    options = encodings.options(name) | options
+    options = {option: options[option] for option in encodings.options('rope')}
+    name = 'rope'
   expected_BHQK = oracles.logits(
-    'rope', {}, x_query_BLD, x_key_BLD, position_BL, position_BL, **turning
+    name, {}, x_query_BLD, x_key_BLD, position_BL, position_BL, **options
   )
   logits_BHQK = np.einsum(
     'BQHC,BKHC->BHQK', np.float64(query_BLHC), np.float64(key_BLHC)
@@ -366,6 +501,104 @@ def test_what_an_encoding_declares_is_what_it_has(case):
     embedding_BLD = encoding.embed(params, np.int32([[0, 1, 2]]), D_MODEL)
     assert embedding_BLD.shape == (1, 3, D_MODEL) and embedding_BLD.dtype == jnp.float32
     assert encoding.shared, 'embeddings are added once, before all layers'
+
+
+# RoPE stretched beyond its training length
+
+
+@pytest.mark.parametrize(
+  ('name', 'options'),
+  [
+    ('rope_pi', {'scale': 1.0}),
+    ('ntk', {'scale': 1.0}),
+    ('yarn', {'scale': 1.0}),
+    ('yarn', {'scale': 1.0, 'ramp': 'code'}),
+    ('dynamic_ntk', {'train_length': 1_000_001}),
+  ],
+)
+def test_what_is_not_stretched_is_rope(name, options):
+  position_BL = np.int32([WIDE])
+  x_BLD, _ = tokens(len(WIDE))
+
+  stretched_BLHC = heads(encodings.get(name, **options), {}, x_BLD[:1], position_BL)
+  rope_BLHC = heads(encodings.get('rope'), {}, x_BLD[:1], position_BL)
+
+  np.testing.assert_allclose(stretched_BLHC, rope_BLHC, rtol=0, atol=1e-6)
+
+
+def angle_and_growth(position, name, **options):
+  """Returns the angle_R, modulo 2 pi, and growth_R of the pairs of a head of 64 at a position."""
+  first_of_pairs_C = np.repeat(np.float32([1, 0]), 32)
+  turned_BLHC = encodings.get(name, **options).rotate(
+    {}, first_of_pairs_C[None, None, None], np.int32([[position]])
+  )
+  cos_R, sin_R = np.float64(turned_BLHC).reshape(2, 32)
+  return np.arctan2(sin_R, cos_R) % (2 * np.pi), np.hypot(cos_R, sin_R)
+
+
+def test_position_interpolation_at_the_far_end_is_rope_at_the_training_length():
+  position_BL = np.int32([[1, 511, 2048]])
+  x_BLD, _ = tokens(3)
+
+  rope_BLHC = heads(encodings.get('rope'), {}, x_BLD[:1], position_BL)
+  pi_BLHC = heads(encodings.get('rope_pi', scale=8.0), {}, x_BLD[:1], 8 * position_BL)
+
+  np.testing.assert_allclose(pi_BLHC, rope_BLHC, rtol=0, atol=1e-6)
+
+
+def test_ntk_leaves_the_fastest_pair_and_interpolates_the_slowest():
+  rope_R, _ = angle_and_growth(6, 'rope')
+  ntk_R, _ = angle_and_growth(6, 'ntk', scale=8.0)
+
+  np.testing.assert_allclose(ntk_R[[0, -1]], [rope_R[0], rope_R[-1] / 8], rtol=1e-5)
+  assert (np.diff(ntk_R / rope_R) < 0).all()
+
+
+@pytest.mark.parametrize('ramp', yarn.RAMPS)
+def test_yarn_leaves_fast_pairs_interpolates_slow_ones_and_grows(ramp):
+  """Heads of 64: pair 8 turns 32.6 times in 2048 tokens, pair 20 once, and pair 21 less."""
+  rope_R, _ = angle_and_growth(6, 'rope')
+  yarn_R, growth_R = angle_and_growth(6, 'yarn', scale=4.0, ramp=ramp)
+
+  ratio_R = yarn_R / rope_R
+  np.testing.assert_allclose(ratio_R[:9], 1, rtol=1e-5)
+  np.testing.assert_allclose(ratio_R[21:], 1 / 4, rtol=1e-5)
+  assert (np.diff(ratio_R[8:22]) < 0).all()
+  np.testing.assert_allclose(growth_R, 0.1 * np.log(4.0) + 1, rtol=1e-6)
+
+
+def test_yarn_as_published_departs_from_its_paper_by_as_much_as_the_docstring_says():
+  paper_R, _ = angle_and_growth(1, 'yarn', ramp='paper')
+  code_R, _ = angle_and_growth(1, 'yarn', ramp='code')
+
+  assert 1.75 < (code_R / paper_R).max() <= 1.85 and (code_R / paper_R).min() > 1 - 1e-5
+
+
+@pytest.mark.parametrize('train_length', [1, 100, 2048])
+def test_dynamic_ntks_scale_is_the_published_one_and_at_most_a_tenth_more(train_length):
+  """s from the slow one of two pairs, theta = 1 / (10 s), by the angle at position 1."""
+  encoding = encodings.get('dynamic_ntk', train_length=train_length, base_period=100.0)
+  lengths = (train_length * np.geomspace(0.1, 1e4, 80)).astype(np.int64)
+  lengths = np.union1d(lengths[lengths > 2], [2, 100, 101, 109, 110, 2048, 2049, 2233, 2234])
+  position_BL = np.stack([np.ones_like(lengths), lengths - 1], axis=1).astype(np.int32)
+  x_BLHC = np.broadcast_to(np.float32([1, 1, 0, 0]), (len(lengths), 2, 1, 4))
+
+  turned_BC = np.float64(encoding.rotate({}, x_BLHC, position_BL)[:, 0, 0])
+
+  scale_B = 0.1 / np.arctan2(turned_BC[:, 3], turned_BC[:, 1])
+  ratio_B = scale_B / np.maximum(1, lengths / train_length)
+  # At a scale of 10,000 the angle is 10,000 units of 2^-32 turns.
+  assert (ratio_B > 1 - 1e-4).all() and (ratio_B < 1.0906).all() and ratio_B.max() > 1.08
+  np.testing.assert_allclose(ratio_B[lengths <= train_length], 1, rtol=1e-6)
+
+
+def test_dynamic_ntk_levels_hold_every_length_that_a_position_can_reach():
+  for train_length in (1, 7, 2048, 2**31 - 1, 2**31, 2**40):
+    length_Z = ntk.longest(train_length)
+
+    assert length_Z.dtype == np.int32 and (np.diff(length_Z) >= 0).all()
+    exact = [int(decimal.Decimal(2) ** (decimal.Decimal(z) / 8) * train_length) for z in range(300)]
+    assert length_Z.tolist() == [length for length in exact if length < 2**31]
 
 
 # Parameters
@@ -415,14 +648,30 @@ def test_init_is_a_function_of_its_key(case):
 # FIRE alone
 
 
-@pytest.mark.parametrize('hidden_layers', [1, 2])
+def with_scalars(params, **scalars):
+  """Returns FIRE's parameters with other values of those scalars that they have."""
+  return params | {name: jnp.float32(scalars[name]) for name in scalars if name in params}
+
+
 @pytest.mark.parametrize('signs', [1.0, -1.0])
-def test_fire_gradient_of_every_parameter_is_the_oracles(hidden_layers, signs):
+@pytest.mark.parametrize(
+  'changes',
+  [
+    {},
+    {'hidden_layers': 2},
+    {'hidden_layers': 3},
+    {'psi': 'sqrt'},
+    {'psi': 'identity', 'hidden_layers': 2},
+    {'threshold': 0.0, 'hidden_layers': 2},
+  ],
+  ids=str,
+)
+def test_fire_gradient_of_every_parameter_is_the_oracles(changes, signs):
   """Queries lie on both sides of the threshold, so that the multiplier of L matters to some."""
-  options = {'hidden_layers': hidden_layers, 'width': 5}
+  options = {'width': 5, **changes}
   encoding = encodings.get('fire', **options)
   params = encoding.init(jax.random.key(7), num_heads=2, head_dim=4, d_model=8)
-  params |= {'c': jnp.float32(0.13 * signs), 'length_multiplier': jnp.float32(0.8 * signs)}
+  params = with_scalars(params, c=0.13 * signs, length_multiplier=0.8 * signs)
   queries, keys = [3, 60, 300, 405, 415, 900, 40_000], [0, 2, 3, 50, 299, 404, 899, 39_000]
   weight_HQK = np.random.default_rng(0).normal(size=(2, len(queries), len(keys)))
 
@@ -439,7 +688,7 @@ def test_fire_gradient_of_every_parameter_is_the_oracles(hidden_layers, signs):
     np.abs(before).min()
     for i in queries
     for j in keys
-    for before in oracles.fire_hidden(exact, oracles.fire_input(exact, i, j), **options)
+    for before in oracles.fire_hidden(exact, oracles.fire_input(exact, i, j, **options), **options)
   ]
   assert min(hidden) > 1e-5, 'a ReLU bends within the central difference; take another seed'
 
@@ -458,39 +707,69 @@ def test_fire_gradient_of_every_parameter_is_the_oracles(hidden_layers, signs):
 @with_threshold
 def test_fire_interpolates_and_never_extrapolates(case):
   _, params, options = make(case)
-  threshold = options.get('threshold', 512.0)
+  options = {'psi': 'log', 'threshold': 512.0} | options
+  options = {option: options[option] for option in ('psi', 'threshold')}
   position_BL = np.int32([WIDE])
 
   for c in (1e-3, 0.1, 7.0):
     for multiplier in (0.01, 1.0, 50.0):
-      changed = params | {'c': jnp.float32(c), 'length_multiplier': jnp.float32(multiplier)}
-      x_BQK = fire.interpolation(changed, position_BL, position_BL, threshold=threshold)
+      changed = with_scalars(params, c=c, length_multiplier=multiplier)
+      x_BQK = fire.interpolation(changed, position_BL, position_BL, **options)
       assert (x_BQK >= 0).all() and (x_BQK <= 1).all()
 
 
 @with_threshold
-@pytest.mark.parametrize('name', ['c', 'length_multiplier'])
-def test_fire_reads_the_size_of_c_and_multiplier_and_not_their_sign(case, name):
+def test_fire_reads_the_size_of_its_scalars_and_not_their_sign(case):
   encoding, params, _ = make(case)
   position_BL = np.int32([WIDE])
 
   bias_BHQK = encoding.bias(params, position_BL, position_BL, NUM_HEADS)
-  flipped_BHQK = encoding.bias(params | {name: -params[name]}, position_BL, position_BL, NUM_HEADS)
 
-  np.testing.assert_array_equal(bias_BHQK, flipped_BHQK)
+  for name in {'c', 'length_multiplier'} & set(params):
+    flipped = params | {name: -params[name]}
+    flipped_BHQK = encoding.bias(flipped, position_BL, position_BL, NUM_HEADS)
+    np.testing.assert_array_equal(bias_BHQK, flipped_BHQK, err_msg=name)
 
 
 @with_threshold
-def test_fire_starts_at_the_papers_c_and_threshold(case):
+def test_fire_is_finite_where_its_scalars_were_learned_down_to_zero(case):
+  encoding, params, _ = make(case)
+  params = with_scalars(params, c=0.0, length_multiplier=0.0)
+  position_BL = np.int32([WIDE])
+
+  def total(params):
+    return encoding.bias(params, position_BL, position_BL, NUM_HEADS).sum()
+
+  for leaf in jax.tree.leaves(jax.value_and_grad(total)(params)):
+    assert np.isfinite(leaf).all()
+
+
+@with_threshold
+def test_fire_starts_at_the_papers_scalars_and_has_none_that_would_cancel(case):
   name, options = CASES[case]
   params = encodings.get(name, **options).init(
     jax.random.key(0), num_heads=NUM_HEADS, head_dim=HEAD_DIM, d_model=D_MODEL
   )
 
-  assert params['c'] == np.float32(options.get('c', 0.1)) and params['length_multiplier'] == 1.0
+  scalars = {name: float(leaf) for name, leaf in params.items() if leaf.ndim == 0}
+  expected = {}
+  if options.get('psi', 'log') == 'log':
+    expected['c'] = float(np.float32(options.get('c', 0.1)))
+  if options.get('threshold', 512.0) > 0:
+    expected['length_multiplier'] = 1.0
+  assert scalars == expected
 
 
 # Ends and errors
+
+
+def test_learned_positions_past_a_clamped_table_read_its_last_row():
+  encoding, params, _ = make('learned 64 clamped')
+
+  embedding_BLD = encoding.embed(params, np.int32([[0, 63, 64, 1_000_000]]), D_MODEL)
+
+  np.testing.assert_array_equal(embedding_BLD[0], params['table_ZD'][np.array([0, 63, 63, 63])])
+  assert encoding.max_length is None
 
 
 def test_learned_positions_past_the_table_are_nan():
@@ -505,25 +784,65 @@ def test_learned_positions_past_the_table_are_nan():
 @pytest.mark.parametrize(
   ('name', 'options', 'message'),
   [
-    ('fier', {}, "unknown encoding 'fier'; known: alibi, fire,"),
+    ('fier', {}, "unknown encoding 'fier'; known: alibi, dynamic_ntk, fire,"),
     ('rope', {'theta': 3}, "'rope' has no option 'theta'; it takes: base_period, pairing"),
     ('nope', {'width': 3}, "'nope' has no option 'width'; it takes: none"),
     ('fire_s', {'shared': False}, "'fire_s' has no option 'shared'"),
-    ('fire', {'hidden_layers': 3}, 'hidden_layers=3'),
+    ('fire', {'hidden_layers': 0}, 'hidden_layers=0'),
     ('fire', {'width': 0}, 'width=0'),
     ('fire', {'threshold': -1.0}, 'threshold=-1.0'),
+    ('fire', {'threshold': float('inf')}, 'threshold=inf'),
     ('fire', {'c': 0.0}, 'c=0.0'),
+    ('fire', {'c': float('inf')}, 'c=inf'),
+    ('fire', {'psi': 'cube'}, "unknown psi='cube' of fire; known: log, sqrt, identity"),
+    ('fire_s', {'psi': 'sqrt', 'c': 1.0}, "fire with psi='sqrt' has no c, but c=1.0"),
     ('learned', {'max_length': 0}, 'max_length=0'),
     ('rope', {'pairing': 'thirds'}, "pairing='thirds'; known: halves, interleaved"),
     ('xpos', {'pairing': 'thirds'}, "pairing='thirds'"),
     ('rope', {'base_period': 0.0}, 'base_period=0.0 above 0'),
+    ('rope', {'base_period': float('inf')}, 'base_period=inf above 0 and finite'),
+    ('rope_pi', {'scale': 0.5}, 'finite factor from 1 up, not by scale=0.5'),
+    ('rope_pi', {'pairing': 'thirds'}, "pairing='thirds'"),
+    ('rope_pi', {'base_period': 0.0}, 'base_period=0.0 above 0'),
+    ('ntk', {'scale': float('nan')}, 'scale=nan'),
+    ('ntk', {'base_period': -2.0}, 'base_period=-2.0 above 0'),
+    ('dynamic_ntk', {'train_length': 0}, 'train_length=0 of at least 1'),
+    ('dynamic_ntk', {'base_period': 0.0}, 'base_period=0.0 above 0'),
+    ('yarn', {'scale': float('inf')}, 'scale=inf'),
+    ('yarn', {'train_length': -1}, 'train_length=-1'),
+    ('yarn', {'beta_slow': 32.0}, 'beta_slow=32.0 above 0 and below a finite beta_fast=32.0'),
+    ('yarn', {'beta_slow': 0.0}, 'beta_slow=0.0'),
+    ('yarn', {'beta_fast': float('inf')}, 'beta_fast=inf'),
+    ('yarn', {'ramp': 'line'}, "ramp='line'; known: paper, code"),
+    ('yarn', {'base_period': 0.0}, 'base_period=0.0 above 0'),
+    ('yarn', {'ramp': 'code', 'base_period': 1.0}, 'base_period=1.0 above 1'),
+    ('yarn', {'ramp': 'code', 'train_length': 6}, 'train_length=6 from 2 pi beta_slow (6.28)'),
+    (
+      'yarn',
+      {'ramp': 'code', 'base_period': 2.0, 'train_length': 900},
+      'train_length=900 from 2 pi beta_slow (6.28) to below 2 pi beta_fast base_period^2 (804)',
+    ),
     ('xpos', {'base_period': -1.0}, 'base_period=-1.0 above 0'),
     ('fire', {'name': 'x'}, "'fire' has no option 'name'"),
     ('xpos', {'gamma': 0.0}, 'gamma=0.0'),
     ('xpos', {'scale_base': -512.0}, 'scale_base=-512.0'),
     ('t5', {'num_buckets': 7}, 'num_buckets=7'),
     ('t5', {'num_buckets': 0}, 'num_buckets=0'),
-    ('t5', {'max_distance': 16}, 'max_distance=16'),
+    ('t5', {'max_distance': 16}, 'max_distance=16 to be above num_buckets / 2'),
+    (
+      't5',
+      {'num_buckets': 6, 'bidirectional': True},
+      'bidirectional=True needs num_buckets=6 to be a multiple of 4',
+    ),
+    (
+      't5',
+      {'max_distance': 8, 'bidirectional': True},
+      'max_distance=8 to be above num_buckets / 4',
+    ),
+    ('sandwich', {'num_terms': 0}, 'num_terms=0'),
+    ('sandwich', {'d_bar': 0}, 'd_bar=0'),
+    ('sandwich', {'compression': 0.0}, 'compression=0.0'),
+    ('sandwich', {'compression': float('inf')}, 'compression=inf'),
   ],
 )
 def test_mistakes_are_answered_with_their_value(name, options, message):
@@ -539,7 +858,14 @@ def test_options_are_the_defaults_that_get_accepts(name):
   assert encodings.get(name, **options).name == name
 
 
-@pytest.mark.parametrize('name', ['rope', 'xpos'])
-def test_rotary_encodings_refuse_an_odd_head_width(name):
+@with_rotation
+def test_rotary_encodings_refuse_an_odd_head_width(case):
+  name, options = CASES[case]
   with pytest.raises(errors.UserError, match='head_dim=7'):
-    encodings.get(name).init(jax.random.key(0), num_heads=2, head_dim=7, d_model=14)
+    encodings.get(name, **options).init(jax.random.key(0), num_heads=2, head_dim=7, d_model=14)
+
+
+@pytest.mark.parametrize('name', ['ntk', 'dynamic_ntk'])
+def test_ntk_refuses_heads_of_one_pair(name):
+  with pytest.raises(errors.UserError, match=f"head_dim=2, for '{name}' of at least 4"):
+    encodings.get(name).init(jax.random.key(0), num_heads=2, head_dim=2, d_model=4)

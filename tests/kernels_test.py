@@ -13,6 +13,7 @@ import pytest
 from lex_fire import encodings, errors, kernels
 from lex_fire.encodings import base
 from lex_fire.kernels import chunked, decay
+from lex_fire.kernels import mask as mask_lib
 
 BLOCK = 16
 # The registry's implementations, with tiles small enough that a short row has several.
@@ -46,7 +47,7 @@ def seen_by_a_kernel(encoding):
   bias = encoding.bias
   if isinstance(bias, functools.partial):
     bias = (bias.func, tuple(sorted(bias.keywords.items())))
-  return encoding.rotate, encoding.log_decay, bias
+  return encoding.rotate is not None, encoding.log_decay, bias
 
 
 def distinct_cases():
@@ -101,7 +102,7 @@ def attend(
     query_BQHC,
     key_BKGC,
     value_BKGC,
-    encoding=encoding,
+    encoding=encoding._replace(rotate=None),  # which is done: no kernel rotates
     params=params,
     query_position_BQ=query_position_BQ,
     key_position_BK=key_position_BK,
@@ -604,6 +605,44 @@ def test_mistakes_are_answered_with_their_value(options, message):
 def test_masks_refuse_what_they_cannot_mean(fields, message):
   with pytest.raises(errors.UserError, match=message):
     kernels.Mask(**fields)
+
+
+def test_masks_are_asked_for_by_name():
+  parsed = {
+    name: mask_lib.parse(name, 256)
+    for name in ('causal', 'full', 'blockwise', 'blockwise:32', 'window:128')
+  }
+
+  assert parsed == {
+    'causal': kernels.Mask(),
+    'full': kernels.Mask(causal=False),
+    'blockwise': kernels.Mask(block=128),  # half the training length: Sun et al. 2022, section 3
+    'blockwise:32': kernels.Mask(block=32),
+    'window:128': kernels.Mask(window=128),
+  }
+
+
+@pytest.mark.parametrize(
+  ('name', 'train_length', 'message'),
+  [
+    ('blokwise', 256, "unknown mask 'blokwise'; known: causal, full, blockwise, blockwise:N, win"),
+    ('causal:8', 256, "unknown mask 'causal:8'; known"),
+    ('', 256, "unknown mask ''; known"),
+    ('window', 256, "mask 'window' needs a whole number of tokens above 0"),
+    ('window:', 256, "mask 'window:' needs a whole number"),
+    ('window:0', 256, "mask 'window:0' needs a whole number"),
+    ('window:-3', 256, "mask 'window:-3' needs a whole number"),
+    ('window:2.5', 256, "mask 'window:2.5' needs a whole number"),
+    ('blockwise:half', 256, "mask 'blockwise:half' needs a whole number"),
+    ('window:2147483648', 256, "mask 'window:2147483648' needs a whole number"),
+    ('blockwise', 33, 'takes half the training length, but train_length=33 is not even'),
+    ('blockwise', 1, 'train_length=1 is not even'),
+    ('blockwise', 0, 'train_length=0 is not even and above 0'),
+  ],
+)
+def test_a_name_that_means_no_mask_is_refused(name, train_length, message):
+  with pytest.raises(errors.UserError, match=re.escape(message)):
+    mask_lib.parse(name, train_length)
 
 
 def test_a_decay_over_more_positions_than_float32_can_hold_is_nan_and_not_wrong():

@@ -19,7 +19,7 @@ def forward_flops(c, length):
   for _ in range(c.num_layers):
     products += [(length, c.d_model, c.head_dim)] * (c.num_heads + 2 * c.num_kv_heads)  # q, k, v
     for query in range(length):
-      for _ in range(query + 1):  # the keys that a causal query sees
+      for _ in range(query + 1 if c.causal else length):  # the keys that it sees
         for _ in range(c.num_heads):
           products += [(1, c.head_dim, 1), (1, 1, c.head_dim)]  # the logit; weight times value
     products += [(length, c.num_heads * c.head_dim, c.d_model)]
@@ -29,10 +29,13 @@ def forward_flops(c, length):
   return sum(2 * rows * inner * columns for rows, inner, columns in products)
 
 
+@pytest.mark.parametrize('causal', [True, False])
 @pytest.mark.parametrize('tied', [True, False])
 @pytest.mark.parametrize('activation', ['gelu', 'swiglu'])
 @pytest.mark.parametrize('num_kv_heads', [1, 4])
-def test_flops_of_training_are_three_times_the_forward_products(activation, num_kv_heads, tied):
+def test_flops_of_training_are_three_times_the_forward_products(
+  activation, num_kv_heads, tied, causal
+):
   """The gradient of a product is two of its size; the input embedding is a look-up, and free."""
   c = config_lib.ModelConfig(
     num_layers=3,
@@ -44,6 +47,7 @@ def test_flops_of_training_are_three_times_the_forward_products(activation, num_
     vocab_size=17,
     activation=activation,
     tied_embeddings=tied,
+    causal=causal,
   )
 
   for length in (1, 7, 16):

@@ -34,10 +34,21 @@ ROUNDING = 1e-5
 every_encoding = pytest.mark.parametrize('name', encodings.ENCODINGS)
 
 
+def options_of(name, causal=True):
+  """Returns the encoding's options; for an encoder, such as let it tell later keys apart."""
+  options = OPTIONS.get(name, {})
+  if causal or encodings.get(name, **options).bidirectional:
+    return options
+  return options | {'bidirectional': True}
+
+
 def make(name='nope', options=None, **shape):
-  """Returns the tiny decoder with an encoding."""
-  encoding = encodings.get(name, **(OPTIONS.get(name, {}) if options is None else options))
-  return model.Transformer(config_lib.ModelConfig(**SHAPE | shape), encoding)
+  """Returns the tiny model with an encoding: a decoder, or an encoder if not `causal`."""
+  config = config_lib.ModelConfig(**SHAPE | shape)
+  encoding = encodings.get(
+    name, **(options_of(name, config.causal) if options is None else options)
+  )
+  return model.Transformer(config, encoding)
 
 
 @functools.cache
@@ -52,7 +63,7 @@ def initial(name='nope', **shape):
   rng = np.random.default_rng(5)
 
   def draw(path, leaf):
-    mean = path[-1].key in ('scale_D', 'c', 'length_multiplier')
+    mean = path[-1].key in ('scale_D', 'c', 'length_multiplier', 'r1_H', 'r2_H')
     return jnp.asarray(mean + 0.25 * rng.normal(size=leaf.shape), jnp.float32)
 
   return jax.tree_util.tree_map_with_path(draw, shapes(name, **shape))
@@ -80,7 +91,7 @@ def expected_logits(c, name, params, tokens_BL, **options):
   """logits_BLV in float64 of tokens at positions 0, 1 ..., token by token where it can be."""
   params = jax.tree.map(np.float64, params)
   position_BL = np.broadcast_to(np.arange(tokens_BL.shape[1]), tokens_BL.shape)
-  visible_BQK = oracles.visible_pairs(position_BL, position_BL)
+  visible_BQK = oracles.visible_pairs(position_BL, position_BL, causal=c.causal)
 
   def norm(x_BLD, weights):
     if c.norm == 'layernorm':
@@ -144,16 +155,16 @@ def test_logits_are_those_of_the_architecture(shape):
   np.testing.assert_allclose(logits_BLV, expected_BLV, rtol=0, atol=ROUNDING)
 
 
+@pytest.mark.parametrize('causal', [True, False])
 @every_encoding
-def test_logits_are_those_of_the_architecture_under_every_encoding(name):
+def test_logits_are_those_of_the_architecture_under_every_encoding(name, causal):
   params, tokens_BL = initial(name), tokens(1, LENGTH)
 
-  logits_BLV = logits(name, params, tokens_BL)
+  logits_BLV = logits(name, params, tokens_BL, causal=causal)
 
-  options = OPTIONS.get(name, {})
-  expected_BLV = expected_logits(
-    config_lib.ModelConfig(**SHAPE), name, params, tokens_BL, **options
-  )
+  c = config_lib.ModelConfig(**SHAPE, causal=causal)
+  options = options_of(name, causal)
+  expected_BLV = expected_logits(c, name, params, tokens_BL, **options)
   np.testing.assert_allclose(logits_BLV, expected_BLV, rtol=0, atol=ROUNDING)
 
 
@@ -169,11 +180,12 @@ def test_only_a_separate_output_has_a_matrix_of_its_own(tied):
 # What a token sees
 
 
+@pytest.mark.parametrize('causal', [True, False])
 @every_encoding
-def test_a_logit_depends_on_its_own_and_earlier_tokens_and_on_no_later_one(name):
+def test_a_logit_depends_on_no_later_token_in_a_decoder_and_on_all_in_an_encoder(name, causal):
   """By gradient. With a separate output, a row of the embedding enters at its token alone."""
   length = 8
-  transformer, params = make(name, tied_embeddings=False), initial(name)
+  transformer, params = make(name, tied_embeddings=False, causal=causal), initial(name)
   tokens_1L = np.arange(length, dtype=np.int32)[None]
   probe_V = np.random.default_rng(0).normal(size=VOCAB).astype(np.float32)
 
@@ -186,8 +198,9 @@ def test_a_logit_depends_on_its_own_and_earlier_tokens_and_on_no_later_one(name)
   gradient_LVD = np.asarray(gradient(params['embedding_VD']))
 
   size_LL = np.abs(gradient_LVD[:, :length]).max(axis=-1)
-  assert (size_LL[np.triu_indices(length, 1)] == 0).all()
-  assert (size_LL[np.tril_indices(length)] > 1e-4).all()
+  later_LL = np.triu(np.ones((length, length), bool), 1)
+  assert (size_LL[~later_LL] > 1e-4).all()
+  assert not size_LL[later_LL].any() if causal else (size_LL[later_LL] > 1e-4).all()
 
 
 @every_encoding

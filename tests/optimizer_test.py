@@ -133,6 +133,7 @@ def test_stacking_layers_for_a_scan_makes_no_norm_a_matrix():
     ('rope', []),
     ('learned', ['encoding/table_ZD']),
     ('t5', ['block_0/attention/encoding/bias_ZH']),
+    ('kerple_log', [f'block_0/attention/encoding/{name}' for name in ('r1_H', 'r2_H')]),
     ('fire_s', [f'encoding/{name}' for name in ('b_in_W', 'b_out_H', 'w_in_W', 'w_out_WH')]),
   ],
 )

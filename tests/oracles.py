@@ -5,7 +5,8 @@ position j, in Python's exact integers; only heads and channels are arrays, name
 (see `lex_fire.encodings.base`). `logits` and `attention` loop over rows, queries and keys.
 
     ORACLES[name].embed(params, n, d_model, **options) -> vector_D added to the token at n
-    ORACLES[name].score(query_HC, key_HC, i, j, **options) -> score_H, the rotated dot product
+    ORACLES[name].score(query_HC, key_HC, i, j, **options) -> score_H, the rotated dot product;
+      also given the row's `length`, its greatest position + 1, where `knows_length`
     ORACLES[name].bias(params, i, j, num_heads, **options) -> bias_H
 
 `options` are those of the library's factory, so that one table of variants drives both.
@@ -30,6 +31,7 @@ class Oracle(NamedTuple):
   embed: Callable[..., np.ndarray] | None = None
   score: Callable[..., np.ndarray] | None = None
   bias: Callable[..., np.ndarray] | None = None
+  knows_length: bool = False
 
 
 # Absolute positions, added to the tokens
@@ -44,9 +46,11 @@ def sinusoidal_embed(params, n, d_model, base_period=10_000.0):
   return np.array(vector)
 
 
-def learned_embed(params, n, d_model, max_length=2048):
-  """BERT's table; a position past it has no vector."""
-  return params['table_ZD'][n] if n < max_length else np.full(d_model, np.nan)
+def learned_embed(params, n, d_model, max_length=2048, clamp=False):
+  """BERT's table; a position past it has no vector, or if clamped the last one."""
+  if n >= max_length and not clamp:
+    return np.full(d_model, np.nan)
+  return params['table_ZD'][n if n < max_length else max_length - 1]
 
 
 # The rotary family: pairs of channels as complex numbers, where only i - j enters
@@ -60,11 +64,103 @@ def complex_pairs(vector_HC, pairing):
   return vector_HC[..., :half] + 1j * vector_HC[..., half:]
 
 
-def rope_score(query_HC, key_HC, i, j, base_period=10_000.0, pairing='halves'):
+def rope_theta(width, base_period):
+  """theta_m = b^(-2m/C) [radians per token]."""
+  return np.array([base_period ** (-2 * m / width) for m in range(width // 2)])
+
+
+def turned_score(query_HC, key_HC, distance, theta_R, pairing):
   """Su et al. 2021, equation 16: Re sum_m q_m conj(k_m) e^(I (i - j) theta_m)."""
   query_HR, key_HR = complex_pairs(query_HC, pairing), complex_pairs(key_HC, pairing)
-  theta_R = base_period ** (-2 * np.arange(query_HR.shape[-1]) / query_HC.shape[-1])
-  return (query_HR * key_HR.conj() * np.exp(1j * (i - j) * theta_R)).sum(axis=-1).real
+  return (query_HR * key_HR.conj() * np.exp(1j * distance * theta_R)).sum(axis=-1).real
+
+
+def rope_score(query_HC, key_HC, i, j, base_period=10_000.0, pairing='halves'):
+  """Su et al. 2021."""
+  theta_R = rope_theta(query_HC.shape[-1], base_period)
+  return turned_score(query_HC, key_HC, i - j, theta_R, pairing)
+
+
+def rope_pi_score(query_HC, key_HC, i, j, scale=4.0, base_period=10_000.0, pairing='halves'):
+  """Chen et al. 2023, equation 4: RoPE at the positions n L / L'."""
+  theta_R = rope_theta(query_HC.shape[-1], base_period)
+  return turned_score(query_HC, key_HC, i / scale - j / scale, theta_R, pairing)
+
+
+def ntk_score(query_HC, key_HC, i, j, scale=4.0, base_period=10_000.0, pairing='halves'):
+  """Peng et al. 2023, section 3.1: RoPE with the base b s^(C / (C - 2))."""
+  width = query_HC.shape[-1]
+  theta_R = rope_theta(width, base_period * scale ** (width / (width - 2)))
+  return turned_score(query_HC, key_HC, i - j, theta_R, pairing)
+
+
+def dynamic_ntk_score(
+  query_HC, key_HC, i, j, length, train_length=2048, base_period=10_000.0, pairing='halves'
+):
+  """Peng et al. 2023, section 3.3: `ntk_score` with s = max(1, length / L).
+
+  Rounded up to s = 2^(level / 8), found by comparing the eighth powers, which are whole.
+  """
+  level = 0
+  while length**8 > train_length**8 * 2**level:
+    level += 1
+  return ntk_score(query_HC, key_HC, i, j, 2 ** (level / 8), base_period, pairing)
+
+
+def yarn_ramp(theta, train_length, beta_fast, beta_slow):
+  """Peng et al. 2023, section 3.2: gamma(r), r = L / lambda, lambda = 2 pi / theta_m."""
+  ratio = train_length / (2 * np.pi / theta)
+  if ratio < beta_slow:
+    return 0.0
+  if ratio > beta_fast:
+    return 1.0
+  return (ratio - beta_slow) / (beta_fast - beta_slow)
+
+
+def yarn_code_ramp(m, width, base_period, train_length, beta_fast, beta_slow):
+  """The published program's weight of theta_m against theta_m / s, by the index of the pair.
+
+  jquesnelle/yarn, scaled_rope/LlamaYaRNScaledRotaryEmbedding.py: from 1 at the pair that turns
+  beta_fast times in L tokens, rounded down, to 0 at the one that turns beta_slow times, rounded up.
+  """
+
+  def index(turns):
+    # L theta_m / 2 pi = turns, solved for m
+    return -width / 2 * np.log(2 * np.pi * turns / train_length) / np.log(base_period)
+
+  first = max(int(np.floor(index(beta_fast))), 0)
+  last = min(int(np.ceil(index(beta_slow))), width - 1)
+  if first == last:
+    last += 0.001
+  return 1.0 - min(max((m - first) / (last - first), 0.0), 1.0)
+
+
+def yarn_score(
+  query_HC,
+  key_HC,
+  i,
+  j,
+  scale=4.0,
+  train_length=2048,
+  beta_fast=32.0,
+  beta_slow=1.0,
+  ramp='paper',
+  base_period=10_000.0,
+  pairing='halves',
+):
+  """Peng et al. 2023, section 3.4: h(theta_m) of section 3.2 at whole positions, over t in logits.
+
+  Frequencies are divided or positions are, not both.
+  """
+  width, theta_R = query_HC.shape[-1], []
+  for m, theta in enumerate(rope_theta(width, base_period)):
+    if ramp == 'paper':
+      gamma = yarn_ramp(theta, train_length, beta_fast, beta_slow)
+    else:
+      gamma = yarn_code_ramp(m, width, base_period, train_length, beta_fast, beta_slow)
+    theta_R.append((1 - gamma) * theta / scale + gamma * theta)
+  temperature = 1 / (0.1 * np.log(scale) + 1) ** 2
+  return turned_score(query_HC, key_HC, i - j, np.array(theta_R), pairing) / temperature
 
 
 def xpos_score(
@@ -110,33 +206,64 @@ def alibi_bias(params, i, j, num_heads):
   return np.array([-slope * abs(i - j) for slope in alibi_slopes(num_heads)])
 
 
-def t5_bucket(distance, num_buckets=32, max_distance=128):
-  """Raffel et al. 2020, the published `_relative_position_bucket`, causal."""
-  n = max(distance, 0)
+def kerple_log_bias(params, i, j, num_heads):
+  """Chi et al. 2022: -r1 log(1 + r2 |i - j|)."""
+  return -params['r1_H'] * np.log(1 + params['r2_H'] * abs(i - j))
+
+
+def kerple_power_bias(params, i, j, num_heads):
+  """Chi et al. 2022: -r1 |i - j|^r2."""
+  return -params['r1_H'] * float(abs(i - j)) ** params['r2_H']
+
+
+def sandwich_bias(params, i, j, num_heads, num_terms=64, d_bar=128, compression=8.0):
+  """Chi et al. 2023: the sum of cosines, divided by 8 n / H in the n-th of H heads."""
+  total = sum(np.cos((i - j) / 10_000 ** (2 * k / d_bar)) for k in range(1, num_terms + 1))
+  return np.array([total / (compression * n / num_heads) for n in range(1, num_heads + 1)])
+
+
+def t5_bucket(distance, num_buckets=32, max_distance=128, bidirectional=False):
+  """Raffel et al. 2020, the published `_relative_position_bucket`, where keys after count up."""
+  relative_position = -distance
+  first = 0
+  if bidirectional:
+    num_buckets //= 2
+    if relative_position > 0:
+      first = num_buckets
+    n = abs(relative_position)
+  else:
+    n = max(-relative_position, 0)
   max_exact = num_buckets // 2
   if n < max_exact:
-    return n
+    return first + n
   large = np.log(n / max_exact) / np.log(max_distance / max_exact) * (num_buckets - max_exact)
-  return min(max_exact + int(large), num_buckets - 1)
+  return first + min(max_exact + int(large), num_buckets - 1)
 
 
-def t5_bias(params, i, j, num_heads, num_buckets=32, max_distance=128):
+def t5_bias(params, i, j, num_heads, **options):
   """One learned number a bucket and a head."""
-  return params['bias_ZH'][t5_bucket(i - j, num_buckets, max_distance)]
+  return params['bias_ZH'][t5_bucket(i - j, **options)]
 
 
-def fire_input(params, i, j, threshold=512.0, **_):
-  """Li et al. 2023, section 3: psi(|i - j|) / psi(max(L, i, j)), psi(x) = log(c x + 1)."""
-  c = abs(params['c'])
-  length = abs(params['length_multiplier']) * threshold
-  return np.log(c * abs(i - j) + 1) / (np.log(c * max(length, i, j) + 1) + 1e-6)
+def fire_psi(params, x, psi):
+  """Li et al. 2023, section 3: psi(x) = log(c x + 1); the ablations' square root and identity."""
+  if psi == 'log':
+    return np.log(abs(params['c']) * x + 1)
+  return {'sqrt': np.sqrt(x), 'identity': x}[psi]
+
+
+def fire_input(params, i, j, psi='log', threshold=512.0, **_):
+  """Li et al. 2023, section 3: psi(|i - j|) / psi(max(L, i, j)); without a threshold L is 0."""
+  length = abs(params['length_multiplier']) * threshold if threshold else 0
+  return fire_psi(params, abs(i - j), psi) / (fire_psi(params, max(length, i, j), psi) + 1e-6)
 
 
 def fire_hidden(params, x, hidden_layers=1, **_):
   """The hidden layers of f before their ReLU: a list, first layer first."""
   before = [x * params['w_in_W'] + params['b_in_W']]
-  if hidden_layers == 2:
-    before.append(np.maximum(before[0], 0) @ params['w_hidden_WX'] + params['b_hidden_X'])
+  for n in range(hidden_layers - 1):
+    last = np.maximum(before[-1], 0)
+    before.append(last @ params['w_hidden_NWX'][n] + params['b_hidden_NX'][n])
   return before
 
 
@@ -151,8 +278,15 @@ ORACLES = {
   'sinusoidal': Oracle(embed=sinusoidal_embed),
   'learned': Oracle(embed=learned_embed),
   'rope': Oracle(score=rope_score),
+  'rope_pi': Oracle(score=rope_pi_score),
+  'ntk': Oracle(score=ntk_score),
+  'dynamic_ntk': Oracle(score=dynamic_ntk_score, knows_length=True),
+  'yarn': Oracle(score=yarn_score),
   'xpos': Oracle(score=xpos_score),
   'alibi': Oracle(bias=alibi_bias),
+  'kerple_log': Oracle(bias=kerple_log_bias),
+  'kerple_power': Oracle(bias=kerple_power_bias),
+  'sandwich': Oracle(bias=sandwich_bias),
   't5': Oracle(bias=t5_bias),
   'fire': Oracle(bias=fire_bias),
   'fire_s': Oracle(bias=fire_bias),
@@ -187,6 +321,8 @@ def logits(
   key_BKHC = np.stack([key_BKGC[:, :, h // group] for h in range(num_heads)], axis=2)
   out_BHQK = np.zeros((batch, num_heads, num_queries, num_keys))
   for b in range(batch):
+    length = int(max(*query_position_BQ[b], *key_position_BK[b])) + 1
+    row = {'length': length} if oracle.knows_length else {}
     for q in range(num_queries):
       for k in range(num_keys):
         if only_BQK is not None and not only_BQK[b, q, k]:
@@ -196,7 +332,8 @@ def logits(
         if oracle.score is None:
           out_BHQK[b, :, q, k] = (query_HC * key_HC).sum(axis=-1) / np.sqrt(width)
         else:
-          out_BHQK[b, :, q, k] = oracle.score(query_HC, key_HC, i, j, **options) / np.sqrt(width)
+          score_H = oracle.score(query_HC, key_HC, i, j, **row, **options)
+          out_BHQK[b, :, q, k] = score_H / np.sqrt(width)
         if oracle.bias is not None:
           out_BHQK[b, :, q, k] += oracle.bias(params, i, j, num_heads, **options)
   return out_BHQK

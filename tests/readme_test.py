@@ -4,7 +4,7 @@ import json
 import pathlib
 import re
 
-from lex_fire import encodings, evaluate
+from lex_fire import encodings, report
 
 ROOT = pathlib.Path(__file__).parents[1]
 README = (ROOT / 'README.md').read_text()
@@ -14,7 +14,7 @@ RESULTS = ROOT / 'experiments' / 'quickstart' / 'fire_rope_same_tokens.json'
 def test_the_table_is_the_one_that_was_measured():
   reports = json.loads(RESULTS.read_text())['runs']
 
-  table = evaluate.table(reports)
+  table = report.table(reports)
 
   for text in (README, (RESULTS.parent / 'README.md').read_text()):
     assert '\n'.join(f'    {line}' for line in table.splitlines()) in text

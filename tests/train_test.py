@@ -195,6 +195,13 @@ def test_a_vocabulary_larger_than_the_models_is_refused(data, tmp_path):
     train.train(config, tmp_path)
 
 
+def test_a_bidirectional_model_needs_an_id_for_the_mask(data, tmp_path):
+  config = tiny.config(data, model={'causal': False, 'vocab_size': 259})
+
+  with pytest.raises(errors.UserError, match='vocab_size=259 is less than the 259 .* 260 together'):
+    train.train(config, tmp_path)
+
+
 def test_a_loss_that_is_not_finite_stops_the_run(data, tmp_path):
   config = tiny.config(data, optimizer={'learning_rate': 1e30, 'warmup_steps': 1})
 
@@ -247,6 +254,112 @@ def test_isolated_documents_and_accumulation_train(data, tmp_path):
 
   losses = [row['loss'] for row in read_metrics(tmp_path) if 'loss' in row]
   assert losses[-1] < losses[0]
+
+
+# Bidirectional models, and randomized positions
+
+ENCODER = {**tiny.MODEL, 'causal': False, 'vocab_size': 260}
+
+
+@pytest.mark.parametrize('name', ['fire', 'xpos', 'alibi'])
+def test_a_bidirectional_model_trains_and_reports_no_bits_per_byte(name, data, tmp_path, capsys):
+  config = tiny.config(
+    data,
+    name,
+    model=ENCODER,
+    data={'batch_size': 32},  # 160 masked tokens a step
+    optimizer={'learning_rate': 0.01},
+    train={'steps': 16, 'checkpoint_every': 16},
+  )
+
+  train.train(config, tmp_path)
+
+  rows = read_metrics(tmp_path)
+  losses = [row['loss'] for row in rows if 'loss' in row]
+  assert max(losses[-3:]) < losses[0] - 0.5
+  assert [row['step'] for row in rows if 'validation_loss' in row] == [16]
+  assert not any('bits' in key for row in rows for key in row)
+  assert 'bits' not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize('name', ['fire', 'xpos', 'learned'])
+def test_a_model_trains_at_randomized_positions(name, data, tmp_path):
+  steps = {'steps': 8, 'checkpoint_every': 8}
+  train.train(tiny.config(data, name, data={'position_range': 500}, train=steps), tmp_path)
+
+  losses = [row['loss'] for row in read_metrics(tmp_path) if 'loss' in row]
+  assert losses[-1] < losses[0] - 0.5
+
+
+CHANGES = {'position_range': 500, 'isolate_documents': True}
+
+
+def test_a_resumed_run_draws_the_masks_and_positions_of_an_unbroken_one(data, tmp_path):
+  steps = {'steps': 4, 'checkpoint_every': 2, 'keep_latest': 2}
+  config = tiny.config(data, model=ENCODER, data=CHANGES, train=steps)
+  unbroken = train.train(config, tmp_path / 'run')
+  before = read_metrics(tmp_path / 'run')
+
+  shutil.rmtree(tmp_path / 'run' / 'checkpoints' / '4')  # as if killed after step 2
+  resumed = train.train(config, tmp_path / 'run')
+
+  assert_equal_bits(resumed, unbroken)
+  assert read_metrics(tmp_path / 'run') == before
+
+
+def read_batches(config, monkeypatch, process_index=0, process_count=1):
+  """Returns the batches of three steps and those of validation, as one host reads them."""
+  with monkeypatch.context() as patch:
+    patch.setattr(jax, 'process_index', lambda: process_index)
+    patch.setattr(jax, 'process_count', lambda: process_count)
+    data = train.Data(config)
+    return [data.train_batch(step) for step in range(3)], list(data.validation_batches())
+
+
+@pytest.mark.parametrize('isolate_documents', [False, True])
+def test_hosts_together_read_what_one_host_reads(isolate_documents, data, monkeypatch):
+  changes = CHANGES | {'isolate_documents': isolate_documents}
+  config = tiny.config(data, model=ENCODER, data=changes)
+
+  whole = sum(read_batches(config, monkeypatch), [])
+  parts = [sum(read_batches(config, monkeypatch, index, 2), []) for index in range(2)]
+
+  for batch, *of_hosts in zip(whole, *parts, strict=True):
+    for name, x in batch.items():
+      of_name = [part[name] for part in of_hosts]
+      if x is None or len(x) == 1:  # all hosts' rows share it
+        assert_equal_bits(of_name, [x] * 2)
+      else:
+        np.testing.assert_array_equal(np.concatenate(of_name), x)
+
+
+def test_training_draws_anew_at_each_step_and_validation_always_the_same(data, monkeypatch):
+  def read(seed):
+    config = tiny.config(data, model=ENCODER, data={'position_range': 500}, train={'seed': seed})
+    return read_batches(config, monkeypatch)
+
+  def drawn(batch):
+    return (batch['loss_weights_BL'].tolist(), batch['position_BL'].tolist())
+
+  (steps, judged), (other_steps, other_judged) = read(0), read(1)
+
+  for drawn_alike in zip(*map(drawn, [*steps, *other_steps, *judged]), strict=True):
+    assert all(drawn_alike.count(x) == 1 for x in drawn_alike)
+  assert_equal_bits(judged, other_judged)
+
+
+def test_a_bidirectional_model_restores_the_targets_of_a_causal_one(data, monkeypatch):
+  restored, _ = read_batches(tiny.config(data, model=ENCODER), monkeypatch)
+  predicted, _ = read_batches(tiny.config(data), monkeypatch)
+
+  for masked, plain in zip(restored, predicted, strict=True):
+    np.testing.assert_array_equal(masked['targets_BL'], plain['targets_BL'])
+    assert plain['loss_weights_BL'].all()
+    kept_BL = masked['loss_weights_BL'] == 0
+    assert kept_BL.mean() == 1 - 5 / 32  # the nearest to 15% of 32 tokens
+    np.testing.assert_array_equal(masked['inputs_BL'][kept_BL], plain['targets_BL'][kept_BL])
+    for name in ('position_BL', 'segment_ids_BL'):
+      assert_equal_bits(masked[name], plain[name])
 
 
 def test_importing_the_library_imports_no_tensorflow():

@@ -11,6 +11,7 @@ A batch is a dict of NumPy arrays, of B rows (this host's) and L tokens:
   position_BL: int32, from 0 in each segment; or [1, L] where all rows share it, which makes
     relative biases B times cheaper.
   segment_ids_BL: int32, from 1; a token sees only its own segment. None: a row is one segment.
+`masking` makes other inputs and weights of it, `positions` other positions.
 """
 
 from __future__ import annotations
@@ -104,7 +105,7 @@ class TrainSampler:
       raise errors.UserError(f'{seed=} is out of range; use 0 to {2**32 - 1}')
     self._windows = windows
     self._batch_size = batch_size
-    self._row_B = _host_rows(batch_size, process_index, process_count)
+    self._row_B = host_rows(batch_size, process_index, process_count)
     self._sampler = grain.samplers.IndexSampler(
       num_records=windows.num_windows,
       shard_options=grain.sharding.NoSharding(),
@@ -136,7 +137,7 @@ def batches_in_order(
   Raises:
     errors.UserError: if the rows cannot be shared out equally.
   """
-  row_B = _host_rows(batch_size, process_index, process_count)
+  row_B = host_rows(batch_size, process_index, process_count)
   total = min(max_windows, windows.num_windows)
   return (_padded(windows, start + row_B, total) for start in range(0, total, batch_size))
 
@@ -147,7 +148,12 @@ def _padded(windows: Windows, index_B: np.ndarray, total: int) -> Batch:
   return batch
 
 
-def _host_rows(batch_size: int, process_index: int, process_count: int) -> np.ndarray:
+def host_rows(batch_size: int, process_index: int, process_count: int) -> np.ndarray:
+  """Returns row_B: which rows of a global batch are those of a host; arguments as above.
+
+  Raises:
+    errors.UserError: if the rows cannot be shared out equally.
+  """
   if batch_size % process_count:
     raise errors.UserError(
       f'{batch_size=} is not divisible by {process_count=}; use a multiple of the hosts'

@@ -26,11 +26,13 @@ class EvaluationWindows(NamedTuple):
     inputs_WL: int32 tokens.
     targets_WL: int32 tokens, each the one after its input; all are to be scored.
     document_W: int32 index of the document that a window is from, for errors by document.
+    offset_W: int32 index in its document of a window's first target.
   """
 
   inputs_WL: np.ndarray
   targets_WL: np.ndarray
   document_W: np.ndarray
+  offset_W: np.ndarray
 
 
 def windows(
@@ -97,7 +99,7 @@ def same_tokens(
       raise errors.UserError(
         f'{length=} does not divide the longest, {longest}; use lengths that do'
       )
-  inputs_WL, targets_WL, document_W = windows(
+  inputs_WL, targets_WL, document_W, offset_W = windows(
     documents,
     [longest],
     eos_id=eos_id,
@@ -109,6 +111,7 @@ def same_tokens(
       inputs_WL.reshape(-1, length),
       targets_WL.reshape(-1, length),
       np.repeat(document_W, longest // length),
+      (offset_W[:, None] + np.arange(0, longest, length, dtype=np.int32)[None]).ravel(),
     )
     for length in lengths
   }
@@ -144,4 +147,5 @@ def _join(pieces: Sequence[tuple[int, np.ndarray]], length: int, eos_id: int) ->
     np.concatenate(inputs).astype(np.int32).reshape(-1, length),
     np.concatenate(beginnings).astype(np.int32).reshape(-1, length),
     np.repeat(np.array(indices, np.int32), counts),
+    np.concatenate([np.arange(count, dtype=np.int32) * length for count in counts]),
   )

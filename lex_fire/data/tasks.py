@@ -27,7 +27,7 @@ if TYPE_CHECKING:
   import seqio
   import tensorflow as tf
 
-_FIRST_BYTE = 3  # in seqio.ByteVocabulary 0 is padding, 1 EOS, 2 unknown; then come the 256 bytes
+FIRST_BYTE = 3  # in seqio.ByteVocabulary 0 is padding, 1 EOS, 2 unknown; then come the 256 bytes
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,7 +45,7 @@ class Vocabulary:
   eos_id: int
 
 
-BYTES = Vocabulary(name='bytes', size=_FIRST_BYTE + 256, eos_id=1)
+BYTES = Vocabulary(name='bytes', size=FIRST_BYTE + 256, eos_id=1)
 
 
 def get_task(name: str, files: Mapping[str, str] | None = None) -> seqio.Task:
@@ -123,7 +123,7 @@ def text_bytes(task: seqio.Task, tokens_L: np.ndarray) -> int:
   seqio = _import_seqio()
   vocabulary = task.output_features['targets'].vocabulary
   if isinstance(vocabulary, seqio.ByteVocabulary):
-    return int(np.count_nonzero((tokens_L >= _FIRST_BYTE) & (tokens_L < BYTES.size)))
+    return int(np.count_nonzero((tokens_L >= FIRST_BYTE) & (tokens_L < BYTES.size)))
   return len(vocabulary.decode(tokens_L[tokens_L != vocabulary.eos_id].tolist()).encode())
 
 

@@ -9,7 +9,21 @@ from collections.abc import Callable
 from typing import Any
 
 from lex_fire import errors
-from lex_fire.encodings import alibi, fire, learned, nope, rope, sinusoidal, t5, xpos
+from lex_fire.encodings import (
+  alibi,
+  fire,
+  kerple,
+  learned,
+  nope,
+  ntk,
+  rope,
+  rope_pi,
+  sandwich,
+  sinusoidal,
+  t5,
+  xpos,
+  yarn,
+)
 from lex_fire.encodings.base import Encoding
 
 ENCODINGS: dict[str, Callable[..., Encoding]] = {
@@ -17,8 +31,15 @@ ENCODINGS: dict[str, Callable[..., Encoding]] = {
   'sinusoidal': sinusoidal.sinusoidal,
   'learned': learned.learned,
   'rope': rope.rope,
+  'rope_pi': rope_pi.rope_pi,
+  'ntk': ntk.ntk,
+  'dynamic_ntk': ntk.dynamic_ntk,
+  'yarn': yarn.yarn,
   'xpos': xpos.xpos,
   'alibi': alibi.alibi,
+  'kerple_log': kerple.kerple_log,
+  'kerple_power': kerple.kerple_power,
+  'sandwich': sandwich.sandwich,
   't5': t5.t5,
   'fire': fire.fire,
   'fire_s': functools.partial(fire.fire, shared=True),

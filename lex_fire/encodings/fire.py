@@ -5,18 +5,38 @@ Li et al. 2023, arXiv:2310.04418, section 3:
     b_h(i, j) = f_h( psi(i - j) / psi(max(L, i)) ),   psi(x) = log(c x + 1)
 
 Every input to f lies in [0, 1] at every length: a longer sequence is interpolated, never
-extrapolated.
+extrapolated. The paper's ablations are options: another psi, no threshold L, the shape of f.
 """
 
 import functools
+import math
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from lex_fire import errors
-from lex_fire.encodings import base
+from lex_fire.encodings import base, piecewise
 
 EPSILON = 1e-6  # added to the denominator, as in the paper's appendix
+INITIAL_C = 0.1
+MAX_EXPONENT = 4.0  # of any position, 2^31, this power is a float32
+
+
+def _power(x: jax.Array, exponent: float) -> jax.Array:
+  """Returns x^p, with gradient 0 at x = 0 where a root has none (an L learned down to 0)."""
+  return jnp.where(x > 0, jnp.power(jnp.where(x > 0, x, 1.0), exponent), 0.0)
+
+
+# psi of c x and of the exponent. Only the logarithm has a c: from the ratio of two powers it
+# cancels.
+PSI: dict[str, Callable[[jax.Array, float], jax.Array]] = {
+  'log': lambda x, _: jnp.log1p(x),
+  'sqrt': lambda x, _: _power(x, 0.5),
+  'identity': lambda x, _: x,
+  'power': _power,
+}
 
 
 def _uniform(rng: jax.Array, fan_in: int, shape: tuple[int, ...]) -> jax.Array:
@@ -33,21 +53,26 @@ def _init(
   d_model: int,
   hidden_layers: int,
   width: int,
+  psi: str,
+  threshold: float,
   c: float,
 ) -> base.Params:
   del head_dim, d_model
   keys = jax.random.split(rng, 6)
   params = {
-    'c': jnp.float32(c),
-    'length_multiplier': jnp.float32(1.0),
     'w_in_W': _uniform(keys[0], 1, (width,)),
     'b_in_W': _uniform(keys[1], 1, (width,)),
     'w_out_WH': _uniform(keys[2], width, (width, num_heads)),
     'b_out_H': _uniform(keys[3], width, (num_heads,)),
   }
-  if hidden_layers == 2:
-    params['w_hidden_WX'] = _uniform(keys[4], width, (width, width))
-    params['b_hidden_X'] = _uniform(keys[5], width, (width,))
+  if psi == 'log':
+    params['c'] = jnp.float32(c)
+  if threshold > 0:
+    params['length_multiplier'] = jnp.float32(1.0)
+  if hidden_layers > 1:
+    more = hidden_layers - 1
+    params['w_hidden_NWX'] = _uniform(keys[4], width, (more, width, width))
+    params['b_hidden_NX'] = _uniform(keys[5], width, (more, width))
   return params
 
 
@@ -56,29 +81,31 @@ def interpolation(
   query_position_BQ: jax.Array,
   key_position_BK: jax.Array,
   *,
+  psi: str,
   threshold: float,
+  exponent: float = 1.0,
 ) -> jax.Array:
   """Returns x_BQK in [0, 1]: psi(|i - j|) / (psi(max(L, i, j)) + eps), float32.
 
   For j <= i it is the paper's; for keys after the query, which the causal mask hides, it stays
   finite and so does its gradient. psi is increasing, so psi of a maximum is the maximum of psi.
   """
-  c = jnp.abs(params['c'])
-  length = jnp.abs(params['length_multiplier']) * threshold
+  c = jnp.abs(params['c']) if psi == 'log' else 1.0
+  length = jnp.abs(params['length_multiplier']) * threshold if threshold > 0 else 0.0
 
-  def psi(x: jax.Array) -> jax.Array:
-    return jnp.log1p(c * x)
+  def transform(x: jax.Array) -> jax.Array:
+    return PSI[psi](c * x, exponent)
 
   def norm(position: jax.Array) -> jax.Array:
-    return psi(jnp.maximum(position.astype(jnp.float32), length)) + EPSILON
+    return transform(jnp.maximum(position.astype(jnp.float32), length)) + EPSILON
 
   distance_BQK = jnp.abs(base.distance(query_position_BQ, key_position_BK)).astype(jnp.float32)
   norm_BQ, norm_BK = norm(query_position_BQ), norm(key_position_BK)
-  return psi(distance_BQK) / jnp.maximum(norm_BQ[:, :, None], norm_BK[:, None, :])
+  return transform(distance_BQK) / jnp.maximum(norm_BQ[:, :, None], norm_BK[:, None, :])
 
 
 def mlp(params: base.Params, x_BQK: jax.Array) -> jax.Array:
-  """Returns f(x) as bias_BHQK: an MLP from one scalar to H outputs with one or two ReLU layers.
+  """Returns f(x) as bias_BHQK: an MLP from one scalar to H outputs with ReLU layers.
 
   Products are in full float32 (accelerators round to bfloat16 by default, which would blur x). The
   first layer's bias enters by a column of ones: as sums, its gradients took ten times longer on
@@ -90,9 +117,10 @@ def mlp(params: base.Params, x_BQK: jax.Array) -> jax.Array:
     input_ZP, jnp.stack([params['w_in_W'], params['b_in_W']]), precision=highest
   )
   hidden_ZW = jax.nn.relu(hidden_ZW)
-  if 'w_hidden_WX' in params:
-    hidden_ZX = jnp.matmul(hidden_ZW, params['w_hidden_WX'], precision=highest)
-    hidden_ZW = jax.nn.relu(hidden_ZX + params['b_hidden_X'][None])
+  if 'w_hidden_NWX' in params:
+    for w_WX, b_X in zip(params['w_hidden_NWX'], params['b_hidden_NX'], strict=True):
+      hidden_ZX = jnp.matmul(hidden_ZW, w_WX, precision=highest)
+      hidden_ZW = jax.nn.relu(hidden_ZX + b_X[None])
   bias_ZH = jnp.matmul(hidden_ZW, params['w_out_WH'], precision=highest) + params['b_out_H'][None]
   return jnp.moveaxis(bias_ZH.reshape(*x_BQK.shape, -1), -1, 1)
 
@@ -102,41 +130,79 @@ def _bias(
   query_position_BQ: jax.Array,
   key_position_BK: jax.Array,
   num_heads: int,
-  *,
-  threshold: float,
+  **options: Any,
 ) -> jax.Array:
   del num_heads
-  x_BQK = interpolation(params, query_position_BQ, key_position_BK, threshold=threshold)
-  return mlp(params, x_BQK)
+  return mlp(params, interpolation(params, query_position_BQ, key_position_BK, **options))
+
+
+def _table(params: base.Params) -> piecewise.Table:
+  coordinate = {name: params[name] for name in ('c', 'length_multiplier') if name in params}
+  return piecewise.Table(coordinate, *piecewise.of_network(params))
+
+
+def _table_bias(
+  table: piecewise.Table,
+  query_position_BQ: jax.Array,
+  key_position_BK: jax.Array,
+  num_heads: int,
+  **options: Any,
+) -> jax.Array:
+  del num_heads
+  x_BQK = interpolation(table.coordinate, query_position_BQ, key_position_BK, **options)
+  return piecewise.bias(x_BQK, table)
 
 
 def fire(
   hidden_layers: int = 1,
   width: int = 32,
+  psi: str = 'log',
   threshold: float = 512.0,
-  c: float = 0.1,
+  c: float = INITIAL_C,
+  exponent: float = 1.0,
   shared: bool = False,
 ) -> base.Encoding:
   """FIRE, functional interpolation for relative positions.
 
   Args:
-    hidden_layers: 1 as in the paper's appendix code, or 2 as in its section 3.
+    hidden_layers: 1 as in the paper's appendix code, 2 as in its section 3, or more.
     width: units of a hidden layer (32 in the paper).
-    threshold: initial L [tokens]; learned through a multiplier that starts at 1, used as |.|.
-    c: initial c of psi, > 0; learned, used as |c|.
+    psi: 'log', or in the paper's ablations 'sqrt' or 'identity', or in its theorem 3.1 'power'.
+    threshold: initial L [tokens]; learned through a multiplier that starts at 1, used as |.|. 0 for
+      no threshold and no multiplier: then every query's own position is the norm, as in the
+      paper's ablation.
+    c: initial c of the logarithm, > 0; learned, used as |c|. Another psi takes no c but the
+      default.
+    exponent: of the power, fixed, above 0 and at most 4. Another psi takes none but the default.
     shared: one set of parameters for all layers (FIRE-S) instead of one a layer.
 
   Raises:
-    errors.UserError: for an option outside its range.
+    errors.UserError: for an option outside its range, or a c for a psi that has none.
   """
-  if hidden_layers not in (1, 2):
-    raise errors.UserError(f'fire has 1 or 2 hidden layers, not {hidden_layers=}')
-  if width < 1 or not threshold > 0 or not c > 0:
-    raise errors.UserError(f'fire needs {width=}, {threshold=} and {c=} above 0')
+  if psi not in PSI:
+    raise errors.UserError(f'unknown {psi=} of fire; known: {", ".join(PSI)}')
+  if hidden_layers < 1 or width < 1 or not 0 < c < math.inf:
+    raise errors.UserError(f'fire needs {hidden_layers=}, {width=} and a finite {c=} above 0')
+  if not 0 <= threshold < math.inf:
+    raise errors.UserError(f'fire needs a finite {threshold=} from 0 (none) up')
+  if psi != 'log' and c != INITIAL_C:
+    raise errors.UserError(f'fire with {psi=} has no c, but {c=} is given; leave it out')
+  if not 0 < exponent <= MAX_EXPONENT:
+    raise errors.UserError(f'fire needs {exponent=} above 0 and at most {MAX_EXPONENT}')
+  if psi != 'power' and exponent != 1:
+    raise errors.UserError(
+      f'fire with {psi=} has no exponent, but {exponent=} is given; leave it out'
+    )
+  coordinate = {'psi': psi, 'threshold': threshold, 'exponent': exponent}
   return base.Encoding(
     name='fire_s' if shared else 'fire',
-    init=functools.partial(_init, hidden_layers=hidden_layers, width=width, c=c),
-    bias=functools.partial(_bias, threshold=threshold),
+    init=functools.partial(
+      _init, hidden_layers=hidden_layers, width=width, psi=psi, threshold=threshold, c=c
+    ),
+    bias=functools.partial(_bias, **coordinate),
+    # A third layer would cut every segment of two again, into tens of thousands that hardly occur.
+    table=_table if hidden_layers <= 2 else None,
+    table_bias=functools.partial(_table_bias, **coordinate),
     shared=shared,
     shift_invariant=False,
     learned=True,

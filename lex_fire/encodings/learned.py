@@ -16,17 +16,20 @@ def _init(
   return {'table_ZD': 0.02 * jax.random.normal(rng, (max_length, d_model), jnp.float32)}
 
 
-def _embed(params: base.Params, position_BL: jax.Array, d_model: int) -> jax.Array:
+def _embed(params: base.Params, position_BL: jax.Array, d_model: int, *, clamp: bool) -> jax.Array:
   del d_model
-  # A position past the table becomes NaN: the default gather would silently repeat the last row.
-  return params['table_ZD'].at[position_BL].get(mode='fill', fill_value=jnp.nan)
+  # Unless asked to clamp, a position past the table becomes NaN: the default gather would silently
+  # repeat the last row.
+  how = {'mode': 'clip'} if clamp else {'mode': 'fill', 'fill_value': jnp.nan}
+  return params['table_ZD'].at[position_BL].get(**how)
 
 
-def learned(max_length: int = 2048) -> base.Encoding:
+def learned(max_length: int = 2048, clamp: bool = False) -> base.Encoding:
   """Learned positions 0 .. max_length - 1; there is none beyond, and longer inputs are refused.
 
   Args:
     max_length: rows of the table [tokens].
+    clamp: all positions beyond read the last row, and inputs of any length are taken.
 
   Raises:
     errors.UserError: if max_length is not positive.
@@ -36,9 +39,9 @@ def learned(max_length: int = 2048) -> base.Encoding:
   return base.Encoding(
     name='learned',
     init=functools.partial(_init, max_length=max_length),
-    embed=_embed,
+    embed=functools.partial(_embed, clamp=clamp),
     shared=True,
     shift_invariant=False,
     learned=True,
-    max_length=max_length,
+    max_length=None if clamp else max_length,
   )

@@ -18,18 +18,11 @@ def rope(base_period: float = 10_000.0, pairing: str = 'halves') -> base.Encodin
     pairing: 'halves' (Llama) or 'interleaved' (GPT-J, the paper).
 
   Raises:
-    errors.UserError: for an unknown pairing, and by `init` for an odd head width.
+    errors.UserError: for a bad period, an unknown pairing, and by `init` for an odd head width.
   """
-  rotary.check(0, pairing)
   rotary.turns_per_token(2, base_period)  # refuses a bad period now, not at the first call
 
-  def init(rng: jax.Array, *, num_heads: int, head_dim: int, d_model: int) -> base.Params:
-    rotary.check(head_dim, pairing)
-    return base.no_parameters(rng, num_heads=num_heads, head_dim=head_dim, d_model=d_model)
+  def angles(position_BL: jax.Array, head_dim: int) -> tuple[jax.Array, jax.Array]:
+    return rotary.cos_sin(position_BL, rotary.turns_per_token(head_dim, base_period))
 
-  def rotate(params: base.Params, x_BLHC: jax.Array, position_BL: jax.Array) -> jax.Array:
-    del params
-    turn_R = rotary.turns_per_token(x_BLHC.shape[-1], base_period)
-    return rotary.rotate(x_BLHC, position_BL, turn_R, pairing)
-
-  return base.Encoding(name='rope', init=init, rotate=rotate)
+  return rotary.encoding('rope', angles, pairing)

@@ -42,6 +42,8 @@ def attention(
     key_position_BK=key_position_BK,
     causal=mask.causal,
   )
+  if encoding.table is not None:
+    params, encoding = encoding.table(params), encoding._replace(bias=encoding.table_bias)
   num_queries, num_keys = query_BQHC.shape[1], key_BKGC.shape[1]
   query_block, key_block = min(block, num_queries), min(block, num_keys)
   if query_segment_BQ is None and (num_queries % query_block or num_keys % key_block):

@@ -24,9 +24,14 @@ from lex_fire import errors
 MAX_LOG_FACTOR = 40.0  # nats; two such factors still multiply to a finite float32
 
 
+def widest(log_decay_C: np.ndarray) -> int:
+  """Returns how many positions the queries of a tile may span [tokens]."""
+  return int(min(2 * MAX_LOG_FACTOR / max(-log_decay_C.min(), 1e-9), 2**30))
+
+
 def middle_of_stretch(position_BL: jax.Array, log_decay_C: np.ndarray) -> jax.Array:
   """Returns, for each position, the middle of its stretch, int32."""
-  stretch = int(min(max(MAX_LOG_FACTOR / max(-log_decay_C.min(), 1e-9), 1), 2**30))
+  stretch = max(widest(log_decay_C) // 2, 1)
   return position_BL // stretch * stretch + stretch // 2
 
 
@@ -87,11 +92,10 @@ def between(
   Raises:
     errors.UserError: if the tile has more queries than positions that it can span.
   """
-  widest = int(2 * MAX_LOG_FACTOR / max(-log_decay_C.min(), 1e-9))
-  if query_BHQC.shape[2] > widest:
+  if query_BHQC.shape[2] > widest(log_decay_C):
     raise errors.UserError(
       f'a decay of {log_decay_C.min():.2g} nats a token is too fast for one tile of '
-      f'{query_BHQC.shape[2]} queries in float32 (at most {widest}); '
+      f'{query_BHQC.shape[2]} queries in float32 (at most {widest(log_decay_C)}); '
       "use implementation='chunked'"
     )
   tile = (query_position_BQ, key_position_BK, query_segment_BQ, key_segment_BK)

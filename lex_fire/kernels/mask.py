@@ -78,6 +78,41 @@ class Mask:
     return seen
 
 
+def parse(name: str, train_length: int) -> Mask:
+  """Returns the mask that a user asks for by name.
+
+  Args:
+    name: 'causal'; 'full', which a bidirectional encoder has; 'blockwise', of blocks of half the
+      training length (Sun et al. 2022, arXiv:2212.10554, section 3); 'blockwise:N', of blocks of N
+      tokens; or 'window:N', of the last N tokens.
+    train_length: of the windows that the model was trained on [tokens].
+
+  Raises:
+    errors.UserError: for an unknown name, an N that is no whole number above 0, or 'blockwise' of a
+      training length that has no half.
+  """
+  whole = {'causal': Mask(), 'full': Mask(causal=False)}
+  if name in whole:
+    return whole[name]
+  if name == 'blockwise':
+    if train_length < 2 or train_length % 2:
+      raise errors.UserError(
+        f"mask 'blockwise' takes half the training length, but {train_length=} is not even and "
+        'above 0; give the block, as in blockwise:128'
+      )
+    return Mask(block=train_length // 2)
+  kind, _, tokens = name.partition(':')
+  if kind not in ('blockwise', 'window'):
+    raise errors.UserError(
+      f'unknown mask {name!r}; known: {", ".join(whole)}, blockwise, blockwise:N, window:N'
+    )
+  if not tokens.isdecimal() or not 0 < int(tokens) < 2**31:
+    raise errors.UserError(
+      f'mask {name!r} needs a whole number of tokens above 0 (and below 2**31), as in {kind}:128'
+    )
+  return Mask(block=int(tokens)) if kind == 'blockwise' else Mask(window=int(tokens))
+
+
 def visible(
   mask: Mask,
   query_position_BQ: jax.Array,

@@ -1,0 +1,158 @@
+"""The whole zoo under one recipe: what each encoding adds, what it keeps past training, its cost.
+
+    python -m experiments.zoo.run --runs=runs/zoo [--ship]
+
+Trains the quickstart's model with every encoding that a model is trained with, evaluates all of
+them at up to 16 times the training length, and times attention under each. A run that is there is
+not trained again, so the command can be interrupted. Writes zoo.{json,csv,png} and summary.json
+beside this file; with --ship also the weights of lex_fire/weights.
+"""
+
+import dataclasses
+import functools
+import json
+import math
+import pathlib
+import statistics
+import time
+
+import jax
+import jax.numpy as jnp
+from absl import flags
+
+from configs import quickstart
+from lex_fire import checkpoint, cli, comparison, encodings, evaluate, kernels, train, zoo
+from lex_fire import config as config_lib
+from lex_fire import report as report_lib
+
+HERE = pathlib.Path(__file__).parent
+LENGTHS = (256, 512, 1024, 2048, 4096)
+# Encodings that take the place of RoPE in a model trained with it: 16 times as long as training.
+OF_ROPE = {
+  'rope_pi': 'rope_pi:scale=16',
+  'ntk': 'ntk:scale=16',
+  'dynamic_ntk': 'dynamic_ntk:train_length=256',
+  'yarn': 'yarn:scale=16,train_length=256',
+}
+SHIPPED = ('fire', 'xpos', 'alibi', 'rope')
+COST = {'heads': 12, 'head_dim': 64, 'length': 2048, 'rounds': 5}
+
+
+def config(name: str) -> config_lib.Config:
+  """Returns the quickstart's config with an encoding."""
+  return config_lib.Config.from_dict(quickstart.get_config(f'encoding={name}').to_dict())
+
+
+def reports_of(name: str, runs: pathlib.Path) -> list[dict]:
+  """Returns the reports of a trained run: under its own encoding and, for RoPE, those after it."""
+  workdir = runs / name
+  train.train(config(name), workdir)
+  texts = ('as_trained', *OF_ROPE.values()) if name == 'rope' else ('as_trained',)
+  request = dataclasses.replace(config(name).evaluate, lengths=LENGTHS, encodings=texts)
+  return evaluate.evaluate(workdir, request, comparison.Progress(len(texts), request))
+
+
+def costs() -> dict[str, float]:
+  """Returns the time of attention forward and backward under each encoding, NoPE's being 1.
+
+  The median over rounds, each of which runs every encoding once: what slows the machine slows all.
+  """
+  position_BL = jnp.arange(COST['length'])[None]
+  shape = (1, COST['length'], COST['heads'], COST['head_dim'])
+  arrays = [jax.random.normal(key, shape) for key in jax.random.split(jax.random.key(0), 3)]
+
+  def timed(name):
+    encoding = encodings.get(name)
+    params = encoding.init(
+      jax.random.key(1),
+      num_heads=COST['heads'],
+      head_dim=COST['head_dim'],
+      d_model=COST['heads'] * COST['head_dim'],
+    )
+
+    def total(params, query_BLHC, key_BLHC, value_BLHC):
+      if encoding.rotate is not None:
+        query_BLHC = encoding.rotate(params, query_BLHC, position_BL)
+        key_BLHC = encoding.rotate(params, key_BLHC, position_BL)
+      return kernels.attention(
+        query_BLHC,
+        key_BLHC,
+        value_BLHC,
+        encoding=encoding,
+        params=params,
+        query_position_BQ=position_BL,
+        key_position_BK=position_BL,
+      ).sum()
+
+    gradient = jax.jit(jax.grad(total, argnums=(0, 1, 2, 3)))
+    return lambda: jax.block_until_ready(gradient(params, *arrays))
+
+  programs = {name: timed(name) for name in encodings.ENCODINGS}
+  seconds = {name: [] for name in programs}
+  for done in range(COST['rounds'] + 1):
+    for name, program in programs.items():
+      start = time.perf_counter()
+      program()
+      if done:  # the first round compiles
+        seconds[name].append(time.perf_counter() - start)
+    print(f'cost: round {done} of {COST["rounds"]}', flush=True)
+  ratios = {
+    name: [a / b for a, b in zip(values, seconds['nope'], strict=True)]
+    for name, values in seconds.items()
+  }
+  return {name: statistics.median(values) for name, values in ratios.items()}
+
+
+def parameters_added(name: str) -> int:
+  """Returns how many parameters the encoding adds to the quickstart's model."""
+  run = config(name)
+  params = jax.eval_shape(functools.partial(train.init, run))['params']
+  leaves = jax.tree_util.tree_leaves_with_path(params)
+  return sum(math.prod(leaf.shape) for path, leaf in leaves if 'encoding' in str(path))
+
+
+def summary(reports: list[dict], ratios: dict[str, float]) -> dict[str, dict]:
+  """Returns the numbers of README's table for each encoding, in the registry's order."""
+  of_name = {report['encoding']['name']: report for report in reports}
+  return {
+    name: {
+      'parameters_added': parameters_added(name),
+      'shortest': of_name[name]['lengths'][0]['nats_per_token'],
+      'longest': of_name[name]['lengths'][-1]['nats_per_token'],
+      'change': of_name[name]['change']['nats_per_token'],
+      'standard_error': of_name[name]['change']['standard_error'],
+      'cost': ratios[name],
+    }
+    for name in encodings.ENCODINGS
+  }
+
+
+def ship(runs: pathlib.Path) -> None:
+  """Writes the weights that the package ships, from the runs' last checkpoints."""
+  for encoding in SHIPPED:
+    run = config(encoding)
+    abstract = jax.eval_shape(functools.partial(train.init, run))['params']
+    _, params = checkpoint.restore_params(runs / encoding, abstract)
+    zoo.write(zoo.WEIGHTS / f'{encoding}-tiny.npz', params)
+    path = zoo.WEIGHTS / f'{encoding}-tiny.json'
+    path.write_text(json.dumps(run.to_dict(), indent=2) + '\n')
+
+
+def main() -> None:
+  """The command."""
+  runs = pathlib.Path(flags.FLAGS.runs)
+  names = [name for name in encodings.ENCODINGS if name not in OF_ROPE]
+  reports = [report for name in names for report in reports_of(name, runs)]
+  evaluate.write(reports, HERE, 'zoo')
+  numbers = {'lengths': [LENGTHS[0], LENGTHS[-1]], 'cost_of': COST}
+  numbers['encodings'] = summary(reports, costs())
+  (HERE / 'summary.json').write_text(json.dumps(numbers, indent=2) + '\n')
+  if flags.FLAGS.ship:
+    ship(runs)
+  print(report_lib.table(reports))
+
+
+if __name__ == '__main__':
+  flags.DEFINE_string('runs', 'runs/zoo', 'where the runs are kept')
+  flags.DEFINE_bool('ship', False, 'also write the weights that the package ships')
+  cli.run(main)

@@ -1,0 +1,112 @@
+"""Text to tokens, and tokens back to text as they come.
+
+A corpus is read as bytes, which needs no seqio; for a registered Task its vocabulary is asked.
+"""
+
+import codecs
+from collections.abc import Callable, Sequence
+from typing import NamedTuple, Protocol
+
+import numpy as np
+
+from lex_fire.data import corpora, tasks
+
+_NO_TEXT = 0xFF  # a byte that UTF-8 never has, so that it is shown as U+FFFD
+_REPLACEMENT = '\ufffd'
+_MAX_CONTINUED = 3  # bytes of a character without its last
+_CONTEXT = 32  # tokens: enough that a piece decodes as it would after all of them
+
+
+class Decoder(Protocol):
+  """Turns tokens that come one after another into the text that they complete."""
+
+  def feed(self, tokens: Sequence[int]) -> str:
+    """Returns the whole characters that are certain now; what is no text is U+FFFD."""
+    ...
+
+  def close(self) -> str:
+    """Returns the rest: U+FFFD for a character that was never completed."""
+    ...
+
+
+class Codec(NamedTuple):
+  """The vocabulary of a Task.
+
+  Attributes:
+    eos_id: the token that ends a document.
+    encode: text -> tokens_L, int32, without EOS.
+    decoder: () -> a Decoder.
+  """
+
+  eos_id: int
+  encode: Callable[[str], np.ndarray]
+  decoder: Callable[[], Decoder]
+
+
+def codec(task_name: str) -> Codec:
+  """Returns the codec of the Task of a name; it reads no document.
+
+  Raises:
+    errors.UserError: if the name is unknown, or its vocabulary is of an unknown kind.
+  """
+  if task_name in corpora.CORPORA:
+    return _BYTES
+  task = tasks.get_task(task_name)
+  facts = tasks.vocabulary_of(task)
+  if facts.name == tasks.BYTES.name:
+    return _BYTES
+  vocabulary = task.output_features['targets'].vocabulary
+  return Codec(
+    eos_id=facts.eos_id,
+    encode=lambda text: np.array(vocabulary.encode(text), np.int32),
+    decoder=lambda: _PiecesDecoder(vocabulary.decode),
+  )
+
+
+def _encode_bytes(text: str) -> np.ndarray:
+  return np.frombuffer(text.encode(), np.uint8).astype(np.int32) + tasks.FIRST_BYTE
+
+
+class _BytesDecoder:
+  """A Decoder of bytes."""
+
+  def __init__(self):
+    self._decoder = codecs.getincrementaldecoder('utf-8')('replace')
+
+  def feed(self, tokens):
+    values = [token - tasks.FIRST_BYTE for token in tokens]
+    return self._decoder.decode(bytes(v if 0 <= v < 256 else _NO_TEXT for v in values))
+
+  def close(self):
+    return self._decoder.decode(b'', final=True)
+
+
+class _PiecesDecoder:
+  """A Decoder of SentencePiece tokens, whose text depends on those before: only the first is bare.
+
+  It decodes the last few tokens again and shows what is new. Tokens may be bytes: up to 3 at the
+  end, U+FFFD so far, can be a character in the making and are held back.
+  """
+
+  def __init__(self, decode):
+    self._decode = decode
+    self._tokens, self._shown = [], 0
+
+  def feed(self, tokens):
+    new = []
+    for token in tokens:
+      self._tokens.append(int(token))
+      text = self._decode(self._tokens)
+      held = min(len(text) - len(text.rstrip(_REPLACEMENT)), _MAX_CONTINUED)
+      new.append(text[self._shown : len(text) - held])
+      self._shown += len(new[-1])
+      if len(self._tokens) >= 2 * _CONTEXT and not held:
+        self._tokens = self._tokens[-_CONTEXT:]
+        self._shown = len(self._decode(self._tokens))
+    return ''.join(new)
+
+  def close(self):
+    return self._decode(self._tokens)[self._shown :]
+
+
+_BYTES = Codec(eos_id=tasks.BYTES.eos_id, encode=_encode_bytes, decoder=_BytesDecoder)

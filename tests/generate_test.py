@@ -1,0 +1,414 @@
+"""Tests `../lex_fire/generate.py`: text over a cache is that of whole passes, and the command."""
+
+import contextlib
+import dataclasses
+import functools
+import pathlib
+import re
+import signal
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import tiny
+
+from lex_fire import (
+  checkpoint,
+  comparison,
+  encodings,
+  errors,
+  generate,
+  kernels,
+  model,
+  train,
+)
+from lex_fire import config as config_lib
+from lex_fire.data import text as text_lib
+from lex_fire.sampling import GREEDY, Sampling, sample
+
+VOCAB = 32
+SHAPE = {
+  'num_layers': 2,
+  'd_model': 16,
+  'num_heads': 4,
+  'num_kv_heads': 2,
+  'head_dim': 4,
+  'd_ff': 24,
+  'vocab_size': VOCAB,
+  'tied_embeddings': False,  # tied, random parameters repeat their last token
+}
+CHUNK, MAX_TOKENS, SEED = 2, 40, np.uint32(3)
+PROMPT_LENGTHS = (5, 1, 12)  # whole chunks, less than one, and a ragged last
+LENGTH = max(PROMPT_LENGTHS) + MAX_TOKENS
+# Options of any encoding at which these rows are long: many times past a training length.
+SHORT = {
+  'train_length': 8,
+  'threshold': 6.0,
+  'max_length': LENGTH,
+  'num_buckets': 8,
+  'max_distance': 12,
+  'width': 8,
+  'd_bar': 8,
+  'scale_base': 16.0,
+}
+# The rings of the last two are of 6 and of 4 slots.
+MASKS = {
+  'causal': kernels.Mask(),
+  'blockwise': kernels.Mask(block=2),
+  'window': kernels.Mask(window=3),
+}
+ROUNDING = 2e-5  # of logits of order 1 to 4: other tiles, other orders of sums
+
+every_encoding = pytest.mark.parametrize('name', encodings.ENCODINGS)
+
+
+@functools.cache
+def make(name='rope', mask='causal', **shape):
+  """Returns a tiny model and random parameters, away from their start, where biases are 0."""
+  options = {option: SHORT[option] for option in encodings.options(name) if option in SHORT}
+  c = config_lib.ModelConfig(**SHAPE | shape)
+  transformer = model.Transformer(c, encodings.get(name, **options), MASKS[mask])
+  shapes = jax.eval_shape(transformer.init, jax.random.key(0), jnp.zeros((1, 1), jnp.int32))
+  rng = np.random.default_rng(5)
+
+  def draw(path, leaf):
+    mean = path[-1].key in ('scale_D', 'c', 'length_multiplier')
+    return jnp.asarray(mean + 0.3 * rng.normal(size=leaf.shape), jnp.float32)
+
+  return transformer, jax.tree_util.tree_map_with_path(draw, shapes['params'])
+
+
+def prompts(lengths=PROMPT_LENGTHS, seed=0):
+  rng = np.random.default_rng(seed)
+  return [rng.integers(0, VOCAB, length).astype(np.int32) for length in lengths]
+
+
+def decode(transformer, params, rows, sampling=Sampling(), steps=MAX_TOKENS, chunk=CHUNK):
+  """Returns tokens_BL drawn over a cache, and the logits_BLV that they were drawn from."""
+  slots = generate.cache_slots(transformer.mask, LENGTH, chunk)
+  state = generate._prefilled(transformer, params, rows, slots, chunk)
+  logits, tokens = [], []
+  for _ in range(steps):
+    logits.append(np.array(state.logits_BV))
+    state, tokens_B = generate._step(transformer, sampling, params, state, SEED, -1)
+    tokens.append(np.asarray(tokens_B))
+  return np.stack(tokens, axis=1), np.stack(logits, axis=1)
+
+
+def recomputed(transformer, params, wholes):
+  """Returns logits_LV of the token after every prefix of each row, by a pass for each prefix.
+
+  The prefixes are rows of one batch, padded to one length by a segment that they do not see.
+  """
+  last_B1 = np.concatenate([np.arange(len(whole_L)) for whole_L in wholes])[:, None]
+  index_1L = np.arange(LENGTH)[None]
+  padded = [np.tile(np.pad(row_L, (0, LENGTH - len(row_L))), (len(row_L), 1)) for row_L in wholes]
+  dense = dataclasses.replace(transformer.config, attention='reference')
+  # Not compiled: its operations are, once for all encodings.
+  logits_BLV = transformer.clone(config=dense).apply(
+    {'params': params},
+    np.concatenate(padded),
+    np.minimum(index_1L, last_B1).astype(np.int32),
+    (index_1L <= last_B1).astype(np.int32),
+  )
+  logits_BV = np.asarray(logits_BLV)[np.arange(len(last_B1)), last_B1[:, 0]]
+  return np.split(logits_BV, np.cumsum([len(whole_L) for whole_L in wholes])[:-1])
+
+
+@functools.partial(jax.jit, static_argnums=1)
+def draw(logits_LV, row, position_L):
+  """Returns the tokens that a row of a batch draws at positions."""
+
+  def one(logits_V, position):
+    batch_BV = jnp.broadcast_to(logits_V[None], (row + 1, VOCAB))
+    return sample(batch_BV, Sampling(), SEED, jnp.full(row + 1, position))[row]
+
+  return jax.vmap(one)(logits_LV, position_L)
+
+
+def assert_is_text_of_whole_passes(transformer, params):
+  rows = prompts()
+
+  tokens_BL, logits_BLV = decode(transformer, params, rows)
+
+  wholes = [np.concatenate(pair) for pair in zip(rows, tokens_BL, strict=True)]
+  for row, expected_LV in enumerate(recomputed(transformer, params, wholes)):
+    first = len(rows[row])
+    expected_LV = expected_LV[first - 1 : -1]
+    np.testing.assert_allclose(logits_BLV[row], expected_LV, atol=ROUNDING, rtol=ROUNDING)
+    drawn_L = draw(expected_LV, row, first + np.arange(MAX_TOKENS))
+    np.testing.assert_array_equal(tokens_BL[row], drawn_L)
+
+
+@every_encoding
+def test_text_is_that_of_a_whole_pass_at_each_step(name):
+  # If angles depend on the row's length, so does what a second layer cached of earlier tokens.
+  num_layers = 2 if encodings.get(name).prefix_stable else 1
+
+  assert_is_text_of_whole_passes(*make(name, num_layers=num_layers))
+
+
+@every_encoding
+def test_a_ring_gives_the_text_of_whole_passes_under_its_mask(name):
+  assert_is_text_of_whole_passes(*make(name, 'blockwise', num_layers=1))
+
+
+@pytest.mark.parametrize(
+  ('mask', 'shape'),
+  [
+    ('blockwise', {}),
+    ('window', {}),
+    ('blockwise', {'scan_layers': True, 'norm': 'rmsnorm', 'activation': 'swiglu'}),
+    ('window', {'attention': 'chunked'}),
+  ],
+)
+def test_rings_of_layers_give_the_text_of_whole_passes(mask, shape):
+  assert_is_text_of_whole_passes(*make('fire', mask, **shape))
+
+
+def test_a_ring_is_as_long_as_its_mask_reaches_and_no_longer():
+  chunk = generate.PREFILL_CHUNK
+
+  for mask in (kernels.Mask(block=128), kernels.Mask(window=256)):
+    assert 256 + chunk - 1 <= generate.cache_slots(mask, 10**6) < 256 + 2 * chunk
+  assert generate.cache_slots(kernels.Mask(block=128), 5) < 2 * chunk
+  assert 10**6 <= generate.cache_slots(kernels.Mask(), 10**6) < 10**6 + chunk
+
+
+# Rows and chunks
+
+
+UNSTABLE = [name for name in encodings.ENCODINGS if not encodings.get(name).prefix_stable]
+
+
+@pytest.mark.parametrize('name', ['fire', *UNSTABLE])
+def test_a_row_has_the_text_that_it_has_alone(name):
+  """For an encoding that looks at a row's greatest position, padding must not count."""
+  transformer, params = make(name)
+  rows = prompts((9, 2, 14))  # one token past a chunk
+
+  tokens_BL, logits_BLV = decode(transformer, params, rows, steps=8, chunk=8)
+  alone_BL, alone_BLV = decode(transformer, params, rows[:1], steps=8, chunk=8)
+
+  np.testing.assert_array_equal(tokens_BL[0], alone_BL[0])
+  np.testing.assert_allclose(logits_BLV[0], alone_BLV[0], atol=ROUNDING, rtol=ROUNDING)
+
+
+@pytest.mark.parametrize('mask', ['causal', 'blockwise'])
+def test_a_prompt_in_chunks_gives_what_it_gives_at_once(mask):
+  transformer, params = make('fire', mask)
+
+  parts, whole = (
+    decode(transformer, params, prompts(), steps=1, chunk=chunk)[1] for chunk in (CHUNK, 12)
+  )
+
+  np.testing.assert_allclose(parts, whole, atol=ROUNDING, rtol=ROUNDING)
+
+
+def test_bfloat16_gives_finite_logits_and_text_of_the_vocabulary():
+  transformer, params = make('fire', 'blockwise', dtype='bfloat16')
+
+  tokens_BL, logits_BLV = decode(transformer, params, prompts())
+
+  assert logits_BLV.dtype == np.float32 and np.isfinite(logits_BLV).all()
+  assert tokens_BL.min() >= 0 and tokens_BL.max() < VOCAB
+
+
+# The stream
+
+
+def text(rows=None, **options):
+  """Returns what the tiny model of RoPE adds to prompts, as a list of arrays."""
+  transformer, params = make()
+  given = {'max_tokens': MAX_TOKENS, 'chunk': CHUNK, 'seed': int(SEED)} | options
+  return generate.generate(transformer, params, rows or prompts(), **given)
+
+
+def test_the_stream_is_the_text_of_every_step():
+  tokens_BL, _ = decode(*make(), prompts())
+
+  np.testing.assert_array_equal(np.stack(text()), tokens_BL)
+
+
+def test_greedy_text_takes_the_likeliest_tokens():
+  tokens_BL, logits_BLV = decode(*make(), prompts(), GREEDY)
+
+  np.testing.assert_array_equal(tokens_BL, logits_BLV.argmax(axis=2))
+  np.testing.assert_array_equal(np.stack(text(sampling=GREEDY)), tokens_BL)
+
+
+def test_a_seed_gives_its_text_again_and_another_seed_another():
+  first, again, other = text(), text(), text(seed=4)
+
+  np.testing.assert_array_equal(first, again)
+  assert (np.stack(first) != np.stack(other)).mean() > 0.5
+
+
+def test_a_row_ends_with_its_eos_and_the_stream_when_all_rows_have():
+  endless = text()
+  eos_id = int(endless[1][5])
+  assert all(eos_id in row_L for row_L in endless), 'take another token'
+  ends = [int(np.flatnonzero(row_L == eos_id)[0]) for row_L in endless]
+
+  rows = text(eos_id=eos_id)
+  transformer, params = make()
+  streamed = list(
+    generate.stream(
+      transformer, params, prompts(), max_tokens=40, chunk=CHUNK, seed=int(SEED), eos_id=eos_id
+    )
+  )
+
+  for row_L, endless_L, end in zip(rows, endless, ends, strict=True):
+    np.testing.assert_array_equal(row_L, endless_L[: end + 1])
+  assert len(streamed) == max(ends) + 1
+  for row, end in enumerate(ends):
+    assert all(
+      (tokens_B[row] == generate.NO_TOKEN) == (t > end) for t, tokens_B in enumerate(streamed)
+    )
+
+
+def test_other_lengths_and_seeds_do_not_recompile():
+  transformer, params = make('alibi', 'blockwise')
+  traces = []
+
+  def bias(*arguments):
+    traces.append(arguments)
+    return transformer.encoding.bias(*arguments)
+
+  counted = transformer.clone(encoding=transformer.encoding._replace(bias=bias))
+  for lengths, max_tokens, seed in (((3, 1), 20, 0), ((30, 7), 60, 1)):
+    rows = prompts(lengths)
+    list(generate.stream(counted, params, rows, max_tokens=max_tokens, seed=seed, chunk=CHUNK))
+
+  assert len(traces) == 2 * SHAPE['num_layers']  # of prefill, and of a step
+
+
+@pytest.mark.parametrize(
+  ('rows', 'options', 'message'),
+  [
+    ([], {}, 'prompts=[] has no prompt'),
+    ([[1], []], {}, 'prompt 2 of 2 is empty'),
+    ([[1, VOCAB]], {}, 'prompt 1 of 1 has tokens 1 to 32, not all from 0 to 31'),
+    ([[-1, 3]], {}, 'prompt 1 of 1 has tokens -1 to 3'),
+    ([[1]], {'max_tokens': 0}, 'max_tokens=0 must be at least 1'),
+    ([[1]], {'chunk': 0}, 'chunk=0 must be at least 1'),
+    ([[1]], {'seed': -1}, 'seed=-1 must be at least 0'),
+    ([[1]], {'seed': 2**32}, 'seed=4294967296 must be at least 0 and below 2**32'),
+  ],
+)
+def test_what_cannot_be_continued_is_refused_before_any_work(rows, options, message):
+  with pytest.raises(errors.UserError, match=re.escape(message)):
+    generate.stream(*make(), rows, **{'max_tokens': 4} | options)
+
+
+def test_a_text_longer_than_a_learned_table_is_refused_before_any_work():
+  with pytest.raises(errors.UserError, match=f'length={LENGTH + 1} is past the {LENGTH} positions'):
+    generate.stream(*make('learned'), [[1] * 12], max_tokens=MAX_TOKENS + 1)
+
+
+def test_a_bidirectional_model_is_refused():
+  transformer, params = make()
+  encoder = dataclasses.replace(transformer.config, causal=False)
+
+  for bidirectional in (
+    transformer.clone(mask=kernels.Mask(causal=False)),
+    transformer.clone(mask=None, config=encoder),
+  ):
+    with pytest.raises(errors.UserError, match='model.causal=False'):
+      generate.stream(bidirectional, params, [[1]], max_tokens=4)
+
+
+# The command
+
+
+PROMPT, OTHER = '3001 times 7', 'é'
+
+
+@pytest.fixture(scope='module')
+def workdir(tmp_path_factory):
+  """A run of no steps: its model writes noise, which is bytes that are no UTF-8 for the most."""
+  workdir = tmp_path_factory.mktemp('runs') / 'fire'
+  config = tiny.config({'task': 'stdlib'}, train={'seed': 3})
+  checkpoint.claim_workdir(workdir, config)
+  with contextlib.closing(checkpoint.Checkpoints(workdir)) as checkpoints:
+    checkpoints.save(1, train.init(config), 5.0)
+  return workdir
+
+
+@pytest.fixture(scope='module')
+def outputs(workdir):
+  """What the command writes: {name: (status, stdout, stderr)}."""
+  common = ['lex_fire.generate', f'--workdir={workdir}', '--max_tokens=30', f'--prompt={PROMPT}']
+  commands = {
+    'one': common,
+    'ring': [*common, '--mask=blockwise:4', '--encoding=fire:threshold=64.0', '--top_k=9'],
+    'two': [*common, f'--prompt={OTHER}', '--temperature=0'],
+  }
+  return dict(zip(commands, tiny.run_commands(list(commands.values())), strict=True))
+
+
+def expected_text(workdir, prompts, **options):
+  """Returns prompts and texts of the function."""
+  config = checkpoint.read_config(workdir)
+  _, params = comparison.restore(config, workdir, train.sharding.make_mesh())
+  codec = text_lib.codec('stdlib')
+  rows = [codec.encode(prompt) for prompt in prompts]
+  tokens = generate.generate(
+    train.make_model(config), params, rows, max_tokens=30, eos_id=codec.eos_id, **options
+  )
+  as_bytes = [bytes(int(token) - 3 if token > 2 else 0xFF for token in row_L) for row_L in tokens]
+  return [
+    prompt + text.decode('utf-8', 'replace') for prompt, text in zip(prompts, as_bytes, strict=True)
+  ]
+
+
+def test_one_prompt_is_echoed_and_continued_as_the_function_does(outputs, workdir):
+  (expected,) = expected_text(workdir, [PROMPT])
+
+  status, stdout, stderr = outputs['one']
+
+  assert status == 0, stderr
+  assert stdout == expected + '\n'
+
+
+def test_several_prompts_follow_one_another_under_headers(outputs, workdir):
+  first, second = expected_text(workdir, [PROMPT, OTHER], sampling=GREEDY)
+
+  status, stdout, stderr = outputs['two']
+
+  assert status == 0, stderr
+  assert stdout == f'--- prompt 1 of 2 ---\n{first}\n--- prompt 2 of 2 ---\n{second}\n'
+
+
+def test_the_end_says_how_much_how_fast_and_in_what_memory(outputs):
+  assert re.fullmatch(
+    r'30 tokens; the first after \d+\.\d s \(.*\), the rest at [\d,]+ tokens/s; '
+    r'cache of 64 slots a row, 0\.0 MB\n',
+    outputs['one'][2],
+  )
+
+
+def test_mask_encoding_and_sampling_are_those_of_the_flags(outputs):
+  status, stdout, stderr = outputs['ring']
+
+  assert status == 0, stderr
+  assert stdout.startswith(PROMPT) and stdout != outputs['one'][1]
+
+
+def test_an_interrupt_ends_the_line_and_says_nothing(workdir):
+  command = [sys.executable, '-m', 'lex_fire.generate', f'--workdir={workdir}', '--prompt=a']
+  process = subprocess.Popen(
+    [*command, '--max_tokens=100000000', '--mask=blockwise'],
+    stdout=subprocess.PIPE,
+    stderr=subprocess.PIPE,
+    cwd=pathlib.Path(__file__).parents[1],
+  )
+  assert process.stdout.read(2)[:1] == b'a'  # the prompt, and something more
+
+  process.send_signal(signal.SIGINT)
+
+  _, stderr = process.communicate(timeout=60)
+  assert (process.returncode, stderr) == (130, b'\n')

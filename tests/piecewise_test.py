@@ -1,0 +1,112 @@
+"""The table form of a bias: equal to the bias that it is made from, in value and gradient."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import oracles
+import pytest
+
+from lex_fire import encodings
+from lex_fire.encodings import piecewise
+
+NUM_HEADS = 3
+CASES = {
+  'fire': ('fire', {}),
+  'fire 2 layers': ('fire', {'hidden_layers': 2}),
+  'fire of one unit': ('fire', {'width': 1}),
+  'fire sqrt': ('fire', {'psi': 'sqrt'}),
+  'fire identity, no threshold': ('fire', {'psi': 'identity', 'threshold': 0.0}),
+  'fire_s': ('fire_s', {}),
+  't5': ('t5', {}),
+  't5 bidirectional': ('t5', {'bidirectional': True}),
+}
+every_case = pytest.mark.parametrize('case', CASES)
+
+# Tiles of queries and keys: on the diagonal, before it and after it, across a threshold, far away.
+TILES = {
+  'the first': (range(24), range(24)),
+  'before and after': (range(100, 124), range(90, 140)),
+  'across the threshold': (range(500, 524), range(300, 330)),
+  'far': (range(4000, 4024), range(64, 96)),
+  'at a million': (range(999_990, 1_000_014), range(999_980, 1_000_004)),
+  'everywhere': (range(0, 60_000, 2503), range(0, 60_000, 1999)),
+}
+
+
+def make(case, seed=0):
+  """Returns an encoding and parameters that bend within the range of its inputs, and outside it."""
+  name, options = CASES[case]
+  encoding = encodings.get(name, **options)
+  params = encoding.init(jax.random.key(seed), num_heads=NUM_HEADS, head_dim=8, d_model=24)
+  if 'w_in_W' in params:
+    rng = np.random.default_rng(seed)
+    params['w_in_W'] = jnp.float32(rng.normal(size=params['w_in_W'].shape))
+    params['b_in_W'] = -params['w_in_W'] * jnp.float32(
+      rng.uniform(-0.3, 1.3, params['w_in_W'].shape)
+    )
+  return encoding, params
+
+
+@every_case
+@pytest.mark.parametrize('tile', TILES)
+def test_a_table_equals_the_bias_in_value_and_gradient(tile, case):
+  encoding, params = make(case)
+  where = tuple(np.array(list(part), np.int32)[None] for part in TILES[tile])
+
+  def of_table(params):
+    return encoding.table_bias(encoding.table(params), *where, NUM_HEADS)
+
+  def of_params(params):
+    return encoding.bias(params, *where, NUM_HEADS)
+
+  expected_BHQK, of_bias = jax.vjp(of_params, params)
+  bias_BHQK, of_tabulated = jax.vjp(of_table, params)
+  probe_BHQK = np.random.default_rng(1).normal(size=bias_BHQK.shape).astype(np.float32)
+
+  np.testing.assert_allclose(bias_BHQK, expected_BHQK, rtol=1e-5, atol=1e-5)
+  expected, found = of_bias(probe_BHQK)[0], of_tabulated(probe_BHQK)[0]
+  for name in params:
+    size = max(np.abs(expected[name]).max(), 1.0)
+    np.testing.assert_allclose(found[name], expected[name], atol=1e-4 * size, err_msg=name)
+
+
+@pytest.mark.parametrize('hidden_layers', [1, 2])
+def test_a_table_of_a_network_is_its_oracle_between_any_breakpoints(hidden_layers):
+  """Also of units that never bend, always rest, or bend where another does."""
+  _, params = make('fire' if hidden_layers == 1 else 'fire 2 layers', seed=2)
+  slope_W = params['w_in_W'].at[:3].set(jnp.float32([0.0, 0.0, 1.0]))
+  params['w_in_W'] = slope_W.at[3].set(2.0)
+  params['b_in_W'] = params['b_in_W'].at[:4].set(jnp.float32([0.5, -0.5, -0.25, -0.5]))
+  x_Z = np.float32(np.random.default_rng(3).uniform(0, 1, 500))
+
+  found_ZH = piecewise.bias(x_Z[None, :, None], piecewise.Table({}, *piecewise.of_network(params)))[
+    0, :, :, 0
+  ].T
+
+  exact = {name: np.float64(value) for name, value in params.items()}
+  for x, found_H in zip(np.float64(x_Z), found_ZH, strict=True):
+    hidden = oracles.fire_hidden(exact, x, hidden_layers=hidden_layers)
+    expected_H = np.maximum(hidden[-1], 0) @ exact['w_out_WH'] + exact['b_out_H']
+    np.testing.assert_allclose(found_H, expected_H, atol=oracles.TOLERANCE['float32'])
+
+
+def test_segments_jump_where_they_are_told_to():
+  lower_Z = jnp.float32([-np.inf, 1.0, 2.0, np.inf])
+  slope_ZH = jnp.float32([[1.0], [0.0], [-2.0], [9.0]])
+  intercept_ZH = jnp.float32([[0.0], [5.0], [0.0], [9.0]])
+  x_BQK = jnp.float32([[[-1.0, 0.5, 1.0, 1.5, 2.0, 2.5]]])
+
+  bias_BHQK = piecewise.bias(x_BQK, piecewise.Table({}, lower_Z, slope_ZH, intercept_ZH))
+
+  np.testing.assert_allclose(bias_BHQK[0, 0, 0], [-1.0, 0.5, 1.0, 5.0, 5.0, -5.0])
+
+
+def test_only_breakpoints_within_the_tile_are_visited():
+  """By what a breakpoint outside would do to the result: NaN."""
+  lower_Z = jnp.float32([-np.inf, 0.2, 0.5, 0.8])
+  slope_ZH = jnp.float32([[np.nan], [1.0], [2.0], [np.nan]])
+
+  table = piecewise.Table({}, lower_Z, slope_ZH, jnp.zeros((4, 1)))
+  bias_BHQK = piecewise.bias(jnp.full((1, 2, 2), 0.4).at[0, 0, 0].set(0.6), table)
+
+  np.testing.assert_allclose(bias_BHQK[0, 0], [[1.2, 0.4], [0.4, 0.4]])
