@@ -69,9 +69,13 @@ def test_fire_equals_the_given_bias_at_every_distance_to_the_error_it_states(cas
   rounding = 2e-6 if name == 'kerple_power' else 2.5e-7
   share = tolerances.get('relative_tolerance', 1e-6) + rounding
   allowed_HZ = tolerances.get('tolerance', 1e-4) + share * np.abs(oracle_HZ)
-  for query in (0, length // 3, length - 1):
-    bias_HZ = at_query(found.encoding, found.params, num_heads, query)
-    error_HZ = np.abs(bias_HZ - oracle_HZ[:, : query + 1])
+  queries, keys = np.array([0, length // 3, length - 1]), np.arange(length)
+  bias_BHQK = found.encoding.bias(
+    found.params, jnp.int32(queries)[None], jnp.int32(keys)[None], num_heads
+  )
+  for query, bias_HK in zip(queries, np.moveaxis(bias_BHQK[0], 1, 0), strict=True):
+    seen_Z = query - np.arange(query + 1)
+    error_HZ = np.abs(bias_HK[:, seen_Z] - oracle_HZ[:, : query + 1])
     assert (error_HZ <= allowed_HZ[:, : query + 1]).all(), query
 
 

@@ -14,7 +14,8 @@ import numpy as np
 import pytest
 import tiny
 
-from lex_fire import checkpoint, errors, train
+from lex_fire import checkpoint, errors, presets, train
+from lex_fire import config as config_lib
 
 
 @pytest.fixture(scope='module')
@@ -166,6 +167,15 @@ def test_a_workdir_belongs_to_one_config(whole, data):
     train.train(other, workdir)
 
 
+def test_a_run_older_than_a_field_of_the_config_has_its_default(tmp_path):
+  values = presets.make('tiny', 'fire')
+  config = config_lib.Config.from_dict(values)
+  del values['data']['mask_rate'], values['evaluate']['masks'], values['encoding']['psi']
+  (tmp_path / 'config.json').write_text(json.dumps(values))
+
+  assert checkpoint.read_config(tmp_path) == config
+
+
 def test_a_config_that_is_no_json_is_refused(tmp_path):
   (tmp_path / 'config.json').write_text('{"model"')
 
@@ -173,7 +183,9 @@ def test_a_config_that_is_no_json_is_refused(tmp_path):
     checkpoint.read_config(tmp_path)
 
 
-@pytest.mark.parametrize(('text', 'value'), [('{"model": 3}', '3'), ('[]', r'\[\]')])
+@pytest.mark.parametrize(
+  ('text', 'value'), [('{"model": 3}', '3'), ('{"encoding": 4}', '4'), ('[]', r'\[\]')]
+)
 def test_a_config_of_another_shape_is_refused_by_file(tmp_path, text, value):
   (tmp_path / 'config.json').write_text(text)
 
