@@ -4,8 +4,9 @@
     fire = lex_fire.encodings.get('fire', hidden_layers=2)
 
 `encodings` and `kernels` are pure functions; `model` is a Flax decoder that takes any of them;
-`config` and `presets` say what a run is; `train`, `evaluate` and `generate` are the commands, as
-functions; `sampling` says how text is drawn.
+`config` and `presets` say what a run is; `train`, `evaluate`, `analyze` and `generate` are the
+commands, as functions; `analysis` measures what attention makes of distance, `sampling` says how
+text is drawn.
 """
 
 import importlib
@@ -13,6 +14,8 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
   from lex_fire import (
+    analysis,
+    analyze,
     config,
     encodings,
     evaluate,
@@ -25,6 +28,8 @@ if TYPE_CHECKING:
   )
 
 __all__ = [
+  'analysis',
+  'analyze',
   'config',
   'encodings',
   'evaluate',

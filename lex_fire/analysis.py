@@ -33,9 +33,10 @@ def resolution(score: np.ndarray) -> np.ndarray:
 
       R(s) = (p_0^2 - p_N^2 + sum_{n=0}^{N-1} (p_n - p_{n+1})^2) / 2
 
-  so R lies above -1/8 and reaches 1 where all weight is on n = 0; scores that all are one have 0.
-  A constant added to s changes nothing, a factor does. (The paper's table 3 has values up to 1.08,
-  which this equation cannot give: its unit must be another, and the paper does not say which.)
+  so R is at most 1, where all weight is on n = 0, and at least -1/8; equal scores have 0. A
+  constant added to s changes nothing, a factor does. (Values of up to 1.08 in the paper's table 3
+  are none that this equation can have. Hundredths of it would be of the size that encodings alone
+  have for the paper's heads, but its text names no unit.)
 
   Args:
     score: [..., N + 1] at the distances 0 .. N in tokens [nats].

@@ -103,6 +103,7 @@ def scores(reports: Sequence[Report], path: pathlib.Path) -> None:
       axes.plot(of_longest['from'], fall, color=color, linewidth=1, label=f'layer {layer}')
     _mark_training(axes, [report])
     axes.set_xscale('symlog', linthresh=1)
+    axes.set_xlim(left=0)
     _title(axes, f'{report_lib.series(report)} {report["mask"]}')
   longest = reports[0]['lengths'][-1]['length']
   title = f'Mean score by distance in windows of {longest}, less that at distance 0'

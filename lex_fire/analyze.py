@@ -5,7 +5,7 @@
 
 Of runs: attention resolution, entropy and mean attended distance by length and mask, on the text
 that `evaluate` would score, and the curves of their encodings with what they have learned. Without
-a run: the curves of encodings as they begin.
+a run: the curves of encodings as training begins.
 """
 
 import dataclasses
@@ -413,4 +413,5 @@ def define_flags() -> None:
 
 if __name__ == '__main__':
   define_flags()
+  flags.adopt_module_key_flags(comparison)  # so that --help shows them
   cli.run(main)

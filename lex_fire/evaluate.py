@@ -15,6 +15,7 @@ from collections.abc import Callable, Sequence
 
 import jax
 import numpy as np
+from absl import flags
 
 from lex_fire import checkpoint, cli, comparison, loss, plot, sharding
 from lex_fire import config as config_lib
@@ -232,4 +233,5 @@ def main() -> None:
 
 if __name__ == '__main__':
   comparison.define_flags()
+  flags.adopt_module_key_flags(comparison)  # so that --help shows them
   cli.run(main)

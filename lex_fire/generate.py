@@ -9,6 +9,7 @@ they are, however long the text.
 import dataclasses
 import functools
 import io
+import os
 import pathlib
 import sys
 import time
@@ -244,12 +245,12 @@ class Meter:
 
   def watch(self, stream: Iterator[np.ndarray], progress: bool) -> Iterator[np.ndarray]:
     """Passes a stream on; if asked to, it prints the pace and the time left on the way."""
-    shown = self._start
+    shown = 0.0
     for tokens_B in stream:
       self._tokens += int((tokens_B != NO_TOKEN).sum())
       now = time.monotonic()
       if self._first is None:
-        self._first = (now, self._tokens)
+        self._first, shown = (now, self._tokens), now
       elif progress and now - shown > 2.0:
         left = metrics.clock((self._most - self._tokens) / self._rate(now))
         _note(
@@ -295,30 +296,29 @@ def _prompts() -> list[str]:
   Raises:
     errors.UserError: if there is none, a file cannot be read, or one is not UTF-8.
   """
-  texts = list(flags.FLAGS.prompt)
-  for text in texts:
-    try:
-      text.encode()
-    except UnicodeEncodeError as error:  # Python keeps a byte that is not UTF-8 as a surrogate
-      raise errors.UserError(
-        f'--prompt={text!a} is not UTF-8 at character {error.start}; convert it to UTF-8'
-      ) from error
-  if flags.FLAGS.prompt_file is not None:
-    texts.append(_read(flags.FLAGS.prompt_file))
-  if not texts:
+  # As bytes again, which they were before Python decoded them by the locale.
+  contents = [(f'--prompt={text!a}', os.fsencode(text)) for text in flags.FLAGS.prompt]
+  path = flags.FLAGS.prompt_file
+  if path is not None:
+    contents.append((f'--prompt_file={path!r}', _read(path)))
+  if not contents:
     raise errors.UserError('--prompt is missing: the text to continue, or --prompt_file=PATH')
-  return texts
+  return [_decoded(flag, content) for flag, content in contents]
 
 
-def _read(path: str) -> str:
+def _read(path: str) -> bytes:
   try:
-    content = sys.stdin.buffer.read() if path == '-' else pathlib.Path(path).read_bytes()
-    return content.decode()
+    return sys.stdin.buffer.read() if path == '-' else pathlib.Path(path).read_bytes()
   except OSError as error:
     raise errors.UserError(f'cannot read --prompt_file={path!r}: {error.strerror}') from error
+
+
+def _decoded(flag: str, content: bytes) -> str:
+  try:
+    return content.decode()
   except UnicodeDecodeError as error:
     raise errors.UserError(
-      f'--prompt_file={path!r} is not UTF-8 at byte {error.start}; convert it to UTF-8'
+      f'{flag} is not UTF-8 at byte {error.start}; convert it to UTF-8'
     ) from error
 
 

@@ -15,7 +15,6 @@ from lex_fire import config as config_lib
 
 LENGTHS, MASKS = (32, 64), ('causal', 'blockwise')
 TOKENS = 192  # a window of 64 of each of the corpus's documents
-HEADS = 2  # tiny.MODEL has two layers of two heads
 
 
 @pytest.fixture(scope='module')
@@ -134,13 +133,14 @@ def test_the_biases_are_those_that_each_layer_has_learned(of_fire, restored):
   for of_query in curves['biases']:
     query_position = of_query['query_position']
     assert (of_query['distance'][0], of_query['distance'][-1]) == (0, query_position)
+    assert len(of_query['by_layer_and_head']) == tiny.MODEL['num_layers']
     key_position_1K = query_position - np.array([of_query['distance']], np.int32)
     for layer, by_head in enumerate(of_query['by_layer_and_head']):
       bias_BHQK = case.transformer.encoding.bias(
         jax.tree.map(operator.itemgetter(layer), learned),
         np.array([[query_position]], np.int32),
         key_position_1K,
-        HEADS,
+        tiny.MODEL['num_heads'],
       )
       np.testing.assert_allclose(by_head, bias_BHQK[0, :, 0], rtol=1e-4, atol=1e-5)
 

@@ -104,7 +104,7 @@ GENERATE_MISTAKES = {
   'no checkpoint': (GENERATE, 'no checkpoint in'),
   'no prompt': (['--workdir=CLAIMED'], '--prompt is missing'),
   'empty prompt': ([*GENERATE, '--prompt='], 'prompt 2 of 2 is empty'),
-  'prompt in latin 1': (['--workdir=CLAIMED', '--prompt=caf\udce9'], 'is not UTF-8 at character 3'),
+  'prompt in latin 1': (['--workdir=CLAIMED', '--prompt=caf\udce9'], 'is not UTF-8 at byte 3'),
   'empty file': (['--workdir=CLAIMED', '--prompt_file=EMPTY/empty.txt'], 'prompt 1 of 1 is empty'),
   'no file': (['--workdir=CLAIMED', '--prompt_file=EMPTY/none'], "/none': No such file"),
   'binary file': (

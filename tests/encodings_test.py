@@ -27,6 +27,7 @@ VARIANTS = {
   'fire narrow': ('fire', {'width': 4, 'threshold': 64.0, 'c': 1.0}),
   'fire square root': ('fire', {'psi': 'sqrt'}),
   'fire identity': ('fire', {'psi': 'identity'}),
+  'fire power': ('fire', {'psi': 'power', 'exponent': 1.6}),
   'fire without threshold': ('fire', {'threshold': 0.0}),
   'fire square root without threshold': ('fire', {'psi': 'sqrt', 'threshold': 0.0}),
   'rope interleaved': ('rope', {'pairing': 'interleaved', 'base_period': 500.0}),
@@ -662,6 +663,7 @@ def with_scalars(params, **scalars):
     {'hidden_layers': 3},
     {'psi': 'sqrt'},
     {'psi': 'identity', 'hidden_layers': 2},
+    {'psi': 'power', 'exponent': 0.3},
     {'threshold': 0.0, 'hidden_layers': 2},
   ],
   ids=str,
@@ -707,8 +709,8 @@ def test_fire_gradient_of_every_parameter_is_the_oracles(changes, signs):
 @with_threshold
 def test_fire_interpolates_and_never_extrapolates(case):
   _, params, options = make(case)
-  options = {'psi': 'log', 'threshold': 512.0} | options
-  options = {option: options[option] for option in ('psi', 'threshold')}
+  options = {'psi': 'log', 'threshold': 512.0, 'exponent': 1.0} | options
+  options = {option: options[option] for option in ('psi', 'threshold', 'exponent')}
   position_BL = np.int32([WIDE])
 
   for c in (1e-3, 0.1, 7.0):
@@ -796,6 +798,9 @@ def test_learned_positions_past_the_table_are_nan():
     ('fire', {'c': float('inf')}, 'c=inf'),
     ('fire', {'psi': 'cube'}, "unknown psi='cube' of fire; known: log, sqrt, identity"),
     ('fire_s', {'psi': 'sqrt', 'c': 1.0}, "fire with psi='sqrt' has no c, but c=1.0"),
+    ('fire', {'psi': 'power', 'exponent': 0.0}, 'exponent=0.0 above 0 and at most 4.0'),
+    ('fire', {'psi': 'power', 'exponent': 4.1}, 'exponent=4.1 above 0 and at most 4.0'),
+    ('fire', {'exponent': 2.0}, "fire with psi='log' has no exponent, but exponent=2.0"),
     ('learned', {'max_length': 0}, 'max_length=0'),
     ('rope', {'pairing': 'thirds'}, "pairing='thirds'; known: halves, interleaved"),
     ('xpos', {'pairing': 'thirds'}, "pairing='thirds'"),

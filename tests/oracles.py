@@ -245,17 +245,18 @@ def t5_bias(params, i, j, num_heads, **options):
   return params['bias_ZH'][t5_bucket(i - j, **options)]
 
 
-def fire_psi(params, x, psi):
-  """Li et al. 2023, section 3: psi(x) = log(c x + 1); the ablations' square root and identity."""
+def fire_psi(params, x, psi, exponent):
+  """Li et al. 2023, section 3: psi(x) = log(c x + 1); the ablations'; the theorem's power."""
   if psi == 'log':
     return np.log(abs(params['c']) * x + 1)
-  return {'sqrt': np.sqrt(x), 'identity': x}[psi]
+  return {'sqrt': np.sqrt(x), 'identity': x, 'power': float(x) ** exponent}[psi]
 
 
-def fire_input(params, i, j, psi='log', threshold=512.0, **_):
+def fire_input(params, i, j, psi='log', threshold=512.0, exponent=1.0, **_):
   """Li et al. 2023, section 3: psi(|i - j|) / psi(max(L, i, j)); without a threshold L is 0."""
   length = abs(params['length_multiplier']) * threshold if threshold else 0
-  return fire_psi(params, abs(i - j), psi) / (fire_psi(params, max(length, i, j), psi) + 1e-6)
+  norm = fire_psi(params, max(length, i, j), psi, exponent) + 1e-6
+  return fire_psi(params, abs(i - j), psi, exponent) / norm
 
 
 def fire_hidden(params, x, hidden_layers=1, **_):

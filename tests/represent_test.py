@@ -117,23 +117,37 @@ def test_the_shortest_sequences_are_met(name, length):
 # With no more than it takes
 
 
-@pytest.mark.parametrize(
-  ('name', 'psi'), [('alibi', 'identity'), ('kerple_log', 'log'), ('kerple_power', 'power')]
-)
-def test_a_psi_that_fits_all_heads_takes_one_unit(name, psi):
-  given = encodings.get(name)
-  params = {} if name == 'alibi' else alike(given, 3)
+def test_alibi_is_one_unit_bit_for_bit():
+  for length in (100, 700, 3000):
+    found = represent.as_fire(encodings.get('alibi'), {}, 12, length)
 
-  found = represent.as_fire(given, params, 3, 512)
+    assert found.error == 0
+    assert found.options['psi'] == 'identity' and found.options['threshold'] >= length
+    assert found.options['width'] == found.options['hidden_layers'] == 1
+
+
+@pytest.mark.parametrize('psi', ['log', 'power'])
+def test_kerple_of_one_r2_is_one_unit_of_that_number(psi):
+  given = encodings.get(f'kerple_{psi}')
+
+  found = represent.as_fire(given, alike(given, 3), 3, 512)
 
   assert found.options['psi'] == psi
   assert found.options['width'] == found.options['hidden_layers'] == 1
-  if name == 'alibi':
-    assert found.error == 0
-  elif name == 'kerple_log':
-    np.testing.assert_allclose(found.params['c'], 0.37, rtol=1e-4)
-  else:
-    np.testing.assert_allclose(found.options['exponent'], 0.37, rtol=1e-4)
+  number = found.params['c'] if psi == 'log' else found.options['exponent']
+  np.testing.assert_allclose(number, 0.37, rtol=1e-4)
+
+
+@pytest.mark.parametrize('name', ['t5', 'kerple_log'])
+def test_gentle_biases_take_one_hidden_layer_at_any_length(name):
+  given = encodings.get(name)
+  params = given.init(jax.random.key(0), num_heads=3, head_dim=8, d_model=48)
+
+  for length in (200, 4096, 20_000):
+    found = represent.as_fire(given, params, 3, length)
+
+    assert found.options['hidden_layers'] == 1
+    assert found.options['width'] < 100
 
 
 def test_steps_between_t5s_buckets_are_exact():
@@ -287,6 +301,11 @@ def test_mistakes_are_answered_with_their_value(changes, message):
 
   with pytest.raises(errors.UserError, match=re.escape(message)):
     represent.as_fire(encodings.get('sandwich'), {}, **arguments)
+
+
+def test_a_constant_that_float32_rounds_too_much_is_refused():
+  with pytest.raises(errors.UserError, match='tolerance=1e-12'):
+    represent.table_as_fire(np.full((1, 4), 0.1), tolerance=1e-12, relative_tolerance=0.0)
 
 
 @pytest.mark.parametrize(
