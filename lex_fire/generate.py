@@ -187,7 +187,7 @@ def _prefilled(transformer, params, rows, slots, chunk) -> State:
   state = State(
     cache=model.empty_cache(transformer.config, len(rows), slots),
     logits_BV=jnp.zeros((len(rows), transformer.config.vocab_size), jnp.float32),
-    position_B=jnp.asarray(length_B),
+    position_B=jnp.array(length_B),
     ended_B=jnp.zeros(len(rows), bool),
   )
   for start in range(0, padded, chunk):

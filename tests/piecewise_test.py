@@ -7,7 +7,7 @@ import oracles
 import pytest
 
 from lex_fire import encodings
-from lex_fire.encodings import piecewise
+from lex_fire.encodings import piecewise, represent
 
 NUM_HEADS = 3
 CASES = {
@@ -79,9 +79,8 @@ def test_a_table_of_a_network_is_its_oracle_between_any_breakpoints(hidden_layer
   params['b_in_W'] = params['b_in_W'].at[:4].set(jnp.float32([0.5, -0.5, -0.25, -0.5]))
   x_Z = np.float32(np.random.default_rng(3).uniform(0, 1, 500))
 
-  found_ZH = piecewise.bias(x_Z[None, :, None], piecewise.Table({}, *piecewise.of_network(params)))[
-    0, :, :, 0
-  ].T
+  table = piecewise.of_network(params, coordinate={})
+  found_ZH = piecewise.bias(x_Z[None, :, None], table)[0, :, :, 0].T
 
   exact = {name: np.float64(value) for name, value in params.items()}
   for x, found_H in zip(np.float64(x_Z), found_ZH, strict=True):
@@ -93,10 +92,10 @@ def test_a_table_of_a_network_is_its_oracle_between_any_breakpoints(hidden_layer
 def test_segments_jump_where_they_are_told_to():
   lower_Z = jnp.float32([-np.inf, 1.0, 2.0, np.inf])
   slope_ZH = jnp.float32([[1.0], [0.0], [-2.0], [9.0]])
-  intercept_ZH = jnp.float32([[0.0], [5.0], [0.0], [9.0]])
+  value_ZH = jnp.float32([[0.0], [5.0], [0.0], [9.0]])
   x_BQK = jnp.float32([[[-1.0, 0.5, 1.0, 1.5, 2.0, 2.5]]])
 
-  bias_BHQK = piecewise.bias(x_BQK, piecewise.Table({}, lower_Z, slope_ZH, intercept_ZH))
+  bias_BHQK = piecewise.bias(x_BQK, piecewise.Table({}, lower_Z, jnp.zeros(4), slope_ZH, value_ZH))
 
   np.testing.assert_allclose(bias_BHQK[0, 0, 0], [-1.0, 0.5, 1.0, 5.0, 5.0, -5.0])
 
@@ -106,7 +105,19 @@ def test_only_breakpoints_within_the_tile_are_visited():
   lower_Z = jnp.float32([-np.inf, 0.2, 0.5, 0.8])
   slope_ZH = jnp.float32([[np.nan], [1.0], [2.0], [np.nan]])
 
-  table = piecewise.Table({}, lower_Z, slope_ZH, jnp.zeros((4, 1)))
+  table = piecewise.Table({}, lower_Z, jnp.zeros(4), slope_ZH, jnp.zeros((4, 1)))
   bias_BHQK = piecewise.bias(jnp.full((1, 2, 2), 0.4).at[0, 0, 0].set(0.6), table)
 
   np.testing.assert_allclose(bias_BHQK[0, 0], [[1.2, 0.4], [0.4, 0.4]])
+
+
+def test_a_table_of_steep_steps_is_as_exact_as_the_network():
+  """T5's steps of several nats, as FIRE: slopes of thousands over the width of a token."""
+  encoding = encodings.get('t5')
+  params = {'bias_ZH': jnp.float32(np.random.default_rng(0).normal(size=(32, 2)) * 3)}
+  fire, fire_params, *_ = represent.as_fire(encoding, params, num_heads=2, length=4096)
+  where = np.int32([[4095]]), np.arange(4096, dtype=np.int32)[None]
+
+  found_BHQK = fire.table_bias(fire.table(fire_params), *where, 2)
+
+  np.testing.assert_allclose(found_BHQK, encoding.bias(params, *where, 2), atol=2e-4)

@@ -138,7 +138,7 @@ def _bias(
 
 def _table(params: base.Params) -> piecewise.Table:
   coordinate = {name: params[name] for name in ('c', 'length_multiplier') if name in params}
-  return piecewise.Table(coordinate, *piecewise.of_network(params))
+  return piecewise.of_network(params, coordinate)
 
 
 def _table_bias(

@@ -42,8 +42,7 @@ class Representation(NamedTuple):
     params: its parameters, of the structure that its `init` makes.
     options: its options: `encodings.get('fire', **options)`, or a config's.
     error: greatest difference from the given bias, of all distances and heads [nats], as
-      `encoding.bias` computes it here. Its table, which tiles of attention read, rounds what is
-      steep more: T5's steps of several nats by some 3e-3.
+      `encoding.bias` computes it here.
   """
 
   encoding: base.Encoding

@@ -65,8 +65,14 @@ def _table(
   start_Z = np.append(0, 1 + np.flatnonzero(np.diff(bucket_Z)))
   lower_Z = start_Z - 0.5 - (max_distance if bidirectional else 0)
   lower_Z[0] = -np.inf
-  intercept_ZH = params['bias_ZH'][bucket_Z[start_Z]]
-  return piecewise.Table({}, jnp.float32(lower_Z), 0.0 * intercept_ZH, intercept_ZH)
+  value_ZH = params['bias_ZH'][bucket_Z[start_Z]]
+  return piecewise.Table(
+    coordinate={},
+    lower_Z=jnp.float32(lower_Z),
+    anchor_Z=jnp.float32(start_Z),
+    slope_ZH=0.0 * value_ZH,
+    value_ZH=value_ZH,
+  )
 
 
 def _table_bias(
