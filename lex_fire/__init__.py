@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     presets,
     sampling,
     train,
+    zoo,
   )
 
 __all__ = [
@@ -39,6 +40,7 @@ __all__ = [
   'presets',
   'sampling',
   'train',
+  'zoo',
 ]
 
 

@@ -99,5 +99,6 @@ def write(path: pathlib.Path, params: dict[str, Any]) -> None:
   for key, array in flat.items():
     if not np.all(np.abs(array) < np.finfo(np.float16).max):
       raise errors.UserError(f'{key} is beyond the range of half precision; cannot ship it')
+  path.parent.mkdir(parents=True, exist_ok=True)
   arrays: dict[str, Any] = {key: np.float16(array) for key, array in flat.items()}
   np.savez_compressed(path, **arrays)
