@@ -80,7 +80,7 @@ def read(path: pathlib.Path) -> dict[str, Any]:
     errors.UserError: if there is no such file, or it is damaged.
   """
   try:
-    with np.load(path, allow_pickle=False) as arrays:
+    with path.open('rb') as file, np.load(file, allow_pickle=False) as arrays:
       flat = {key: jnp.float32(arrays[key]) for key in arrays.files}
   except (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error) as error:
     raise errors.UserError(f'cannot read weights {str(path)!r}: {error}') from error

@@ -40,7 +40,7 @@ SHAPE = {
   'vocab_size': VOCAB,
   'tied_embeddings': False,  # tied, random parameters repeat their last token
 }
-CHUNK, MAX_TOKENS, SEED = 2, 40, np.uint32(3)
+CHUNK, MAX_TOKENS, SEED = 2, 28, np.uint32(3)
 PROMPT_LENGTHS = (5, 1, 12)  # whole chunks, less than one, and a ragged last
 LENGTH = max(PROMPT_LENGTHS) + MAX_TOKENS
 # Options of any encoding at which these rows are long: many times past a training length.
@@ -102,14 +102,17 @@ def decode_from(state, transformer, params, sampling=Sampling(), steps=MAX_TOKEN
   return np.stack(tokens, axis=1), np.stack(logits, axis=1)
 
 
-def recomputed(transformer, params, wholes):
-  """Returns logits_LV of the token after every prefix of each row, by a pass for each prefix.
+def recomputed(transformer, params, rows, tokens_BL):
+  """Returns logits_BLV that each token of a text is drawn from, by a pass over all before it.
 
-  The prefixes are rows of one batch, padded to one length by a segment that they do not see.
+  These prefixes are rows of one batch, padded to one length by a segment that they do not see.
   """
-  last_B1 = np.concatenate([np.arange(len(whole_L)) for whole_L in wholes])[:, None]
-  index_1L = np.arange(LENGTH)[None]
-  padded = [np.tile(np.pad(row_L, (0, LENGTH - len(row_L))), (len(row_L), 1)) for row_L in wholes]
+  wholes = [np.concatenate(pair) for pair in zip(rows, tokens_BL, strict=True)]
+  lengths = [np.arange(len(row), len(whole)) for row, whole in zip(rows, wholes, strict=True)]
+  padded = [
+    np.tile(np.pad(whole, (0, LENGTH - len(whole))), (tokens_BL.shape[1], 1)) for whole in wholes
+  ]
+  last_B1, index_1L = np.concatenate(lengths)[:, None] - 1, np.arange(LENGTH)[None]
   dense = dataclasses.replace(transformer.config, attention='reference')
   # Not compiled: its operations are, once for all encodings.
   logits_BLV = transformer.clone(config=dense).apply(
@@ -119,7 +122,7 @@ def recomputed(transformer, params, wholes):
     (index_1L <= last_B1).astype(np.int32),
   )
   logits_BV = np.asarray(logits_BLV)[np.arange(len(last_B1)), last_B1[:, 0]]
-  return np.split(logits_BV, np.cumsum([len(whole_L) for whole_L in wholes])[:-1])
+  return logits_BV.reshape(*tokens_BL.shape, VOCAB)
 
 
 @functools.partial(jax.jit, static_argnums=1)
@@ -134,12 +137,11 @@ def draw(logits_LV, row, position_L):
 
 
 def assert_is_text_of_whole_passes(transformer, params, rows, tokens_BL, logits_BLV):
-  wholes = [np.concatenate(pair) for pair in zip(rows, tokens_BL, strict=True)]
-  for row, expected_LV in enumerate(recomputed(transformer, params, wholes)):
-    first = len(rows[row])
-    expected_LV = expected_LV[first - 1 : -1]
-    np.testing.assert_allclose(logits_BLV[row], expected_LV, atol=ROUNDING, rtol=ROUNDING)
-    drawn_L = draw(expected_LV, row, first + np.arange(len(expected_LV)))
+  expected_BLV = recomputed(transformer, params, rows, tokens_BL)
+
+  np.testing.assert_allclose(logits_BLV, expected_BLV, atol=ROUNDING, rtol=ROUNDING)
+  for row, expected_LV in enumerate(expected_BLV):
+    drawn_L = draw(expected_LV, row, len(rows[row]) + np.arange(len(expected_LV)))
     np.testing.assert_array_equal(tokens_BL[row], drawn_L)
 
 
@@ -267,7 +269,13 @@ def test_a_row_ends_with_its_eos_and_the_stream_when_all_rows_have():
   transformer, params = make()
   streamed = list(
     generate.stream(
-      transformer, params, prompts(), max_tokens=40, chunk=CHUNK, seed=int(SEED), eos_id=eos_id
+      transformer,
+      params,
+      prompts(),
+      max_tokens=MAX_TOKENS,
+      chunk=CHUNK,
+      seed=int(SEED),
+      eos_id=eos_id,
     )
   )
 
@@ -405,6 +413,16 @@ def test_the_end_says_how_much_how_fast_and_in_what_memory(outputs):
     r'cache of 64 slots a row, 0\.0 MB\n',
     outputs['one'][2],
   )
+
+
+def test_what_follows_eos_is_not_shown():
+  codec = text_lib.codec('stdlib')
+  row, more = codec.encode('one '), codec.encode('twothree')
+
+  pieces = generate._pieces(codec, row, [*more[:3], codec.eos_id, *more[3:]])
+  ended = generate._pieces(codec, row, [*more[:3], generate.NO_TOKEN])
+
+  assert ''.join(pieces) == ''.join(ended) == 'one two\n'
 
 
 def test_an_interrupt_ends_the_line_and_says_nothing(workdir):

@@ -79,11 +79,12 @@ def test_mistakes_are_answered_with_their_value(tmp_path):
     zoo.read(tmp_path / 'none.npz')
 
 
-@pytest.mark.parametrize('kept', [0, 10, 100, 250])
+@pytest.mark.parametrize('kept', [0.0, 0.1, 0.5, 0.99])
 def test_damaged_weights_are_refused(tmp_path, kept):
   path = tmp_path / 'a.npz'
-  zoo.write(path, {'in_DF': np.zeros((4, 5))})
-  path.write_bytes(path.read_bytes()[:kept])
+  zoo.write(path, {'in_DF': np.random.default_rng(0).normal(size=(40, 50))})
+  whole = path.read_bytes()
+  path.write_bytes(whole[: int(kept * len(whole))])
 
   with refuses('cannot read weights'):
     zoo.read(path)
