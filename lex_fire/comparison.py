@@ -69,7 +69,8 @@ def _check(config, override, transformer):
       ' evaluate shorter'
     )
   model.check_length(transformer.encoding, reach or longest)
-  if override and _abstract(transformer) != _abstract(train.make_model(config)):
+  other = transformer.encoding.learned and transformer.encoding.name != config.encoding.name
+  if override and (other or _abstract(transformer) != _abstract(train.make_model(config))):
     raise errors.UserError(
       f'encoding {override!r} does not take the parameters that the run learned with '
       f'{config.encoding.name!r}; use one that learns the same arrays, or none if it has none'

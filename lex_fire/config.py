@@ -65,7 +65,7 @@ class EncodingConfig:
       return self
     name, _, arg = text.partition(':')
     known = encodings.options(name)
-    trained = {'train_length': train_length, **encodings.options(self.name), **dict(self.options)}
+    trained = {**encodings.options(self.name), **dict(self.options), 'train_length': train_length}
     options = {option: trained.get(option, default) for option, default in known.items()}
     for part in filter(None, arg.split(',')):
       option, _, value = part.partition('=')
@@ -311,15 +311,33 @@ class Config:
       )
 
   def _check_encoding(self, encoding: encodings.Encoding) -> None:
-    if encoding.max_length is not None and self.data.length > encoding.max_length:
+    """Refuses what the run's encoding, or one to be evaluated in its place, cannot serve."""
+    c = self.data
+    if encoding.max_length is not None and c.length > encoding.max_length:
       raise errors.UserError(
-        f'data.length={self.data.length} is past the {encoding.max_length} positions of encoding '
+        f'data.length={c.length} is past the {encoding.max_length} positions of encoding '
         f'{encoding.name!r}; shorten it or raise encoding.max_length'
       )
-    if encoding.max_length is not None and self.data.position_range > encoding.max_length:
+    if encoding.max_length is not None and c.position_range > encoding.max_length:
       raise errors.UserError(
-        f'data.position_range={self.data.position_range} is past the {encoding.max_length} '
+        f'data.position_range={c.position_range} is past the {encoding.max_length} '
         f'positions of encoding {encoding.name!r}; lower it or raise encoding.max_length'
+      )
+    for name, mask in self.evaluate.named_masks(self.model.causal, c.length).items():
+      if c.position_range and mask.reach is not None:
+        raise errors.UserError(
+          f'mask {name!r} counts positions, of which data.position_range={c.position_range} leaves '
+          'out most; use causal or full'
+        )
+    asked = self.evaluate.named_encodings(self.encoding, c.length)
+    for used in (encoding, *(other.make() for other in asked.values())):
+      self._check_used(used)
+
+  def _check_used(self, encoding: encodings.Encoding) -> None:
+    if not self.model.causal and not encoding.bidirectional:
+      raise errors.UserError(
+        f'model.causal=False, but encoding {encoding.name!r} with these options cannot tell keys '
+        'after the query apart; use encoding.bidirectional=True if it has that option, or another'
       )
     if encoding.log_decay is not None:
       widest = decay.widest(encoding.log_decay(self.model.head_dim))
@@ -328,14 +346,6 @@ class Config:
           f'data.position_range={self.data.position_range} is past {widest}: one tile of attention '
           f'could span more positions than the decay of encoding {encoding.name!r} can in float32; '
           'lower it'
-        )
-    self.evaluate.named_masks(self.model.causal, self.data.length)
-    asked = self.evaluate.named_encodings(self.encoding, self.data.length)
-    for used in (encoding, *(other.make() for other in asked.values())):
-      if not self.model.causal and not used.bidirectional:
-        raise errors.UserError(
-          f'model.causal=False, but encoding {used.name!r} with these options cannot tell keys '
-          'after the query apart; use encoding.bidirectional=True if it has that option, or another'
         )
 
   @classmethod

@@ -165,6 +165,8 @@ def _check(transformer, rows, max_tokens, seed, chunk):
   for number, row in enumerate(rows, start=1):
     if row.ndim != 1 or not row.size:
       raise errors.UserError(f'prompt {number} of {len(rows)} is empty; give it at least one token')
+    if not np.issubdtype(row.dtype, np.integer):
+      raise errors.UserError(f'prompt {number} of {len(rows)} is of {row.dtype}, not of token ids')
     vocab_size = transformer.config.vocab_size
     if row.min() < 0 or row.max() >= vocab_size:
       raise errors.UserError(
@@ -172,8 +174,8 @@ def _check(transformer, rows, max_tokens, seed, chunk):
         f'{vocab_size - 1} as the model; encode it with the vocabulary of its Task'
       )
   for name, value in {'max_tokens': max_tokens, 'chunk': chunk}.items():
-    if value < 1:
-      raise errors.UserError(f'{name}={value} must be at least 1')
+    if not isinstance(value, int) or value < 1:
+      raise errors.UserError(f'{name}={value} must be a whole number of at least 1')
   if not 0 <= seed < 2**32:
     raise errors.UserError(f'{seed=} must be at least 0 and below 2**32')
   model.check_length(transformer.encoding, max(row.size for row in rows) + max_tokens)
@@ -324,6 +326,11 @@ def _decoded(flag: str, content: bytes) -> str:
 
 def _transformer(config: config_lib.Config, length: int) -> model.Transformer:
   """Returns the run's model under the mask and the encoding of the flags, which must serve it."""
+  if config.data.position_range:
+    raise errors.UserError(
+      f'a run of data.position_range={config.data.position_range} knows positions drawn from there,'
+      ' and a text has those that follow one another; generate from another run'
+    )
   request = config_lib.EvaluateConfig(
     lengths=(length,), masks=(flags.FLAGS.mask,), encodings=(flags.FLAGS.encoding,)
   )

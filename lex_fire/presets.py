@@ -73,4 +73,7 @@ def make(size: str, encoding_name: str, **sections: dict[str, Any]) -> dict[str,
   for changes in (PRESETS[size], sections):
     for section, fields in changes.items():
       values.setdefault(section, {}).update(fields)
+  # YaRN and dynamic NTK are told the length of training, which is the data's unless they are told.
+  if 'train_length' in values['encoding'] and 'train_length' not in sections.get('encoding', {}):
+    values['encoding']['train_length'] = values['data']['length']
   return config.Config.from_dict(values).to_dict()

@@ -32,8 +32,10 @@ class Sampling:
       raise errors.UserError(
         f'temperature={self.temperature} must be 0 (the likeliest token) or above, and finite'
       )
-    if self.top_k is not None and self.top_k < 1:
-      raise errors.UserError(f'top_k={self.top_k} must be at least 1; leave it out for no limit')
+    if self.top_k is not None and (not isinstance(self.top_k, int) or self.top_k < 1):
+      raise errors.UserError(
+        f'top_k={self.top_k} must be a whole number of at least 1; leave it out for no limit'
+      )
     if not 0 < self.top_p <= 1:
       raise errors.UserError(f'top_p={self.top_p} must be above 0 and at most 1, which is no limit')
 

@@ -404,3 +404,31 @@ def test_an_argument_is_names_and_values(arg, expected):
 def test_a_part_of_an_argument_that_is_no_known_name_and_value_is_refused(part):
   with refuses(f'unknown config argument {part!r}; known: size=, encoding='):
     config_lib.parse_arg(f'encoding=t5,{part}', size='tiny', encoding='fire')
+
+
+def test_masks_that_count_positions_are_refused_where_positions_are_drawn():
+  make('tiny', 'fire', data={'position_range': 4096}, evaluate={'masks': ('causal',)})
+
+  with refuses("mask 'blockwise' counts positions, of which data.position_range=4096 leaves out"):
+    make('tiny', 'fire', data={'position_range': 4096}, evaluate={'masks': ('blockwise',)})
+
+
+def test_an_encoding_in_the_place_of_another_is_held_to_the_same_limits():
+  spread = {'data': {'position_range': 100_000}}
+  make('tiny', 'rope', evaluate={'encodings': ('yarn',)}, **spread)
+
+  with refuses("could span more positions than the decay of encoding 'xpos' can in float32"):
+    make('tiny', 'rope', evaluate={'encodings': ('xpos',)}, **spread)
+
+
+@pytest.mark.parametrize('name', ['yarn', 'dynamic_ntk'])
+def test_the_training_length_of_an_encoding_is_the_data_s_unless_it_is_told(name):
+  length = {'length': 512}
+
+  def train_length(run):
+    return dict(run.encoding.options)['train_length']
+
+  assert train_length(make('tiny', name, data=length)) == 512
+  told = make('tiny', name, data=length, encoding={'train_length': 64})
+  assert train_length(told) == 64
+  assert dict(told.encoding.replaced_by('yarn:scale=2', 512).options)['train_length'] == 512

@@ -796,6 +796,9 @@ def test_learned_positions_past_the_table_are_nan():
     ('fire', {'threshold': float('inf')}, 'threshold=inf'),
     ('fire', {'c': 0.0}, 'c=0.0'),
     ('fire', {'c': float('inf')}, 'c=inf'),
+    ('fire', {'c': 1e38}, 'c=1e+38 above 0, c of at most 1e+09'),
+    ('ntk', {'scale': 1e300}, 'positions are stretched by 1 to 1e+09, not by scale=1e+300'),
+    ('xpos', {'gamma': float('inf')}, 'gamma=inf'),
     ('fire', {'psi': 'cube'}, "unknown psi='cube' of fire; known: log, sqrt, identity"),
     ('fire_s', {'psi': 'sqrt', 'c': 1.0}, "fire with psi='sqrt' has no c, but c=1.0"),
     ('fire', {'psi': 'power', 'exponent': 0.0}, 'exponent=0.0 above 0 and at most 4.0'),
@@ -805,8 +808,8 @@ def test_learned_positions_past_the_table_are_nan():
     ('rope', {'pairing': 'thirds'}, "pairing='thirds'; known: halves, interleaved"),
     ('xpos', {'pairing': 'thirds'}, "pairing='thirds'"),
     ('rope', {'base_period': 0.0}, 'base_period=0.0 above 0'),
-    ('rope', {'base_period': float('inf')}, 'base_period=inf above 0 and finite'),
-    ('rope_pi', {'scale': 0.5}, 'finite factor from 1 up, not by scale=0.5'),
+    ('rope', {'base_period': float('inf')}, 'base_period=inf above 0, of at most 1e+30'),
+    ('rope_pi', {'scale': 0.5}, 'positions are stretched by 1 to 1e+09, not by scale=0.5'),
     ('rope_pi', {'pairing': 'thirds'}, "pairing='thirds'"),
     ('rope_pi', {'base_period': 0.0}, 'base_period=0.0 above 0'),
     ('ntk', {'scale': float('nan')}, 'scale=nan'),
@@ -874,3 +877,14 @@ def test_rotary_encodings_refuse_an_odd_head_width(case):
 def test_ntk_refuses_heads_of_one_pair(name):
   with pytest.raises(errors.UserError, match=f"head_dim=2, for '{name}' of at least 4"):
     encodings.get(name).init(jax.random.key(0), num_heads=2, head_dim=2, d_model=4)
+
+
+def test_equal_options_make_one_encoding_for_which_nothing_compiles_twice():
+  assert encodings.get('fire', width=8) is encodings.get('fire', width=8)
+  assert encodings.get('fire', width=8) != encodings.get('fire', width=9)
+
+
+def test_a_table_is_made_only_of_networks_whose_segments_are_few():
+  assert encodings.get('fire', hidden_layers=2, width=127).table is not None
+  assert encodings.get('fire', hidden_layers=2, width=128).table is None
+  assert encodings.get('fire', hidden_layers=3).table is None

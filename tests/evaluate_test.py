@@ -566,3 +566,10 @@ def test_the_time_left_covers_all_cases_and_lengths(monkeypatch, capsys):
 
   # 2000 of 4 x 2 x 1000 tokens in 10 seconds; the first came too soon to be shown
   assert capsys.readouterr().out == 'rope blockwise at 32: 200 tokens/s, ETA 0:30\n'
+
+
+def test_an_encoding_that_learns_other_numbers_of_the_same_shape_is_refused():
+  run = tiny.config({}, 'kerple_log', evaluate={'encodings': ('kerple_power',)})
+
+  with pytest.raises(errors.UserError, match="'kerple_power' does not take the parameters"):
+    comparison.cases(run)

@@ -148,7 +148,7 @@ def test_of_equal_logits_the_lower_ids_are_kept():
     ({'temperature': -0.1}, 'temperature=-0.1 must be 0'),
     ({'temperature': float('nan')}, 'temperature=nan must be 0'),
     ({'temperature': float('inf')}, 'temperature=inf must be 0'),
-    ({'top_k': 0}, 'top_k=0 must be at least 1'),
+    ({'top_k': 0}, 'top_k=0 must be a whole number of at least 1'),
     ({'top_p': 0.0}, 'top_p=0.0 must be above 0'),
     ({'top_p': 1.5}, 'top_p=1.5 must be above 0 and at most 1'),
     ({'top_p': float('nan')}, 'top_p=nan must be above 0'),

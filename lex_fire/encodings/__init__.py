@@ -72,6 +72,12 @@ def get(name: str, /, **changes: Any) -> Encoding:
       raise errors.UserError(
         f'encoding option {option}={value!r} of {name!r} must be of type {type(default).__name__}'
       )
+  return _make(name, **changes)
+
+
+@functools.lru_cache(maxsize=256)
+def _make(name: str, **changes: Any) -> Encoding:
+  """Makes an encoding once: equal encodings are one value, for which nothing compiles twice."""
   return ENCODINGS[name](**changes)
 
 

@@ -21,6 +21,8 @@ from lex_fire.encodings import base, piecewise
 
 EPSILON = 1e-6  # added to the denominator, as in the paper's appendix
 INITIAL_C = 0.1
+MOST_C = 1e9  # c times any position is far from float32's end
+MOST_SEGMENTS = 2**14  # of a table; each holds a number a unit, so that 2 layers may have 127
 MAX_EXPONENT = 4.0  # of any position, 2^31, this power is a float32
 
 
@@ -136,6 +138,11 @@ def _bias(
   return mlp(params, interpolation(params, query_position_BQ, key_position_BK, **options))
 
 
+def _num_segments(hidden_layers: int, width: int) -> int:
+  """Returns how many segments a table makes room for: each layer may cut every one at each unit."""
+  return (width + 1) ** hidden_layers
+
+
 def _table(params: base.Params) -> piecewise.Table:
   coordinate = {name: params[name] for name in ('c', 'length_multiplier') if name in params}
   return piecewise.of_network(params, coordinate)
@@ -181,8 +188,10 @@ def fire(
   """
   if psi not in PSI:
     raise errors.UserError(f'unknown {psi=} of fire; known: {", ".join(PSI)}')
-  if hidden_layers < 1 or width < 1 or not 0 < c < math.inf:
-    raise errors.UserError(f'fire needs {hidden_layers=}, {width=} and a finite {c=} above 0')
+  if hidden_layers < 1 or width < 1 or not 0 < c <= MOST_C:
+    raise errors.UserError(
+      f'fire needs {hidden_layers=}, {width=} and {c=} above 0, c of at most {MOST_C:g}'
+    )
   if not 0 <= threshold < math.inf:
     raise errors.UserError(f'fire needs a finite {threshold=} from 0 (none) up')
   if psi != 'log' and c != INITIAL_C:
@@ -200,8 +209,7 @@ def fire(
       _init, hidden_layers=hidden_layers, width=width, psi=psi, threshold=threshold, c=c
     ),
     bias=functools.partial(_bias, **coordinate),
-    # A third layer would cut every segment of two again, into tens of thousands that hardly occur.
-    table=_table if hidden_layers <= 2 else None,
+    table=_table if _num_segments(hidden_layers, width) <= MOST_SEGMENTS else None,
     table_bias=functools.partial(_table_bias, **coordinate),
     shared=shared,
     shift_invariant=False,

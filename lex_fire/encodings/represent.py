@@ -92,8 +92,8 @@ def as_fire(
       f'{encoding.name!r} has no bias that is a function of distance, which fire could equal; '
       f'alibi, t5, kerple_log, kerple_power and sandwich have'
     )
-  if length < 1:
-    raise errors.UserError(f'sequences in which fire equals a bias have {length=}, not at least 1')
+  if length < 1 or num_heads < 1:
+    raise errors.UserError(f'fire equals a bias for {length=} and {num_heads=} of at least 1')
   bias_HZ = _at_distances(encoding, params, num_heads, np.arange(length))
   found = table_as_fire(bias_HZ, tolerance, relative_tolerance, max_width)
   if encoding.bidirectional:

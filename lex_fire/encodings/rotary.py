@@ -6,7 +6,6 @@ arithmetic that wraps by itself, so at 2^20 tokens the angle is as exact as at 2
 radians), and it is defined at every int32 position (3e-5 radians at the last).
 """
 
-import math
 from collections.abc import Callable
 
 import jax
@@ -16,6 +15,7 @@ import numpy as np
 from lex_fire import errors
 from lex_fire.encodings import base
 
+MOST_PERIOD, MOST_SCALE = 1e30, 1e9  # far past any use, and their powers are still finite
 PAIRINGS = {'halves': -2, 'interleaved': -1}  # axis of the pair once channels are split in two axes
 
 
@@ -26,10 +26,10 @@ def turns_per_token(width: int, base_period: float) -> np.ndarray:
   more.
 
   Raises:
-    errors.UserError: if base_period is not finite and above 0.
+    errors.UserError: if base_period is not above 0, or past MOST_PERIOD.
   """
-  if not 0 < base_period < math.inf:
-    raise errors.UserError(f'rotations need a {base_period=} above 0 and finite')
+  if not 0 < base_period <= MOST_PERIOD:
+    raise errors.UserError(f'rotations need a {base_period=} above 0, of at most {MOST_PERIOD:g}')
   return base_period ** (-2.0 * np.arange((width + 1) // 2) / width) / (2 * np.pi)
 
 
@@ -125,10 +125,10 @@ def check_extension(scale: float = 1.0, train_length: int = 1) -> None:
   """Refuses to stretch positions by less than 1, or from a training length that is none.
 
   Raises:
-    errors.UserError: for a scale below 1 or not finite, or a train_length below 1.
+    errors.UserError: for a scale below 1 or past MOST_SCALE, or a train_length below 1.
   """
-  if not 1 <= scale < math.inf:
-    raise errors.UserError(f'positions are stretched by a finite factor from 1 up, not by {scale=}')
+  if not 1 <= scale <= MOST_SCALE:
+    raise errors.UserError(f'positions are stretched by 1 to {MOST_SCALE:g}, not by {scale=}')
   if train_length < 1:
     raise errors.UserError(f'positions are stretched from {train_length=} of at least 1')
 

@@ -3,6 +3,8 @@
 Sun et al. 2022, arXiv:2212.10554, section 2.
 """
 
+import math
+
 import numpy as np
 
 from lex_fire import errors
@@ -39,8 +41,8 @@ def xpos(
   Raises:
     errors.UserError: for gamma or scale_base <= 0, or an unknown pairing.
   """
-  if not (gamma > 0 and scale_base > 0):
-    raise errors.UserError(f'xpos needs {gamma=} and {scale_base=} above 0')
+  if not (0 < gamma < math.inf and 0 < scale_base < math.inf):
+    raise errors.UserError(f'xpos needs {gamma=} and {scale_base=} above 0 and finite')
 
   def decay(head_dim: int) -> np.ndarray:
     return rotary.spread_pairs(log_decay(head_dim // 2, gamma, scale_base), pairing)

@@ -10,8 +10,8 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from lex_fire.kernels import decay, tile
 from lex_fire.kernels import mask as mask_lib
-from lex_fire.kernels import tile
 
 # Measured on 2 CPU cores: larger tiles of an MLP bias leave the cache (FIRE, 4096 tokens: 1.0 s at
 # 128, 2.4 s at 512).
@@ -44,6 +44,8 @@ def attention(
   )
   if encoding.table is not None:
     params, encoding = encoding.table(params), encoding._replace(bias=encoding.table_bias)
+  if encoding.log_decay is not None:
+    block = min(block, max(1, decay.widest(encoding.log_decay(query_BQHC.shape[3]))))
   num_queries, num_keys = query_BQHC.shape[1], key_BKGC.shape[1]
   query_block, key_block = min(block, num_queries), min(block, num_keys)
   if query_segment_BQ is None and (num_queries % query_block or num_keys % key_block):
