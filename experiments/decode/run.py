@@ -10,6 +10,7 @@ import json
 import multiprocessing
 import pathlib
 import time
+from collections.abc import Iterator
 
 import jax
 import numpy as np
@@ -35,21 +36,36 @@ def resident_bytes() -> int:
   return pages * 4096
 
 
+def seconds_a_token(stream: Iterator) -> float:
+  """Takes a window of tokens."""
+  start = time.perf_counter()
+  for _ in range(WINDOW):
+    next(stream)
+  return (time.perf_counter() - start) / WINDOW
+
+
 def write(name: str, mask: kernels.Mask, tokens: int) -> dict:
-  """Generates a text and returns time and memory by its length so far, in windows."""
+  """Generates a text; returns time and memory by its length so far, in windows.
+
+  After each window a new text has one too: what slows the machine slows both.
+  """
   config = config_lib.Config.from_dict(quickstart.get_config('encoding=fire').to_dict())
   transformer = train.make_model(config).clone(mask=mask)
   params = train.init(config)['params']
-  stream = generate.stream(
-    transformer, params, [[1]], max_tokens=tokens + 1, sampling=sampling.GREEDY
-  )
-  next(stream)  # compiles
-  rows, start = [], time.perf_counter()
-  for count, _ in enumerate(stream, start=1):
-    if count % WINDOW == 0:
-      now = time.perf_counter()
-      seconds, start = (now - start) / WINDOW, now
-      rows.append({'tokens': count, 'seconds': seconds, 'resident_bytes': resident_bytes()})
+
+  def begin(max_tokens):
+    stream = generate.stream(
+      transformer, params, [[1]], max_tokens=max_tokens, sampling=sampling.GREEDY
+    )
+    next(stream)  # compiles
+    return stream
+
+  stream, rows = begin(tokens + 1), []
+  begin(WINDOW + 1)
+  for count in range(WINDOW, tokens + 1, WINDOW):
+    row = {'tokens': count, 'seconds': seconds_a_token(stream)}
+    row['new_text_seconds'] = seconds_a_token(begin(WINDOW + 1))
+    rows.append({**row, 'resident_bytes': resident_bytes()})
   slots = generate.cache_slots(mask, tokens + 2)
   cache = jax.eval_shape(lambda: model.empty_cache(config.model, 1, slots))
   size = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(cache))
@@ -58,37 +74,42 @@ def write(name: str, mask: kernels.Mask, tokens: int) -> dict:
 
 def table(results: list[dict]) -> str:
   """Returns the marks as text: the median over the windows since the mark before."""
-  lines = ['mask            slots  cache MB   tokens   us/token   tokens/s   resident MB']
+  lines = [
+    'mask            slots  cache MB   tokens   us/token   tokens/s   of a new text   resident MB'
+  ]
   for result in results:
     first = 0
     for mark in MARKS:
       rows = [row for row in result['windows'] if first < row['tokens'] <= mark]
       if rows and rows[-1]['tokens'] == mark:
         seconds = float(np.median([row['seconds'] for row in rows]))
+        ratio = float(np.median([row['seconds'] / row['new_text_seconds'] for row in rows]))
         lines.append(
           f'{result["mask"]:<14}{result["slots"]:>7}{result["cache_bytes"] / 1e6:>10.1f}{mark:>9}'
-          f'{seconds * 1e6:>11.0f}{1 / seconds:>11.0f}{rows[-1]["resident_bytes"] / 1e6:>14.0f}'
+          f'{seconds * 1e6:>11.0f}{1 / seconds:>11.0f}{ratio:>16.2f}'
+          f'{rows[-1]["resident_bytes"] / 1e6:>14.0f}'
         )
       first = mark
   return '\n'.join(lines)
 
 
 def plot(results: list[dict], path: pathlib.Path) -> None:
-  """Draws the time of a token and the memory of the process by the length of the text."""
+  """Draws, by the length of the text, a token's time in that of a new text's, and the memory."""
   from matplotlib.figure import Figure
 
   figure = Figure(figsize=(10, 4), layout='constrained')
   times, memory = figure.subplots(1, 2)
   for result in results:
-    tokens = [row['tokens'] for row in result['windows']]
+    rows = result['windows']
+    tokens = [row['tokens'] for row in rows]
     label = f'{result["mask"]}, {result["slots"]:,} slots'
-    times.plot(tokens, [row['seconds'] * 1e6 for row in result['windows']], label=label)
-    memory.plot(tokens, [row['resident_bytes'] / 1e6 for row in result['windows']], label=label)
-  for axes, text in ((times, 'microseconds a token'), (memory, 'resident memory [MB]')):
-    axes.set(xlabel='tokens generated', ylabel=text, xscale='log')
+    times.plot(tokens, [row['seconds'] / row['new_text_seconds'] for row in rows], label=label)
+    memory.plot(tokens, [row['resident_bytes'] / 1e6 for row in rows], label=label)
+  times.set(ylabel="time a token, in a new text's", yscale='log', ylim=(0.5, 100))
+  memory.set(ylabel='resident memory [MB]', ylim=(0, 1000))
+  for axes in (times, memory):
+    axes.set(xlabel='tokens generated', xscale='log')
     axes.grid(alpha=0.3)
-  times.set_yscale('log')
-  memory.set_ylim(0, None)
   times.legend()
   figure.savefig(path, dpi=120)
 
