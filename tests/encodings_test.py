@@ -716,7 +716,9 @@ def test_fire_interpolates_and_never_extrapolates(case):
   for c in (1e-3, 0.1, 7.0):
     for multiplier in (0.01, 1.0, 50.0):
       changed = with_scalars(params, c=c, length_multiplier=multiplier)
-      x_BQK = fire.interpolation(changed, position_BL, position_BL, **options)
+      x_BQK = fire.interpolation(
+        changed, position_BL[:, :, None], position_BL[:, None], **options
+      )
       assert (x_BQK >= 0).all() and (x_BQK <= 1).all()
 
 

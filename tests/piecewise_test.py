@@ -17,6 +17,9 @@ CASES = {
   'fire sqrt': ('fire', {'psi': 'sqrt'}),
   'fire identity, no threshold': ('fire', {'psi': 'identity', 'threshold': 0.0}),
   'fire_s': ('fire_s', {}),
+  'alibi': ('alibi', {}),
+  'kerple_log': ('kerple_log', {}),
+  'kerple_power': ('kerple_power', {}),
   't5': ('t5', {}),
   't5 bidirectional': ('t5', {'bidirectional': True}),
 }
@@ -54,7 +57,8 @@ def test_a_table_equals_the_bias_in_value_and_gradient(tile, case):
   where = tuple(np.array(list(part), np.int32)[None] for part in TILES[tile])
 
   def of_table(params):
-    return encoding.table_bias(encoding.table(params), *where, NUM_HEADS)
+    table = encoding.table(params, NUM_HEADS)
+    return piecewise.bias_of_table(table, *where, NUM_HEADS, coordinate=encoding.coordinate)
 
   def of_params(params):
     return encoding.bias(params, *where, NUM_HEADS)
@@ -80,7 +84,7 @@ def test_a_table_of_a_network_is_its_oracle_between_any_breakpoints(hidden_layer
   x_Z = np.float32(np.random.default_rng(3).uniform(0, 1, 500))
 
   table = piecewise.of_network(params, coordinate={})
-  found_ZH = piecewise.bias(x_Z[None, :, None], table)[0, :, :, 0].T
+  found_ZH = piecewise.bias(x_Z[None, None, :, None], table)[0, :, :, 0].T
 
   exact = {name: np.float64(value) for name, value in params.items()}
   for x, found_H in zip(np.float64(x_Z), found_ZH, strict=True):
@@ -93,9 +97,9 @@ def test_segments_jump_where_they_are_told_to():
   lower_Z = jnp.float32([-np.inf, 1.0, 2.0, np.inf])
   slope_ZH = jnp.float32([[1.0], [0.0], [-2.0], [9.0]])
   value_ZH = jnp.float32([[0.0], [5.0], [0.0], [9.0]])
-  x_BQK = jnp.float32([[[-1.0, 0.5, 1.0, 1.5, 2.0, 2.5]]])
+  x_B1QK = jnp.float32([[[[-1.0, 0.5, 1.0, 1.5, 2.0, 2.5]]]])
 
-  bias_BHQK = piecewise.bias(x_BQK, piecewise.Table({}, lower_Z, jnp.zeros(4), slope_ZH, value_ZH))
+  bias_BHQK = piecewise.bias(x_B1QK, piecewise.Table({}, lower_Z, jnp.zeros(4), slope_ZH, value_ZH))
 
   np.testing.assert_allclose(bias_BHQK[0, 0, 0], [-1.0, 0.5, 1.0, 5.0, 5.0, -5.0])
 
@@ -106,7 +110,7 @@ def test_only_breakpoints_within_the_tile_are_visited():
   slope_ZH = jnp.float32([[np.nan], [1.0], [2.0], [np.nan]])
 
   table = piecewise.Table({}, lower_Z, jnp.zeros(4), slope_ZH, jnp.zeros((4, 1)))
-  bias_BHQK = piecewise.bias(jnp.full((1, 2, 2), 0.4).at[0, 0, 0].set(0.6), table)
+  bias_BHQK = piecewise.bias(jnp.full((1, 1, 2, 2), 0.4).at[0, 0, 0, 0].set(0.6), table)
 
   np.testing.assert_allclose(bias_BHQK[0, 0], [[1.2, 0.4], [0.4, 0.4]])
 
@@ -118,6 +122,7 @@ def test_a_table_of_steep_steps_is_as_exact_as_the_network():
   fire, fire_params, *_ = represent.as_fire(encoding, params, num_heads=2, length=4096)
   where = np.int32([[4095]]), np.arange(4096, dtype=np.int32)[None]
 
-  found_BHQK = fire.table_bias(fire.table(fire_params), *where, 2)
+  table = fire.table(fire_params, 2)
+  found_BHQK = piecewise.bias_of_table(table, *where, 2, coordinate=fire.coordinate)
 
   np.testing.assert_allclose(found_BHQK, encoding.bias(params, *where, 2), atol=2e-4)

@@ -9,7 +9,7 @@ import oracles
 import pytest
 
 from lex_fire import encodings, errors
-from lex_fire.encodings import represent
+from lex_fire.encodings import piecewise, represent
 
 # name: (encoding, options, heads, length, tolerances)
 CASES = {
@@ -209,8 +209,9 @@ def test_the_tables_of_fused_kernels_hold_it_too(name, allowed):
   found = represent.as_fire(given, params, 3, 200)
 
   position_BL = np.arange(200, dtype=np.int32)[None]
-  table = found.encoding.table(found.params)
-  bias_BHQK = found.encoding.table_bias(table, position_BL, position_BL, 3)
+  table = found.encoding.table(found.params, 3)
+  coordinate = found.encoding.coordinate
+  bias_BHQK = piecewise.bias_of_table(table, position_BL, position_BL, 3, coordinate=coordinate)
   expected_BHQK = given.bias(params, position_BL, position_BL, 3)
   np.testing.assert_allclose(np.tril(bias_BHQK), np.tril(expected_BHQK), rtol=0, atol=allowed)
 

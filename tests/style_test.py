@@ -26,7 +26,11 @@ LATE_IMPORTS = {
 # Rooms that stand alone, and what each may import of lex_fire beside itself.
 ROOMS = {
   'lex_fire.encodings': ('lex_fire.errors',),
-  'lex_fire.kernels': ('lex_fire.errors', 'lex_fire.encodings.base'),
+  'lex_fire.kernels': (
+    'lex_fire.errors',
+    'lex_fire.encodings.base',
+    'lex_fire.encodings.piecewise',
+  ),
   'lex_fire.data': ('lex_fire.errors',),
 }
 

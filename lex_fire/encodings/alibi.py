@@ -1,10 +1,12 @@
 """ALiBi: a penalty linear in distance, one slope a head (Press et al. 2022, arXiv:2108.12409)."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lex_fire.encodings import base
+from lex_fire.encodings import base, piecewise
 
 
 def slopes(num_heads: int) -> np.ndarray:
@@ -19,18 +21,22 @@ def slopes(num_heads: int) -> np.ndarray:
   return np.concatenate([slope_H, extra_H])[:num_heads]
 
 
-def _bias(
-  params: base.Params,
-  query_position_BQ: jax.Array,
-  key_position_BK: jax.Array,
-  num_heads: int,
-) -> jax.Array:
+def _table(params: base.Params, num_heads: int) -> piecewise.Table:
   del params
-  distance_BQK = jnp.abs(base.distance(query_position_BQ, key_position_BK)).astype(jnp.float32)
-  slope_H = jnp.float32(slopes(num_heads))
-  return -slope_H[None, :, None, None] * distance_BQK[:, None]
+  return piecewise.of_line({}, -jnp.float32(slopes(num_heads)))
+
+
+def _distance(nothing: dict[str, jax.Array], i: jax.Array, j: jax.Array) -> jax.Array:
+  del nothing
+  return jnp.abs(i - j).astype(jnp.float32)
 
 
 def alibi() -> base.Encoding:
   """ALiBi: b_h(i, j) = -m_h |i - j|."""
-  return base.Encoding(name='alibi', init=base.no_parameters, bias=_bias)
+  return base.Encoding(
+    name='alibi',
+    init=base.no_parameters,
+    bias=functools.partial(piecewise.bias_of_params, table=_table, coordinate=_distance),
+    table=_table,
+    coordinate=_distance,
+  )

@@ -44,8 +44,10 @@ class Encoding(NamedTuple):
     log_decay: head_dim -> log_decay_C, static numpy float64 <= 0, nats per token, or None.
     bias: (params, query_position_BQ, key_position_BK, num_heads) -> bias_BHQK, float32 nats added
       to the scaled logits, or None. Finite, with finite gradient, for keys after the query too.
-    table: params -> a `piecewise.Table` of the same bias, computed once for many tiles, or None.
-    table_bias: as `bias`, from such a table.
+    table: (params, num_heads) -> a `piecewise.Table` of the same bias, computed once for many
+      tiles, or None.
+    coordinate: (table.coordinate, i, j) -> the x of that table for query position i and key
+      position j, float32 and elementwise: all three broadcast. None where `table` is.
     shared: whether one set of parameters serves all layers (FIRE-S, and whatever is only embedded).
     shift_invariant: whether adding one number to all positions leaves the logits as they are.
     learned: whether `params` holds anything.
@@ -61,8 +63,8 @@ class Encoding(NamedTuple):
   rotate: Callable[[Params, jax.Array, jax.Array], jax.Array] | None = None
   log_decay: Callable[[int], np.ndarray] | None = None
   bias: Callable[[Params, jax.Array, jax.Array, int], jax.Array] | None = None
-  table: Callable[[Params], Any] | None = None
-  table_bias: Callable[[Any, jax.Array, jax.Array, int], jax.Array] | None = None
+  table: Callable[[Params, int], Any] | None = None
+  coordinate: Callable[[Any, jax.Array, jax.Array], jax.Array] | None = None
   shared: bool = False
   shift_invariant: bool = True
   learned: bool = False

@@ -80,17 +80,25 @@ def _init(
 
 def interpolation(
   params: base.Params,
-  query_position_BQ: jax.Array,
-  key_position_BK: jax.Array,
+  i: jax.Array,
+  j: jax.Array,
   *,
   psi: str,
   threshold: float,
   exponent: float = 1.0,
 ) -> jax.Array:
-  """Returns x_BQK in [0, 1]: psi(|i - j|) / (psi(max(L, i, j)) + eps), float32.
+  """Returns x in [0, 1]: psi(|i - j|) / (psi(max(L, i, j)) + eps), float32, elementwise.
 
   For j <= i it is the paper's; for keys after the query, which the causal mask hides, it stays
   finite and so does its gradient. psi is increasing, so psi of a maximum is the maximum of psi.
+
+  Args:
+    params: of which c and length_multiplier are read; they broadcast with the positions.
+    i: query positions, int32.
+    j: key positions, int32; broadcasts with i.
+    psi: see `fire`.
+    threshold: likewise.
+    exponent: likewise.
   """
   c = jnp.abs(params['c']) if psi == 'log' else 1.0
   length = jnp.abs(params['length_multiplier']) * threshold if threshold > 0 else 0.0
@@ -101,9 +109,7 @@ def interpolation(
   def norm(position: jax.Array) -> jax.Array:
     return transform(jnp.maximum(position.astype(jnp.float32), length)) + EPSILON
 
-  distance_BQK = jnp.abs(base.distance(query_position_BQ, key_position_BK)).astype(jnp.float32)
-  norm_BQ, norm_BK = norm(query_position_BQ), norm(key_position_BK)
-  return transform(distance_BQK) / jnp.maximum(norm_BQ[:, :, None], norm_BK[:, None, :])
+  return transform(jnp.abs(i - j).astype(jnp.float32)) / jnp.maximum(norm(i), norm(j))
 
 
 def mlp(params: base.Params, x_BQK: jax.Array) -> jax.Array:
@@ -135,7 +141,8 @@ def _bias(
   **options: Any,
 ) -> jax.Array:
   del num_heads
-  return mlp(params, interpolation(params, query_position_BQ, key_position_BK, **options))
+  i_BQ1, j_B1K = query_position_BQ[:, :, None], key_position_BK[:, None, :]
+  return mlp(params, interpolation(params, i_BQ1, j_B1K, **options))
 
 
 def _num_segments(hidden_layers: int, width: int) -> int:
@@ -143,21 +150,10 @@ def _num_segments(hidden_layers: int, width: int) -> int:
   return (width + 1) ** hidden_layers
 
 
-def _table(params: base.Params) -> piecewise.Table:
-  coordinate = {name: params[name] for name in ('c', 'length_multiplier') if name in params}
-  return piecewise.of_network(params, coordinate)
-
-
-def _table_bias(
-  table: piecewise.Table,
-  query_position_BQ: jax.Array,
-  key_position_BK: jax.Array,
-  num_heads: int,
-  **options: Any,
-) -> jax.Array:
+def _table(params: base.Params, num_heads: int) -> piecewise.Table:
   del num_heads
-  x_BQK = interpolation(table.coordinate, query_position_BQ, key_position_BK, **options)
-  return piecewise.bias(x_BQK, table)
+  coordinate = {name: params[name][None] for name in ('c', 'length_multiplier') if name in params}
+  return piecewise.of_network(params, coordinate)
 
 
 def fire(
@@ -210,7 +206,7 @@ def fire(
     ),
     bias=functools.partial(_bias, **coordinate),
     table=_table if _num_segments(hidden_layers, width) <= MOST_SEGMENTS else None,
-    table_bias=functools.partial(_table_bias, **coordinate),
+    coordinate=functools.partial(interpolation, **coordinate),
     shared=shared,
     shift_invariant=False,
     learned=True,

@@ -11,12 +11,14 @@ its mirror image inside. Its gradient is as alive, and leads back as soon as it 
 """
 
 import functools
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 
-from lex_fire.encodings import base
+from lex_fire.encodings import base, piecewise
 
+Numbers = Callable[[base.Params], tuple[jax.Array, jax.Array]]  # params -> r1_H, r2_H
 LEAST, GREATEST_POWER = 1e-2, 2.0  # the bounds of the authors' program
 
 
@@ -60,58 +62,51 @@ def power_numbers(params: base.Params) -> tuple[jax.Array, jax.Array]:
   return _mirrored_up(params['r1_H']), _mirrored_between(params['r2_H'])
 
 
-def _distance_B1QK(query_position_BQ: jax.Array, key_position_BK: jax.Array) -> jax.Array:
-  distance_BQK = jnp.abs(base.distance(query_position_BQ, key_position_BK))
-  return distance_BQK.astype(jnp.float32)[:, None]
+def _log_coordinate(coordinate: dict[str, jax.Array], i: jax.Array, j: jax.Array) -> jax.Array:
+  """Returns log(1 + r2 |i - j|)."""
+  return jnp.log1p(coordinate['r2_H'] * jnp.abs(i - j).astype(jnp.float32))
 
 
-def _per_head(number_H: jax.Array) -> jax.Array:
-  return number_H[None, :, None, None]
-
-
-def _log_bias(
-  params: base.Params,
-  query_position_BQ: jax.Array,
-  key_position_BK: jax.Array,
-  num_heads: int,
-) -> jax.Array:
-  del num_heads
-  r1_H, r2_H = log_numbers(params)
-  distance_B1QK = _distance_B1QK(query_position_BQ, key_position_BK)
-  return -_per_head(r1_H) * jnp.log1p(_per_head(r2_H) * distance_B1QK)
-
-
-def _power_bias(
-  params: base.Params,
-  query_position_BQ: jax.Array,
-  key_position_BK: jax.Array,
-  num_heads: int,
-) -> jax.Array:
-  del num_heads
-  r1_H, r2_H = power_numbers(params)
-  distance_B1QK = _distance_B1QK(query_position_BQ, key_position_BK)
+def _power_coordinate(coordinate: dict[str, jax.Array], i: jax.Array, j: jax.Array) -> jax.Array:
+  """Returns |i - j|^r2."""
+  distance = jnp.abs(i - j).astype(jnp.float32)
   # One logarithm for all heads: on CPU nine times faster than a power, within 2e-6 of it. At
   # distance 0 both the value and the gradient d^r2 log d are to be 0, so it takes no logarithm.
-  log_B1QK = jnp.log(jnp.maximum(distance_B1QK, 1.0))
-  power_BHQK = jnp.where(distance_B1QK > 0, jnp.exp(_per_head(r2_H) * log_B1QK), 0.0)
-  return -_per_head(r1_H) * power_BHQK
+  log = jnp.log(jnp.maximum(distance, 1.0))
+  return jnp.where(distance > 0, jnp.exp(coordinate['r2_H'] * log), 0.0)
 
 
-def kerple_log() -> base.Encoding:
-  """Kerple's logarithmic kernel: b_h(i, j) = -r1_h log(1 + r2_h |i - j|)."""
+def _table(params: base.Params, num_heads: int, *, numbers: Numbers) -> piecewise.Table:
+  del num_heads
+  r1_H, r2_H = numbers(params)
+  return piecewise.of_line({'r2_H': r2_H}, -r1_H)
+
+
+def _kerple(
+  name: str,
+  numbers: Numbers,
+  coordinate: Callable[..., jax.Array],
+  greatest_r1: float,
+  greatest_r2: float,
+) -> base.Encoding:
+  table = functools.partial(_table, numbers=numbers)
   return base.Encoding(
-    name='kerple_log',
-    init=functools.partial(_init, greatest_r1=2.0, greatest_r2=1.0),
-    bias=_log_bias,
+    name=name,
+    init=functools.partial(_init, greatest_r1=greatest_r1, greatest_r2=greatest_r2),
+    bias=functools.partial(piecewise.bias_of_params, table=table, coordinate=coordinate),
+    table=table,
+    coordinate=coordinate,
     learned=True,
   )
 
 
+def kerple_log() -> base.Encoding:
+  """Kerple's logarithmic kernel: b_h(i, j) = -r1_h log(1 + r2_h |i - j|)."""
+  return _kerple('kerple_log', log_numbers, _log_coordinate, greatest_r1=2.0, greatest_r2=1.0)
+
+
 def kerple_power() -> base.Encoding:
   """Kerple's power kernel: b_h(i, j) = -r1_h |i - j|^r2_h, 0 < r2_h <= 2."""
-  return base.Encoding(
-    name='kerple_power',
-    init=functools.partial(_init, greatest_r1=1.0, greatest_r2=GREATEST_POWER),
-    bias=_power_bias,
-    learned=True,
+  return _kerple(
+    'kerple_power', power_numbers, _power_coordinate, greatest_r1=1.0, greatest_r2=GREATEST_POWER
   )

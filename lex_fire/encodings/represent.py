@@ -224,7 +224,9 @@ def _x(options: dict[str, Any], last: int) -> np.ndarray:
   """Returns FIRE's x_Z at distances 0 to `last`, rounded as FIRE rounds it."""
   how: dict[str, Any] = {name: value for name, value in options.items() if name != 'c'}
   position_BK = jnp.int32(np.arange(last, -1, -1))[None]
-  x_BQK = fire.interpolation(_scalars(options), position_BK[:, :1], position_BK, **how)
+  x_BQK = fire.interpolation(
+    _scalars(options), position_BK[:, :1, None], position_BK[:, None], **how
+  )
   return np.asarray(x_BQK[0, 0], np.float64)
 
 

@@ -58,9 +58,15 @@ def _bias(
 
 
 def _table(
-  params: base.Params, *, num_buckets: int, max_distance: int, bidirectional: bool
+  params: base.Params,
+  num_heads: int,
+  *,
+  num_buckets: int,
+  max_distance: int,
+  bidirectional: bool,
 ) -> piecewise.Table:
   """Returns a bucket as a segment of slope 0 over distances, which lie between its ends."""
+  del num_heads
   bucket_Z = buckets(num_buckets, max_distance, bidirectional)
   start_Z = np.append(0, 1 + np.flatnonzero(np.diff(bucket_Z)))
   lower_Z = start_Z - 0.5 - (max_distance if bidirectional else 0)
@@ -75,19 +81,12 @@ def _table(
   )
 
 
-def _table_bias(
-  table: piecewise.Table,
-  query_position_BQ: jax.Array,
-  key_position_BK: jax.Array,
-  num_heads: int,
-  *,
-  max_distance: int,
+def _coordinate(
+  nothing: dict[str, jax.Array], i: jax.Array, j: jax.Array, *, max_distance: int
 ) -> jax.Array:
-  del num_heads
-  # Clipped, so that a distance is exact in float32; no bucket begins past it.
-  distance_BQK = base.distance(query_position_BQ, key_position_BK)
-  x_BQK = jnp.clip(distance_BQK, -max_distance, max_distance).astype(jnp.float32)
-  return piecewise.bias(x_BQK, table)
+  """Returns i - j, clipped, so that it is exact in float32; no bucket begins past it."""
+  del nothing
+  return jnp.clip(i - j, -max_distance, max_distance).astype(jnp.float32)
 
 
 def t5(
@@ -121,7 +120,7 @@ def t5(
     table=functools.partial(
       _table, num_buckets=num_buckets, max_distance=max_distance, bidirectional=bidirectional
     ),
-    table_bias=functools.partial(_table_bias, max_distance=max_distance),
+    coordinate=functools.partial(_coordinate, max_distance=max_distance),
     learned=True,
     bidirectional=bidirectional,
   )

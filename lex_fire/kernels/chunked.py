@@ -5,11 +5,13 @@ over any encoding: a tile's logits are recomputed and differentiated by `jax.vjp
 of a learned bias is summed over tiles, in a fixed order, and no [Q, K] array ever exists.
 """
 
+import functools
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
+from lex_fire.encodings import piecewise
 from lex_fire.kernels import decay, tile
 from lex_fire.kernels import mask as mask_lib
 
@@ -43,7 +45,9 @@ def attention(
     causal=mask.causal,
   )
   if encoding.table is not None:
-    params, encoding = encoding.table(params), encoding._replace(bias=encoding.table_bias)
+    params = encoding.table(params, query_BQHC.shape[2])
+    bias = functools.partial(piecewise.bias_of_table, coordinate=encoding.coordinate)
+    encoding = encoding._replace(bias=bias)
   if encoding.log_decay is not None:
     block = min(block, max(1, decay.widest(encoding.log_decay(query_BQHC.shape[3]))))
   num_queries, num_keys = query_BQHC.shape[1], key_BKGC.shape[1]
