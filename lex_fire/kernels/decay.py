@@ -29,9 +29,14 @@ def widest(log_decay_C: np.ndarray) -> int:
   return int(min(2 * MAX_LOG_FACTOR / max(-log_decay_C.min(), 1e-9), 2**30))
 
 
+def stretch_of(log_decay_C: np.ndarray) -> int:
+  """Returns the length of a stretch [tokens]."""
+  return max(widest(log_decay_C) // 2, 1)
+
+
 def middle_of_stretch(position_BL: jax.Array, log_decay_C: np.ndarray) -> jax.Array:
   """Returns, for each position, the middle of its stretch, int32."""
-  stretch = max(widest(log_decay_C) // 2, 1)
+  stretch = stretch_of(log_decay_C)
   return position_BL // stretch * stretch + stretch // 2
 
 

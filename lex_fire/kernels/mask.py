@@ -1,6 +1,7 @@
 """Which keys a query may see, as one small static value that every implementation reads."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -50,13 +51,22 @@ class Mask:
 
   def visible(self, query_position_BQ: jax.Array, key_position_BK: jax.Array) -> jax.Array:
     """Returns visible_BQK, boolean, from positions alone (B may be 1)."""
-    i_BQ1, j_B1K = query_position_BQ[:, :, None], key_position_BK[:, None, :]
-    visible_BQK = j_B1K <= i_BQ1 if self.causal else jnp.ones_like(j_B1K <= i_BQ1)
+    i_BQ1 = query_position_BQ[:, :, None]
+    j_BQK = jnp.broadcast_arrays(key_position_BK[:, None, :], i_BQ1)[0]
+    return _within(j_BQK, self.first(i_BQ1), self.last(i_BQ1))
+
+  def first(self, position: jax.Array) -> jax.Array | None:
+    """Returns the first position that a query may see, elementwise; None: no bound."""
+    firsts = []
     if self.block is not None:
-      visible_BQK &= i_BQ1 // self.block - j_B1K // self.block <= 1
+      firsts.append((position // self.block - 1) * self.block)
     if self.window is not None:
-      visible_BQK &= i_BQ1 - j_B1K < self.window
-    return visible_BQK
+      firsts.append(position - self.window + 1)
+    return functools.reduce(jnp.maximum, firsts) if firsts else None
+
+  def last(self, position: jax.Array) -> jax.Array | None:
+    """Returns the last position that a query may see, elementwise; None: no bound."""
+    return position if self.causal else None
 
   def may_see(self, query_low, query_high, key_low, key_high) -> jax.Array:
     """Returns whether any query in a range of positions may see any key in another: a tile's test.
@@ -68,14 +78,20 @@ class Mask:
       key_high: likewise.
 
     Returns:
-      A boolean of that shape. False only if `visible` is False for every pair in the ranges.
+      A boolean of that shape. False only if the mask hides every pair in the ranges.
     """
-    seen = key_low <= query_high if self.causal else jnp.ones_like(key_low <= query_high)
-    if self.block is not None:
-      seen &= query_low // self.block - key_high // self.block <= 1
-    if self.window is not None:
-      seen &= query_low - key_high < self.window
-    return seen
+    seen = _within(key_low, None, self.last(query_high))
+    return seen & _within(key_high, self.first(query_low), None)
+
+
+def _within(position, first, last):
+  """Returns whether a position lies between bounds, inclusive; None is no bound."""
+  inside = jnp.ones_like(position, bool)
+  if first is not None:
+    inside &= first <= position
+  if last is not None:
+    inside &= position <= last
+  return inside
 
 
 def parse(name: str, train_length: int) -> Mask:

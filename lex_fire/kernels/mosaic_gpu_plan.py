@@ -1,0 +1,155 @@
+"""What the tiles of the Mosaic GPU kernels need to know, prepared before they run."""
+
+# Not strict, as its neighbours are.
+# pyright: basic
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from lex_fire.encodings import piecewise
+from lex_fire.kernels import mask as mask_lib
+from lex_fire.kernels import mosaic_gpu_tile as tile_lib
+from lex_fire.kernels import plan as plan_lib
+
+_PAD_QUERY, _PAD_KEY = -1, -2  # segments of padding: equal to no segment, nor to each other
+_LEAST, _LARGEST = np.iinfo(np.int32).min, np.iinfo(np.int32).max
+
+
+class Table(NamedTuple):
+  """A `piecewise.Table` as kernels read it: one array a kind of number, a head's together.
+
+  Attributes:
+    line_HZ4: lower end, anchor, slope and value of each segment, the last two in bits; one more
+      than there are ends the last.
+    number_HN: the parameters of the coordinate, N of them.
+  """
+
+  line_HZ4: jax.Array
+  number_HN: jax.Array
+
+
+class Tiles(NamedTuple):
+  """What to do in a grid of tiles; B may be 1.
+
+  Attributes:
+    code_BIJ: of each tile; see `mosaic_gpu_tile`.
+    range_BI2: of the columns that a pair of rows I visits, the first and how many there are from it
+      to the last.
+  """
+
+  code_BIJ: jax.Array
+  range_BI2: jax.Array
+
+
+def table(table: piecewise.Table, num_heads: int) -> Table:
+  """Returns the table of all heads; ends and anchors have no gradient."""
+  slope_HZ = table.slope_ZH.T
+  zero_Z = jnp.zeros(slope_HZ.shape[1])
+  lower_Z = zero_Z - jnp.inf if table.lower_Z is None else table.lower_Z
+  anchor_Z = zero_Z if table.anchor_Z is None else table.anchor_Z
+  value_HZ = jnp.zeros_like(slope_HZ) if table.value_ZH is None else table.value_ZH.T
+  shared = (jnp.broadcast_to(x_Z[None], slope_HZ.shape) for x_Z in (lower_Z, anchor_Z))
+  bits = (tile_lib.LOG2E * x_HZ for x_HZ in (slope_HZ, value_HZ))
+  line_HZ4 = jnp.stack([*map(jax.lax.stop_gradient, shared), *bits], axis=2)
+  end_H14 = jnp.broadcast_to(jnp.array([jnp.inf, 0, 0, 0])[None, None], (num_heads, 1, 4))
+  numbers = [jnp.broadcast_to(x_H, num_heads) for x_H in jax.tree.leaves(table.coordinate)]
+  return Table(
+    line_HZ4=jnp.concatenate([line_HZ4, end_H14], axis=1),
+    number_HN=jnp.stack(numbers or [jnp.zeros(num_heads)], axis=1),
+  )
+
+
+def query_numbers(
+  mask: mask_lib.Mask, position_BQ: jax.Array, segment_BQ: jax.Array | None, padding: int
+) -> jax.Array:
+  """Returns number_B4Q, int32: position, segment, first and last visible position of queries."""
+  first_BQ, last_BQ = mask.first(position_BQ), mask.last(position_BQ)
+  rows = (
+    position_BQ,
+    _or(segment_BQ, 0, position_BQ),
+    _or(first_BQ, _LEAST, position_BQ),
+    _or(last_BQ, _LARGEST, position_BQ),
+  )
+  return _stacked(rows, padding, _PAD_QUERY)
+
+
+def key_numbers(
+  position_BK: jax.Array, segment_BK: jax.Array | None, padding: int
+) -> jax.Array:
+  """Returns number_B2K, int32: position and segment of keys."""
+  return _stacked((position_BK, _or(segment_BK, 0, position_BK)), padding, _PAD_KEY)
+
+
+def _or(number_BL, default, like_BL):
+  return jnp.full_like(like_BL, default) if number_BL is None else number_BL
+
+
+def _stacked(rows, padding, pad_segment):
+  """Stacks arrays _BL, padded by their last, so that no block spans more; segments by their own."""
+  rows = [jnp.asarray(row_BL, jnp.int32) for row_BL in rows]
+  batch = max(len(row_BL) for row_BL in rows)
+  rows = [jnp.broadcast_to(row_BL, (batch, row_BL.shape[1])) for row_BL in rows]
+  number_BNL = jnp.pad(jnp.stack(rows, axis=1), [(0, 0), (0, 0), (0, padding)], mode='edge')
+  length = number_BNL.shape[2] - padding
+  return number_BNL.at[:, tile_lib.SEGMENT, length:].set(pad_segment)
+
+
+def codes(
+  query_B4Q: jax.Array,
+  key_B2K: jax.Array,
+  table: piecewise.Table | None,
+  coordinate: Any,
+  blocks: tuple[int, int],
+) -> jax.Array:
+  """Returns code_BIJ of blocks of queries and of keys."""
+  queries, keys = _bounds(query_B4Q, blocks[0]), _bounds(key_B2K, blocks[1])
+
+  def of_queries(which):
+    return queries.low_I[:, which, :, None], queries.high_I[:, which, :, None]
+
+  def of_keys(which):
+    return keys.low_I[:, which, None], keys.high_I[:, which, None]
+
+  (key_low, key_high), (first_low, first_high) = of_keys(tile_lib.POSITION), of_queries(tile_lib.FIRST)
+  last_low, last_high = of_queries(tile_lib.LAST)
+  (of_query, to_query), (of_key, to_key) = of_queries(tile_lib.SEGMENT), of_keys(tile_lib.SEGMENT)
+  visit = (first_low <= key_high) & (key_low <= last_high) & (of_query <= to_key) & (of_key <= to_query)
+  whole = (first_high <= key_low) & (key_high <= last_low)
+  whole &= (of_query == to_key) & (of_key == to_query) & (of_query == to_query)
+  code_BIJ = tile_lib.VISIT * visit + tile_lib.WHOLE * whole
+  if table is None or table.lower_Z is None:
+    return jnp.where(visit, code_BIJ, 0)
+  rows = jnp.arange(code_BIJ.shape[0])
+
+  def segments(row):
+    def position(bounds):
+      low, high = (x[row % len(x), tile_lib.POSITION] for x in bounds)
+      return plan_lib.Bounds(low, high)
+
+    return plan_lib.segments(table, coordinate, position(queries), position(keys))
+
+  low_BIJ, high_BIJ = jax.lax.map(segments, rows)
+  code_BIJ += low_BIJ << tile_lib.FIRST_SHIFT
+  code_BIJ += (high_BIJ - 1 - low_BIJ) << tile_lib.MORE_SHIFT
+  return jnp.where(visit, code_BIJ, 0)
+
+
+def _bounds(number_BNL, block):
+  """Returns the bounds [B, N, I] of the numbers of each block."""
+  number_BNIL = number_BNL.reshape(*number_BNL.shape[:2], -1, block)
+  return plan_lib.Bounds(number_BNIL.min(axis=3), number_BNIL.max(axis=3))
+
+
+def tiles(code_BIJ: jax.Array, together: int) -> Tiles:
+  """Returns the tiles, of which some rows I together walk one range of columns."""
+  visit_BIJ = (code_BIJ & tile_lib.VISIT) != 0
+  batch, rows, columns = code_BIJ.shape
+  visit_BIJ = visit_BIJ.reshape(batch, rows // together, together, columns).any(axis=2)
+  column_J = jnp.arange(columns)
+  first_BI = jnp.where(visit_BIJ, column_J[None, None], columns).min(axis=2)
+  last_BI = jnp.where(visit_BIJ, column_J[None, None], -1).max(axis=2)
+  count_BI = jnp.maximum(last_BI + 1 - first_BI, 0)
+  return Tiles(code_BIJ, jnp.stack([first_BI, count_BI], axis=2).astype(jnp.int32))
