@@ -1,4 +1,5 @@
 # Two commands: `make quickstart` trains, evaluates and plots; `make test` lints, checks types and tests.
+# A third, `make test-tpu`, compiles the kernels for TPUs, in an environment of its own, without one.
 # Both make .venv from PYTHON (3.11 or newer) first; another PYTHON makes it anew.
 
 PYTHON ?= python3
@@ -7,7 +8,7 @@ VERSION := $(shell $(PYTHON) -c 'import sys; print("%d.%d" % sys.version_info[:2
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet
 
-.PHONY: quickstart test clean
+.PHONY: quickstart test test-tpu clean
 .DELETE_ON_ERROR:
 
 quickstart: .venv/installed-$(VERSION)
@@ -27,6 +28,16 @@ test: .venv/tested-$(VERSION)
 	$(BIN)/pyright --pythonpath $(BIN)/python
 	$(BIN)/python -m pytest -q --durations=10
 
+# Of the files that it imports, none needs what requirements.txt has besides.
+test-tpu: .venv-tpu/installed-$(VERSION)
+	JAX_PLATFORMS=cpu .venv-tpu/bin/python -m pytest -q tests/compile_tpu_test.py
+
+.venv-tpu/installed-$(VERSION): requirements-tpu.txt
+	$(PYTHON) -m venv --clear .venv-tpu
+	@echo 'installing the compiler for TPU into .venv-tpu (a minute)'
+	@.venv-tpu/bin/python -m pip --disable-pip-version-check install --quiet -r requirements-tpu.txt
+	@touch $@
+
 .venv/installed-$(VERSION): requirements.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
 	  echo 'error: $(PYTHON) is Python $(VERSION); use 3.11 or newer: make PYTHON=python3.12' >&2; exit 2; }
@@ -41,4 +52,4 @@ test: .venv/tested-$(VERSION)
 	@touch $@
 
 clean:
-	rm -rf .venv runs
+	rm -rf .venv .venv-tpu runs

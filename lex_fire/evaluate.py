@@ -17,7 +17,7 @@ import jax
 import numpy as np
 from absl import flags
 
-from lex_fire import checkpoint, cli, comparison, loss, plot, sharding
+from lex_fire import checkpoint, cli, comparison, kernels, loss, plot, sharding
 from lex_fire import config as config_lib
 from lex_fire import report as report_lib
 from lex_fire.data import draws, masking, positions, protocols, tasks
@@ -71,6 +71,7 @@ def evaluate(
         'checkpoint_step': step,
         **of_case(config, case),
         **common,
+        'implementations': {length: _choice(case, length)._asdict() for length in scored},
       }
       told = functools.partial(progress, f'{report_lib.series(report)} {case.mask_name}')
       losses = {
@@ -91,6 +92,14 @@ def of_case(config: config_lib.Config, case: comparison.Case) -> report_lib.Repo
     'mask_fields': dataclasses.asdict(case.mask),
     'attention': case.transformer.config.attention,
   }
+
+
+def _choice(case, length):
+  """Returns by what implementation a case is evaluated at a length, and why."""
+  transformer = case.transformer
+  return kernels.choose(
+    transformer.config.attention, transformer.encoding, case.mask, length, length
+  )
 
 
 def of_config(config: config_lib.Config) -> report_lib.Report:
@@ -224,6 +233,9 @@ def main() -> None:
   for workdir, run in zip(what.workdirs, what.runs, strict=True):
     reports += evaluate(workdir, what.request, what.progress, run)
   paths = write(reports, what.directory, what.name)
+  for length in what.request.lengths:
+    chosen = {'{implementation}, {reason}'.format(**r['implementations'][length]) for r in reports}
+    print(f'attention at {length}: {"; ".join(sorted(chosen))}')
   last = reports[0]['lengths'][-1]
   tokens = f'{last["tokens"]:,} tokens of {last["documents"]} documents'
   print(f'\n{report_lib.unit(reports[0])} by length ({what.request.protocol}, {tokens})')

@@ -91,6 +91,33 @@ def of_tree(tree, mesh: Mesh):
   return jax.tree_util.tree_map_with_path(of_leaf, tree)
 
 
+def split_rows(function, whole, arrays: dict[str, jax.Array | None]) -> jax.Array:
+  """Runs a function on each device's own rows, on the mesh of `jax.set_mesh`, if any.
+
+  For what the compiler cannot divide by itself, as kernels. The gradient of `whole` is summed over
+  devices.
+
+  Args:
+    function: (whole, **arrays) -> an array that lies as the first of the arrays does.
+    whole: a pytree that each device has in full.
+    arrays: by name, with their shapes as suffix; None stays None.
+  """
+  mesh = jax.sharding.get_abstract_mesh()
+  if mesh.empty or math.prod(mesh.shape.values()) == 1:
+    return function(whole, **arrays)
+  specs = {
+    name: None if array is None else spec(suffix(name), array.shape, dict(mesh.shape), name)
+    for name, array in arrays.items()
+  }
+  split = jax.shard_map(
+    lambda whole, arrays: function(whole, **arrays),
+    in_specs=(PartitionSpec(), specs),
+    out_specs=next(iter(specs.values())),
+    check_vma=False,  # kernels do not say over what they vary
+  )
+  return split(whole, arrays)
+
+
 def constrain(array: jax.Array, letters: str) -> jax.Array:
   """Asks the compiler to lay an activation out by RULES on the mesh of `jax.set_mesh`, if any."""
   mesh = jax.sharding.get_abstract_mesh()

@@ -12,15 +12,20 @@ import pytest
 
 from lex_fire import encodings, errors, kernels
 from lex_fire.encodings import base
-from lex_fire.kernels import chunked, decay
+from lex_fire.kernels import chunked, decay, mosaic_tpu
 from lex_fire.kernels import mask as mask_lib
 
 BLOCK = 16
-# The registry's implementations, with tiles small enough that a short row has several.
+# The registry's implementations, with tiles small enough that a short row has several; kernels of
+# another platform are interpreted.
+OPTIONS = {'block': BLOCK, 'interpret': True}
 IMPLEMENTATIONS = {
-  name: functools.partial(function, block=BLOCK)
-  if 'block' in inspect.signature(function).parameters
-  else function
+  name: functools.partial(
+    function,
+    **{
+      key: value for key, value in OPTIONS.items() if key in inspect.signature(function).parameters
+    },
+  )
   for name, function in kernels.IMPLEMENTATIONS.items()
 }
 MASKS = {
@@ -62,6 +67,40 @@ def distinct_cases():
 CASES = distinct_cases()
 every_case = pytest.mark.parametrize('case', CASES)
 every_implementation = pytest.mark.parametrize('implementation', IMPLEMENTATIONS)
+
+
+def is_able(implementation, case, mask):
+  encoding = encodings.get(CASES[case][0])
+  why_not = {'mosaic_tpu': mosaic_tpu.why_not}.get(implementation, lambda *_: None)
+  return why_not(encoding, kernels.Mask(**MASKS[mask])) is None
+
+
+def cells():
+  """Yields (implementation, mask, case): all, but of a kernel that is interpreted, which is slow,
+  each case under one mask in turn, and FIRE under each.
+  """
+  for implementation in IMPLEMENTATIONS:
+    for mask_index, mask in enumerate(MASKS):
+      for case_index, case in enumerate(CASES):
+        few = implementation in kernels.PLATFORM
+        in_turn = (case_index + mask_index) % len(MASKS) == 0 or CASES[case] == ('fire', {})
+        if (in_turn or not few) and is_able(implementation, case, mask):
+          yield implementation, mask, case
+
+
+CELLS = list(cells())
+every_implementation_here = pytest.mark.parametrize(
+  'implementation', [name for name in IMPLEMENTATIONS if name not in kernels.PLATFORM]
+)
+every_pair = pytest.mark.parametrize(
+  ('implementation', 'case'),
+  [
+    (i, c)
+    for i in IMPLEMENTATIONS
+    for c in CASES
+    if i not in kernels.PLATFORM or CASES[c] == ('fire', {})
+  ],
+)
 
 
 def make(case, num_heads=NUM_HEADS, head_dim=HEAD_DIM, **more):
@@ -163,9 +202,7 @@ def assert_gradients_agree(found, expected):
 # The matrix
 
 
-@every_case
-@pytest.mark.parametrize('mask', MASKS)
-@every_implementation
+@pytest.mark.parametrize(('implementation', 'mask', 'case'), CELLS)
 def test_attention_equals_the_oracle(implementation, mask, case):
   out_BQHC, _ = matrix_entry(implementation, case, mask)
 
@@ -179,9 +216,9 @@ def test_attention_equals_the_oracle(implementation, mask, case):
     assert error < oracles.TOLERANCE['float32'], layout
 
 
-@every_case
-@pytest.mark.parametrize('mask', MASKS)
-@pytest.mark.parametrize('implementation', set(IMPLEMENTATIONS) - {'reference'})
+@pytest.mark.parametrize(
+  ('implementation', 'mask', 'case'), [cell for cell in CELLS if cell[0] != 'reference']
+)
 def test_gradients_equal_the_references(implementation, mask, case):
   _, found = matrix_entry(implementation, case, mask)
   _, expected = matrix_entry('reference', case, mask)
@@ -231,8 +268,7 @@ def test_reference_gradients_are_the_oracles_central_differences(mask, case):
 
 
 @every_implementation
-@pytest.mark.parametrize('num_kv_heads', [1, 4])
-@pytest.mark.parametrize('length', [48, 37, 9])
+@pytest.mark.parametrize(('length', 'num_kv_heads'), [(48, 4), (37, 1), (9, 2)])
 def test_rows_without_segments_equal_the_oracle(length, num_kv_heads, implementation):
   """48 fills its tiles, 37 does not, 9 is shorter than one; a leading 1 shares the positions."""
   encoding, params = make('fire 2 layers')
@@ -254,7 +290,7 @@ def test_rows_without_segments_equal_the_oracle(length, num_kv_heads, implementa
 
 
 @every_case
-@every_implementation
+@every_implementation_here
 def test_a_few_late_queries_over_many_keys_equal_the_rows_of_the_whole(implementation, case):
   encoding, params = make(case)
   query_BQHC, key_BKGC, value_BKGC = arrays = inputs(1, LENGTH, LENGTH)
@@ -274,7 +310,7 @@ def test_a_few_late_queries_over_many_keys_equal_the_rows_of_the_whole(implement
 
 
 @every_case
-@every_implementation
+@every_implementation_here
 def test_outputs_of_a_prefix_do_not_change_when_the_sequence_grows(implementation, case):
   encoding, params = make(case)
   arrays = inputs(1, LENGTH, LENGTH)
@@ -288,8 +324,23 @@ def test_outputs_of_a_prefix_do_not_change_when_the_sequence_grows(implementatio
   np.testing.assert_allclose(prefix_BQHC, whole_BQHC[:, :33], rtol=1e-5, atol=2e-6)
 
 
-@every_case
-@every_implementation
+@pytest.mark.parametrize('implementation', kernels.PLATFORM)
+def test_a_kernel_of_another_platform_has_the_late_rows_of_the_whole(implementation):
+  """With gradients, of other numbers of queries than of keys, neither a whole number of tiles."""
+  encoding, params = make('fire 2 layers')
+  query_BQHC, key_BKGC, value_BKGC = inputs(1, LENGTH, LENGTH)
+  position_BL = np.arange(LENGTH, dtype=np.int32)[None]
+  late = (query_BQHC[:, 31:], key_BKGC, value_BKGC), position_BL[:, 31:], position_BL
+
+  found, expected = (
+    out_and_gradients(name, encoding, params, *late) for name in (implementation, 'reference')
+  )
+
+  np.testing.assert_allclose(found[0], expected[0], atol=oracles.TOLERANCE['float32'])
+  assert_gradients_agree(found[1], expected[1])
+
+
+@every_pair
 def test_a_query_that_sees_nothing_gives_zeros_and_has_no_gradient(implementation, case):
   encoding, params = make(case)
   arrays = inputs(1, LENGTH, LENGTH)
@@ -314,8 +365,7 @@ def test_a_query_that_sees_nothing_gives_zeros_and_has_no_gradient(implementatio
     assert np.isfinite(leaf).all()
 
 
-@every_case
-@every_implementation
+@every_pair
 def test_bfloat16_stays_bfloat16_and_near_the_oracle(implementation, case):
   encoding, params = make(case)
   arrays = [x.astype(jnp.bfloat16) for x in inputs(len(LAYOUTS), LENGTH, LENGTH)]
@@ -387,8 +437,10 @@ LONG_ROWS = {
 
 
 @pytest.mark.parametrize('row', LONG_ROWS)
-@pytest.mark.parametrize('mask', ['causal', 'bidirectional'])
-@pytest.mark.parametrize('implementation', TILED)
+@pytest.mark.parametrize(
+  ('implementation', 'mask'),
+  [(i, m) for i in TILED for m in ('causal', 'bidirectional') if is_able(i, 'xpos', m)],
+)
 def test_xpos_equals_the_oracle_at_a_million_positions(implementation, mask, row):
   encoding, params = make('xpos')
   arrays = inputs(1, 48, 48)
@@ -401,11 +453,24 @@ def test_xpos_equals_the_oracle_at_a_million_positions(implementation, mask, row
   visible_BQK = oracles.visible_pairs(
     position_BL, position_BL, segment_BL, segment_BL, **MASKS[mask]
   )
-  logits_BHQK = oracles.logits('xpos', {}, *arrays[:2], position_BL, position_BL, visible_BQK)
-  expected_BQHC = oracles.attention(logits_BHQK, visible_BQK, arrays[2])
-  np.testing.assert_allclose(out_BQHC, expected_BQHC, atol=1e-4)
-  for leaf in jax.tree.leaves(gradients):
-    assert np.isfinite(leaf).all()
+
+  def oracle(tree):
+    logits_BHQK = oracles.logits(
+      'xpos', {}, tree['query'], tree['key'], position_BL, position_BL, visible_BQK
+    )
+    return oracles.attention(logits_BHQK, visible_BQK, tree['value'])
+
+  exact = {name: np.float64(x) for name, x in zip(('query', 'key', 'value'), arrays, strict=True)}
+  np.testing.assert_allclose(out_BQHC, oracle(exact), atol=1e-4)
+  rng = np.random.default_rng(9)  # whose first numbers are the functional of `out_and_gradients`
+  probe_BQHC = rng.normal(size=out_BQHC.shape).astype(np.float32)
+  for name, gradient in zip(exact, gradients[1], strict=True):
+    direction = {other: np.zeros_like(x) for other, x in exact.items()}
+    direction[name] = rng.normal(size=gradient.shape)
+    expected = oracles.slope(lambda tree: (oracle(tree) * probe_BQHC).sum(), exact, direction)
+    found = (np.float64(gradient) * direction[name]).sum()
+    tolerance = oracles.TOLERANCE['difference']
+    assert found == pytest.approx(expected, rel=tolerance, abs=tolerance), name
 
 
 # Masks
@@ -509,7 +574,7 @@ def test_hidden_tiles_cost_nothing_forward_or_backward():
 # Memory
 
 
-@pytest.mark.parametrize('implementation', TILED)
+@pytest.mark.parametrize('implementation', [name for name in TILED if name not in kernels.PLATFORM])
 def test_memory_grows_linearly_with_length(implementation):
   """Forward and backward under FIRE; a dense pass takes 16 times as much at 4 times the length."""
   encoding, params = make('fire 2 layers')
@@ -563,23 +628,73 @@ def attend_by_name(
   )
 
 
-@pytest.mark.parametrize('implementation', ['auto', *kernels.IMPLEMENTATIONS])
+HERE = [name for name in kernels.IMPLEMENTATIONS if name not in kernels.PLATFORM]
+
+
+@pytest.mark.parametrize('implementation', ['auto', *HERE])
 def test_every_implementation_is_reached_by_name(implementation):
   np.testing.assert_allclose(attend_by_name(implementation), 1.0, rtol=1e-6)
+
+
+@pytest.mark.parametrize(('implementation', 'platform'), kernels.PLATFORM.items())
+def test_a_kernel_of_another_platform_is_refused(implementation, platform):
+  message = f"implementation='{implementation}' is for {platform}, but this is cpu; use 'auto' or"
+
+  with pytest.raises(errors.UserError, match=message):
+    attend_by_name(implementation)
+
+
+def chosen(platform, num_queries, num_keys, name='fire', implementation='auto', **mask):
+  with jax.default_device(platform):
+    return kernels.choose(
+      implementation, encodings.get(name), kernels.Mask(**mask), num_queries, num_keys
+    )
 
 
 @pytest.mark.parametrize('platform', kernels.MAX_DENSE_LOGITS)
 def test_auto_is_dense_up_to_the_limit_of_its_platform(platform):
   limit = kernels.MAX_DENSE_LOGITS[platform]
 
-  assert kernels.choose(1, limit, platform) == kernels.choose(limit, 1, platform) == 'reference'
-  assert kernels.choose(1, limit + 1, platform) == 'chunked'
+  choice = chosen(platform, 1, limit)
+
+  assert choice.implementation == 'reference'
+  assert choice.reason.startswith(f'1 x {limit} logits are at most {limit} on {platform}')
+  assert chosen(platform, 1, limit + 1).implementation == 'chunked'
+
+
+def test_auto_takes_the_kernel_of_a_platform_where_it_can_and_else_says_why_not():
+  assert chosen('tpu', 128, 128).implementation == 'mosaic_tpu'
+  few, both_ways = chosen('tpu', 8, 2**30), chosen('tpu', 4096, 4096, name='xpos', causal=False)
+
+  assert few.implementation == both_ways.implementation == 'chunked'
+  assert 'tiles of 128 queries at least, not of 8' in few.reason
+  assert "decay of 'xpos' under a causal mask only" in both_ways.reason
+  assert chosen('cpu', 128, 128, implementation='chunked') == ('chunked', 'as asked')
+
+
+@pytest.mark.parametrize(
+  ('name', 'options', 'mask', 'message'),
+  [
+    ('xpos', {}, {'causal': False}, "the decay of 'xpos' under a causal mask only; use implem"),
+    ('fire', {'hidden_layers': 3}, {}, "a table of the bias, which 'fire' has not; use implem"),
+  ],
+)
+def test_the_tpu_kernel_refuses_what_it_cannot_do(name, options, mask, message):
+  encoding = encodings.get(name, **options)
+  params = encoding.init(jax.random.key(0), num_heads=4, head_dim=HEAD_DIM, d_model=32)
+  position_BL = np.arange(LENGTH, dtype=np.int32)[None]
+
+  with pytest.raises(errors.UserError, match=message):
+    attend('mosaic_tpu', encoding, params, inputs(1, LENGTH, LENGTH), position_BL, mask=mask)
 
 
 @pytest.mark.parametrize(
   ('options', 'message'),
   [
-    ({'implementation': 'flash'}, "implementation='flash'; known: auto, chunked, reference"),
+    (
+      {'implementation': 'flash'},
+      "implementation='flash'; known: auto, chunked, mosaic_tpu, reference",
+    ),
     ({'num_kv_heads': 3}, 'num_kv_heads=3 must divide num_heads=4'),
     (
       {'name': 'xpos', 'scale_base': 1.0, 'length': 80, 'implementation': 'reference'},

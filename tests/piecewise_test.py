@@ -20,6 +20,7 @@ CASES = {
   'alibi': ('alibi', {}),
   'kerple_log': ('kerple_log', {}),
   'kerple_power': ('kerple_power', {}),
+  'sandwich': ('sandwich', {}),
   't5': ('t5', {}),
   't5 bidirectional': ('t5', {'bidirectional': True}),
 }

@@ -13,7 +13,8 @@ import pytest
 from jax.sharding import PartitionSpec
 
 from lex_fire import config as config_lib
-from lex_fire import errors, sharding, train
+from lex_fire import encodings, errors, kernels, sharding, train
+from lex_fire.kernels import chunked
 
 LENGTH, VOCAB, NUM_LAYERS = 16, 32, 1
 MESHES = [(8, 1), (4, 2), (1, 8)]
@@ -299,3 +300,50 @@ def test_a_batch_is_split_by_rows_over_all_devices():
     np.testing.assert_array_equal(rows_BL, make_batch()[name])
   assert {shard.data.shape for shard in batch['position_BL'].addressable_shards} == {(1, LENGTH)}
   assert batch['segment_ids_BL'] is None
+
+
+# Kernels, which the compiler cannot divide
+
+
+@every_mesh
+def test_rows_split_over_devices_give_the_values_and_gradients_of_one(sizes):
+  encoding = encodings.get('fire')
+  params = encoding.init(jax.random.key(0), num_heads=4, head_dim=4, d_model=16)
+  keys = jax.random.split(jax.random.key(1), 3)
+  query_BQHC = jax.random.normal(keys[0], (16, LENGTH, 4, 4))
+  key_BKGC, value_BKGC = (jax.random.normal(key, (16, LENGTH, 2, 4)) for key in keys[1:])
+  batch = make_batch(packed=True)
+  batch['position_BL'] = batch['position_BL'][:1]  # which rows share, and devices have whole
+  seen = []
+
+  def attend(params, query_BQHC, **arrays):
+    seen.append(query_BQHC.shape)
+    return chunked.attention(
+      query_BQHC, **arrays, params=params, encoding=encoding, mask=kernels.Mask()
+    )
+
+  def total(params, query_BQHC, key_BKGC, value_BKGC):
+    out_BQHC = sharding.split_rows(
+      attend,
+      params,
+      {
+        'query_BQHC': query_BQHC,
+        'key_BKGC': key_BKGC,
+        'value_BKGC': value_BKGC,
+        'query_position_BQ': batch['position_BL'],
+        'key_position_BK': batch['position_BL'],
+        'query_segment_BQ': batch['segment_ids_BL'],
+        'key_segment_BK': batch['segment_ids_BL'],
+      },
+    )
+    return (out_BQHC * jnp.arange(4.0)[None, None, None]).sum(), out_BQHC
+
+  gradient = jax.grad(total, argnums=(0, 1, 2, 3), has_aux=True)
+  arrays = params, query_BQHC, key_BKGC, value_BKGC
+  expected = gradient(*arrays)
+  with jax.set_mesh(make_mesh(*sizes)):
+    found = jax.jit(gradient)(*arrays)
+
+  assert seen == [(16, LENGTH, 4, 4), (2, LENGTH, 4, 4)]
+  for one, other in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
+    np.testing.assert_allclose(one, other, rtol=1e-5, atol=1e-5)

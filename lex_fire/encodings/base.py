@@ -46,8 +46,9 @@ class Encoding(NamedTuple):
       to the scaled logits, or None. Finite, with finite gradient, for keys after the query too.
     table: (params, num_heads) -> a `piecewise.Table` of the same bias, computed once for many
       tiles, or None.
-    coordinate: (table.coordinate, i, j) -> the x of that table for query position i and key
-      position j, float32 and elementwise: all three broadcast. None where `table` is.
+    coordinate: (table.coordinate, i_Q1, j_1K) -> x_QK of that table, float32, for the positions of
+      queries and keys; all may have more axes before, which broadcast. Where the table has
+      breakpoints, monotone in i and in j on each side of i = j. None where `table` is.
     shared: whether one set of parameters serves all layers (FIRE-S, and whatever is only embedded).
     shift_invariant: whether adding one number to all positions leaves the logits as they are.
     learned: whether `params` holds anything.

@@ -40,9 +40,14 @@ def fixed_point(turn: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def cos_sin(position_BL: jax.Array, turn_R: np.ndarray) -> tuple[jax.Array, jax.Array]:
-  """Returns cos_BLR and sin_BLR of 2 pi n turn_m for int32 positions n >= 0, in float32."""
-  high_R, low_R = fixed_point(turn_R)
-  return fixed_cos_sin(position_BL, jnp.uint32(high_R[None, None]), jnp.uint32(low_R[None, None]))
+  """Returns cos_BLR and sin_BLR of 2 pi n turn_m for int32 positions n >= 0, in float32.
+
+  Positions may have other axes than BL.
+  """
+  shape = (1,) * position_BL.ndim + turn_R.shape
+  return fixed_cos_sin(
+    position_BL, *(jnp.uint32(part.reshape(shape)) for part in fixed_point(turn_R))
+  )
 
 
 def fixed_cos_sin(

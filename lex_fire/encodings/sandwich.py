@@ -17,31 +17,27 @@ import jax.numpy as jnp
 import numpy as np
 
 from lex_fire import errors
-from lex_fire.encodings import base, rotary
+from lex_fire.encodings import base, piecewise, rotary
 
 BASE_PERIOD = 10_000.0
 
 
-def _bias(
-  params: base.Params,
-  query_position_BQ: jax.Array,
-  key_position_BK: jax.Array,
-  num_heads: int,
-  *,
-  num_terms: int,
-  d_bar: int,
-  compression: float,
+def _table(params: base.Params, num_heads: int, *, compression: float) -> piecewise.Table:
+  del params
+  return piecewise.of_line({}, jnp.float32(num_heads / (compression * np.arange(1, num_heads + 1))))
+
+
+def _sum_of_cosines(
+  nothing: dict[str, jax.Array], i: jax.Array, j: jax.Array, *, num_terms: int, d_bar: int
 ) -> jax.Array:
   """By cos(a - b) = cos a cos b + sin a sin b: a matrix product, of angles exact at any length."""
-  del params
+  del nothing
   turn_R = BASE_PERIOD ** (-2 * np.arange(1, num_terms + 1) / d_bar) / (2 * np.pi)
-  # C: the cosines of all terms, then the sines.
-  wave_BQC = jnp.concatenate(rotary.cos_sin(query_position_BQ, turn_R), axis=-1)
-  wave_BKC = jnp.concatenate(rotary.cos_sin(key_position_BK, turn_R), axis=-1)
+  # The cosines of all terms, then the sines.
+  waves_of_i = jnp.concatenate(rotary.cos_sin(i[..., 0], turn_R), axis=-1)
+  waves_of_j = jnp.concatenate(rotary.cos_sin(j[..., 0, :], turn_R), axis=-1)
   highest = jax.lax.Precision.HIGHEST
-  sum_BQK = jnp.matmul(wave_BQC, jnp.swapaxes(wave_BKC, 1, 2), precision=highest)
-  scale_H = jnp.float32(num_heads / (compression * np.arange(1, num_heads + 1)))
-  return scale_H[None, :, None, None] * sum_BQK[:, None]
+  return jnp.matmul(waves_of_i, jnp.swapaxes(waves_of_j, -1, -2), precision=highest)
 
 
 def sandwich(num_terms: int = 64, d_bar: int = 128, compression: float = 8.0) -> base.Encoding:
@@ -59,8 +55,12 @@ def sandwich(num_terms: int = 64, d_bar: int = 128, compression: float = 8.0) ->
     raise errors.UserError(
       f'sandwich needs {num_terms=}, {d_bar=} and a finite {compression=} above 0'
     )
+  table = functools.partial(_table, compression=compression)
+  coordinate = functools.partial(_sum_of_cosines, num_terms=num_terms, d_bar=d_bar)
   return base.Encoding(
     name='sandwich',
     init=base.no_parameters,
-    bias=functools.partial(_bias, num_terms=num_terms, d_bar=d_bar, compression=compression),
+    bias=functools.partial(piecewise.bias_of_params, table=table, coordinate=coordinate),
+    table=table,
+    coordinate=coordinate,
   )

@@ -1,27 +1,89 @@
 """Attention by several implementations of one contract, chosen by name."""
 
 from collections.abc import Callable
+from typing import NamedTuple
 
 import jax
 
 from lex_fire import errors
 from lex_fire.encodings import base
-from lex_fire.kernels import chunked, reference
+from lex_fire.kernels import chunked, mosaic_tpu, reference
 from lex_fire.kernels.mask import Mask
 
 IMPLEMENTATIONS: dict[str, Callable[..., jax.Array]] = {
   'reference': reference.attention,
   'chunked': chunked.attention,
+  'mosaic_tpu': mosaic_tpu.attention,
 }
+
+# Kernels of one platform. The compiler cannot divide them over devices, as it does the others.
+PLATFORM = {'mosaic_tpu': 'tpu'}
 
 # Up to this many dense logits a head and row, 'auto' does not cut them in tiles: on CPU tiles that
 # fit the cache win early, an accelerator prefers few large products.
 MAX_DENSE_LOGITS = {'cpu': 128 * 128, 'gpu': 2048 * 2048, 'tpu': 2048 * 2048}
 
 
-def choose(num_queries: int, num_keys: int, platform: str) -> str:
-  """Returns what implementation='auto' means here: 'reference' or 'chunked'."""
-  return 'reference' if num_queries * num_keys <= MAX_DENSE_LOGITS[platform] else 'chunked'
+class Choice(NamedTuple):
+  """An implementation, and why it was chosen, as the end of a sentence."""
+
+  implementation: str
+  reason: str
+
+
+def platform() -> str:
+  """Returns for which platform is compiled: that of `jax.default_device`, if set, else the host's.
+
+  So a program for TPU compiles where there is none, under the device of a topology.
+  """
+  # A device, a platform's name, or None.
+  device = jax.config.jax_default_device  # pyright: ignore[reportAttributeAccessIssue]
+  return getattr(device, 'platform', device) or jax.default_backend()
+
+
+def choose(
+  implementation: str,
+  encoding: base.Encoding,
+  mask: Mask,
+  num_queries: int,
+  num_keys: int,
+) -> Choice:
+  """Returns by what implementation attention is computed here, and why.
+
+  Args:
+    implementation: a key of IMPLEMENTATIONS, which is taken, or 'auto'.
+    encoding: says the decay and the bias of the logits.
+    mask: which keys a query may see.
+    num_queries: that come at once [tokens].
+    num_keys: likewise.
+
+  Raises:
+    errors.UserError: for an unknown implementation, or one that is for another platform.
+  """
+  here = platform()
+  if implementation in PLATFORM and PLATFORM[implementation] != here:
+    raise errors.UserError(
+      f'{implementation=} is for {PLATFORM[implementation]}, but this is {here}; '
+      "use 'auto' or 'chunked'"
+    )
+  if implementation in IMPLEMENTATIONS:
+    return Choice(implementation, 'as asked')
+  if implementation != 'auto':
+    raise errors.UserError(
+      f'unknown {implementation=}; known: auto, {", ".join(sorted(IMPLEMENTATIONS))}'
+    )
+  reason = ''
+  if here == 'tpu':
+    reason = mosaic_tpu.why_not(encoding, mask, num_queries)
+    if reason is None:
+      return Choice('mosaic_tpu', 'a kernel for TPU that computes bias and decay in its tiles')
+    reason = f' ({reason})'
+  most = MAX_DENSE_LOGITS[here]
+  if num_queries * num_keys <= most:
+    return Choice(
+      'reference', f'{num_queries} x {num_keys} logits are at most {most} on {here}{reason}'
+    )
+  return Choice('chunked', f'{num_queries} x {num_keys} logits are over {most} on {here}{reason}')
 
 
 def attention(
@@ -37,6 +99,7 @@ def attention(
   key_segment_BK: jax.Array | None = None,
   mask: Mask = Mask(),
   implementation: str = 'auto',
+  split: Callable[..., jax.Array] | None = None,
 ) -> jax.Array:
   """Softmax attention under a position encoding: out_i = sum_j softmax_j(logits_ij) value_j.
 
@@ -52,33 +115,34 @@ def attention(
       segment.
     key_segment_BK: likewise.
     mask: which keys a query may see, by position.
-    implementation: a key of IMPLEMENTATIONS, or 'auto': dense when small, else tiled.
+    implementation: a key of IMPLEMENTATIONS, or 'auto': see `choose`.
+    split: (function, params, arrays by name) -> out_BQHC: runs a kernel that the compiler cannot
+      divide on each device's own rows. None: all is on one device.
 
   Returns:
     out_BQHC in the value's dtype. Logits, bias and softmax are float32.
 
   Raises:
-    errors.UserError: for an unknown implementation, or heads that do not divide.
+    errors.UserError: as `choose` does, or if heads do not divide.
   """
-  if query_BQHC.shape[2] % key_BKGC.shape[2]:
-    raise errors.UserError(
-      f'num_kv_heads={key_BKGC.shape[2]} must divide num_heads={query_BQHC.shape[2]}'
-    )
-  if implementation == 'auto':
-    implementation = choose(query_BQHC.shape[1], key_BKGC.shape[1], jax.default_backend())
-  if implementation not in IMPLEMENTATIONS:
-    raise errors.UserError(
-      f'unknown {implementation=}; known: auto, {", ".join(sorted(IMPLEMENTATIONS))}'
-    )
-  return IMPLEMENTATIONS[implementation](
-    query_BQHC,
-    key_BKGC,
-    value_BKGC,
-    encoding=encoding,
-    params=params,
-    query_position_BQ=query_position_BQ,
-    key_position_BK=key_position_BK,
-    query_segment_BQ=query_segment_BQ,
-    key_segment_BK=key_segment_BK,
-    mask=mask,
-  )
+  num_queries, num_heads = query_BQHC.shape[1:3]
+  num_keys, num_kv_heads = key_BKGC.shape[1:3]
+  if num_heads % num_kv_heads:
+    raise errors.UserError(f'{num_kv_heads=} must divide {num_heads=}')
+  name = choose(implementation, encoding, mask, num_queries, num_keys).implementation
+
+  def attend(params, **arrays):
+    return IMPLEMENTATIONS[name](**arrays, params=params, encoding=encoding, mask=mask)
+
+  arrays = {
+    'query_BQHC': query_BQHC,
+    'key_BKGC': key_BKGC,
+    'value_BKGC': value_BKGC,
+    'query_position_BQ': query_position_BQ,
+    'key_position_BK': key_position_BK,
+    'query_segment_BQ': query_segment_BQ,
+    'key_segment_BK': key_segment_BK,
+  }
+  if name in PLATFORM and split is not None:
+    return split(attend, params, arrays)
+  return attend(params, **arrays)

@@ -12,13 +12,12 @@ import jax
 import jax.numpy as jnp
 
 from lex_fire.encodings import piecewise
-from lex_fire.kernels import decay, tile
+from lex_fire.kernels import decay, plan, tile
 from lex_fire.kernels import mask as mask_lib
 
 # Measured on 2 CPU cores: larger tiles of an MLP bias leave the cache (FIRE, 4096 tokens: 1.0 s at
 # 128, 2.4 s at 512).
 BLOCK = 128
-_PAD_QUERY, _PAD_KEY = -1, -2  # segments of padding: equal to no segment, nor to each other
 
 
 def attention(
@@ -58,13 +57,13 @@ def attention(
   queries = Queries(
     _heads_first(_blocks(query_BQHC, query_block, 0)),
     _blocks(query_position_BQ, query_block, 'last'),
-    None if query_segment_BQ is None else _blocks(query_segment_BQ, query_block, _PAD_QUERY),
+    None if query_segment_BQ is None else _blocks(query_segment_BQ, query_block, plan.PAD_QUERY),
   )
   keys = Keys(
     _heads_first(_blocks(key_BKGC, key_block, 0)),
     _heads_first(_blocks(value_BKGC, key_block, 0)),
     _blocks(key_position_BK, key_block, 'last'),
-    None if key_segment_BK is None else _blocks(key_segment_BK, key_block, _PAD_KEY),
+    None if key_segment_BK is None else _blocks(key_segment_BK, key_block, plan.PAD_KEY),
   )
   out_IBHQC = _flash(encoding, mask)(params, queries, keys)
   out_BIQHC = out_IBHQC.transpose(1, 0, 3, 2, 4)
@@ -109,19 +108,15 @@ def tiles_to_visit(mask: mask_lib.Mask, queries: Queries, keys: Keys) -> jax.Arr
   """Returns visit_IJ, boolean, from bounds: whether a query of block I may see a key of block J."""
 
   def bounds(array_IBL):
-    return array_IBL.min(axis=2), array_IBL.max(axis=2)
+    return None if array_IBL is None else plan.Bounds(array_IBL.min(axis=2), array_IBL.max(axis=2))
 
-  query_low_IB, query_high_IB = bounds(queries.position_IBQ)
-  key_low_JB, key_high_JB = bounds(keys.position_JBK)
-  visit_IJB = mask.may_see(
-    query_low_IB[:, None], query_high_IB[:, None], key_low_JB[None], key_high_JB[None]
+  return plan.visits(
+    mask,
+    bounds(queries.position_IBQ),
+    bounds(keys.position_JBK),
+    bounds(queries.segment_IBQ),
+    bounds(keys.segment_JBK),
   )
-  if queries.segment_IBQ is not None:
-    query_low_IB, query_high_IB = bounds(queries.segment_IBQ)
-    key_low_JB, key_high_JB = bounds(keys.segment_JBK)
-    visit_IJB &= query_low_IB[:, None] <= key_high_JB[None]
-    visit_IJB &= key_low_JB[None] <= query_high_IB[:, None]
-  return visit_IJB.any(axis=2)
 
 
 def _flash(encoding, mask):

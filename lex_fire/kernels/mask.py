@@ -80,6 +80,9 @@ class Mask:
     Returns:
       A boolean of that shape. False only if the mask hides every pair in the ranges.
     """
+    query_low, query_high, key_low, key_high = jnp.broadcast_arrays(
+      query_low, query_high, key_low, key_high
+    )
     seen = _within(key_low, None, self.last(query_high))
     return seen & _within(key_high, self.first(query_low), None)
 

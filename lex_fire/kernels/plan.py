@@ -1,5 +1,9 @@
-"""What each tile of attention has to do, found from bounds before a kernel runs."""
+"""How attention is cut in tiles, and what each tile has to do, found before a kernel runs.
 
+A tile is block I of the queries by block J of the keys.
+"""
+
+import functools
 from typing import Any, NamedTuple
 
 import jax
@@ -7,9 +11,48 @@ import jax.numpy as jnp
 
 from lex_fire.kernels import mask as mask_lib
 
+PAD_QUERY, PAD_KEY = -1, -2  # segments of padding: equal to no segment, nor to each other
+
+
+class Queries(NamedTuple):
+  """Queries, padded to whole blocks; B of the integers may be 1, None is what no tile needs.
+
+  Attributes:
+    query_BHQC: prepared, heads first.
+    position_B1Q: int32, as all below.
+    first_B1Q: the first position that each may see.
+    last_B1Q: the last.
+    segment_B1Q: a query sees the keys of its own.
+    stretch_B1Q: in which stretch of a decay it lies.
+  """
+
+  query_BHQC: Any
+  position_B1Q: Any
+  first_B1Q: Any
+  last_B1Q: Any
+  segment_B1Q: Any
+  stretch_B1Q: Any
+
+
+class Keys(NamedTuple):
+  """Keys and values likewise."""
+
+  key_BGKC: Any
+  value_BGKC: Any
+  position_B1K: Any
+  segment_B1K: Any
+  stretch_B1K: Any
+
+
+class Bounds(NamedTuple):
+  """The least and the largest number of each block; may have the batch after the blocks."""
+
+  low_I: jax.Array
+  high_I: jax.Array
+
 
 class Plan(NamedTuple):
-  """A tile is block I of the queries by block J of the keys; all int32.
+  """What each tile does; all int32.
 
   Attributes:
     low_IJ: the first number of the span that a tile loops over: segments of a table, or stretches
@@ -26,11 +69,121 @@ class Plan(NamedTuple):
   query_IJ: jax.Array
 
 
-class Bounds(NamedTuple):
-  """The least and largest number of each block; may have the batch after the blocks."""
+def cut(
+  mask: mask_lib.Mask,
+  query_block: int,
+  key_block: int,
+  stretch: int | None,
+  queries: tuple[jax.Array, jax.Array, jax.Array | None],
+  keys: tuple[jax.Array, jax.Array, jax.Array, jax.Array | None],
+) -> tuple[Queries, Keys]:
+  """Returns queries and keys in whole blocks.
 
-  low_I: jax.Array
-  high_I: jax.Array
+  Args:
+    mask: which keys a query may see.
+    query_block: queries of a tile.
+    key_block: keys of a tile.
+    stretch: of a decay, or None [tokens].
+    queries: query_BQHC, query_position_BQ, query_segment_BQ.
+    keys: key_BKGC, value_BKGC, key_position_BK, key_segment_BK.
+  """
+  query_BQHC, query_position_BQ, query_segment_BQ = queries
+  key_BKGC, value_BKGC, key_position_BK, key_segment_BK = keys
+  num_queries, num_keys = query_BQHC.shape[1], key_BKGC.shape[1]
+  if query_segment_BQ is None and (num_queries % query_block or num_keys % key_block):
+    query_segment_BQ = jnp.zeros((1, num_queries), jnp.int32)
+    key_segment_BK = jnp.zeros((1, num_keys), jnp.int32)
+  of_query = functools.partial(_row, block=query_block)
+  of_key = functools.partial(_row, block=key_block)
+  return (
+    Queries(
+      query_BHQC=_heads_first(query_BQHC, query_block),
+      position_B1Q=of_query(query_position_BQ),
+      first_B1Q=of_query(mask.first(query_position_BQ)),
+      last_B1Q=of_query(mask.last(query_position_BQ)),
+      segment_B1Q=of_query(query_segment_BQ, fill=PAD_QUERY),
+      stretch_B1Q=None if stretch is None else of_query(query_position_BQ // stretch),
+    ),
+    Keys(
+      key_BGKC=_heads_first(key_BKGC, key_block),
+      value_BGKC=_heads_first(value_BKGC, key_block),
+      position_B1K=of_key(key_position_BK),
+      segment_B1K=of_key(key_segment_BK, fill=PAD_KEY),
+      stretch_B1K=None if stretch is None else of_key(key_position_BK // stretch),
+    ),
+  )
+
+
+def _heads_first(x_BLHC, block):
+  """Returns x_BHLC with L a multiple of the block."""
+  return jnp.pad(
+    jnp.swapaxes(x_BLHC, 1, 2), [(0, 0), (0, 0), (0, -x_BLHC.shape[1] % block), (0, 0)]
+  )
+
+
+def _row(number_BL, block, fill=None):
+  """Returns number_B1L, padded by `fill`; by its last if None, so that no block spans more."""
+  if number_BL is None:
+    return None
+  how = {'mode': 'edge'} if fill is None else {'constant_values': fill}
+  return jnp.pad(number_BL, [(0, 0), (0, -number_BL.shape[1] % block)], **how)[:, None]
+
+
+def make(
+  mask: mask_lib.Mask,
+  query_block: int,
+  key_block: int,
+  queries: Queries,
+  keys: Keys,
+  table: Any,
+  coordinate: Any,
+) -> Plan:
+  """Returns the plan of all tiles.
+
+  Args:
+    mask: as given to `cut`.
+    query_block: likewise.
+    key_block: likewise.
+    queries: from `cut`.
+    keys: likewise.
+    table: a `piecewise.Table`, or None.
+    coordinate: of its encoding.
+  """
+  of_queries = functools.partial(_bounds, block=query_block)
+  of_keys = functools.partial(_bounds, block=key_block)
+  visit_IJ = visits(
+    mask,
+    of_queries(queries.position_B1Q),
+    of_keys(keys.position_B1K),
+    of_queries(queries.segment_B1Q),
+    of_keys(keys.segment_B1K),
+  )
+  low_IJ, high_IJ = 0, 1
+  whole = (1, 2)  # a span serves all rows of the batch
+  if table is not None and table.lower_Z is not None:
+    low_IJ, high_IJ = _segments(
+      table,
+      coordinate,
+      of_queries(queries.position_B1Q, axes=whole),
+      of_keys(keys.position_B1K, axes=whole),
+    )
+  elif queries.stretch_B1Q is not None:
+    low_IJ, high_IJ = _stretches_apart(
+      of_queries(queries.stretch_B1Q, axes=whole), of_keys(keys.stretch_B1K, axes=whole)
+    )
+  return Plan(
+    low_IJ=jnp.where(visit_IJ, low_IJ, 0),
+    high_IJ=jnp.where(visit_IJ, high_IJ, 0),
+    key_IJ=_next_visited(visit_IJ),
+    query_IJ=_next_visited(visit_IJ.T).T,
+  )
+
+
+def _bounds(number_B1L, block, axes: Any = 2) -> Any:
+  if number_B1L is None:
+    return None
+  number_IBL = jnp.moveaxis(number_B1L.reshape(len(number_B1L), -1, block), 1, 0)
+  return Bounds(number_IBL.min(axis=axes), number_IBL.max(axis=axes))
 
 
 def visits(
@@ -60,22 +213,6 @@ def visits(
   return visit_IJB.any(axis=2)
 
 
-def make(visit_IJ: jax.Array, span: tuple[jax.Array, jax.Array] | None) -> Plan:
-  """Returns the plan of a grid of tiles.
-
-  Args:
-    visit_IJ: from `visits`.
-    span: (low_IJ, high_IJ), from `segments` or `stretches_apart`, or None.
-  """
-  low_IJ, high_IJ = (0, 1) if span is None else span
-  return Plan(
-    low_IJ=jnp.where(visit_IJ, low_IJ, 0),
-    high_IJ=jnp.where(visit_IJ, high_IJ, 0),
-    key_IJ=_next_visited(visit_IJ),
-    query_IJ=_next_visited(visit_IJ.T).T,
-  )
-
-
 def _next_visited(visit_IJ):
   """Returns the column of each row's next tile to visit; after the last, of the last."""
   columns = visit_IJ.shape[1]
@@ -85,19 +222,11 @@ def _next_visited(visit_IJ):
   return jnp.where(next_IJ < columns, next_IJ, last_IJ)
 
 
-def segments(
-  table: Any, coordinate: Any, query_position: Bounds, key_position: Bounds
-) -> tuple[jax.Array, jax.Array]:
-  """Returns low_IJ and high_IJ, the span of a table's segments that x can reach in each tile.
+def _segments(table, coordinate, query_position, key_position):
+  """Returns the span of a table's segments that x can reach in each tile.
 
   x is monotone in either position on each side of i = j: so its extremes lie at a tile's corners,
   or where i = j.
-
-  Args:
-    table: a `piecewise.Table` of segments whose heads share x.
-    coordinate: of its encoding.
-    query_position: of [I].
-    key_position: of [J].
   """
   numbers = jax.tree.map(lambda number_1: number_1[0], table.coordinate)
   i_low, i_high = (bound_I[:, None] for bound_I in query_position)
@@ -107,18 +236,15 @@ def segments(
   meet = middle <= jnp.minimum(i_high, j_high)
   corners.append(jnp.where(meet, coordinate(numbers, middle, middle), corners[0]))
   x_IJZ = jnp.stack(corners, axis=2)
-  low_IJ = jnp.searchsorted(table.lower_Z, x_IJZ.min(axis=2)) - 1
-  high_IJ = jnp.searchsorted(table.lower_Z, x_IJZ.max(axis=2))
-  return low_IJ.astype(jnp.int32), high_IJ.astype(jnp.int32)
+
+  def ends_below(x_IJ):
+    return jnp.searchsorted(table.lower_Z, x_IJ, method='compare_all').astype(jnp.int32)
+
+  return ends_below(x_IJZ.min(axis=2)) - 1, ends_below(x_IJZ.max(axis=2))
 
 
-def stretches_apart(query_stretch: Bounds, key_stretch: Bounds) -> tuple[jax.Array, jax.Array]:
-  """Returns low_IJ and high_IJ, the span of how many stretches a query is after a key.
-
-  Args:
-    query_stretch: of [I]; see `decay.stretch_of`.
-    key_stretch: of [J].
-  """
+def _stretches_apart(query_stretch, key_stretch):
+  """Returns the span of how many stretches a query of each tile is after a key."""
   least_IJ = query_stretch.low_I[:, None] - key_stretch.high_I[None]
   most_IJ = query_stretch.high_I[:, None] - key_stretch.low_I[None]
   return jnp.maximum(least_IJ, 0), jnp.maximum(most_IJ, 0) + 1

@@ -1,0 +1,155 @@
+"""What tiles are told to do before a kernel runs, against every pair that they hold."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import oracles
+import pytest
+
+from lex_fire import encodings, kernels
+from lex_fire.kernels import plan
+
+QUERY_BLOCK, KEY_BLOCK = 8, 16
+MASKS = {
+  'causal': {},
+  'blockwise': {'block': 12},
+  'window': {'window': 9},
+  'bidirectional': {'causal': False},
+}
+TABLES = {
+  'fire': ('fire', {}),
+  'fire 2 layers': ('fire', {'hidden_layers': 2}),
+  'fire identity, no threshold': ('fire', {'psi': 'identity', 'threshold': 0.0}),
+  't5': ('t5', {}),
+  't5 bidirectional': ('t5', {'bidirectional': True}),
+}
+
+
+def positions(seed, length=50):
+  """Rows in order, from anywhere, packed, and in no order at all."""
+  rng = np.random.default_rng(seed)
+  start = int(rng.integers(0, 5000))
+  return np.stack(
+    [
+      np.arange(start, start + length),
+      np.concatenate([np.arange(20), np.arange(length - 20)]),
+      rng.integers(0, [60, 3000][seed % 2], length),
+    ]
+  ).astype(np.int32)
+
+
+def planned(mask, position_BL, segment_BL=None, table=None, coordinate=None, stretch=None):
+  x_BL1C = jnp.zeros((*position_BL.shape, 1, 8))
+  queries, keys = plan.cut(
+    kernels.Mask(**mask),
+    QUERY_BLOCK,
+    KEY_BLOCK,
+    stretch,
+    (x_BL1C, position_BL, segment_BL),
+    (x_BL1C, x_BL1C, position_BL, segment_BL),
+  )
+  blocks = QUERY_BLOCK, KEY_BLOCK
+  made = plan.make(kernels.Mask(**mask), *blocks, queries, keys, table, coordinate)
+  return jax.tree.map(np.array, made)
+
+
+def tiles(number_BQK):
+  """Yields ((I, J), the numbers of a tile) of every tile."""
+  for i in range(-(-number_BQK.shape[1] // QUERY_BLOCK)):
+    for j in range(-(-number_BQK.shape[2] // KEY_BLOCK)):
+      rows = slice(i * QUERY_BLOCK, (i + 1) * QUERY_BLOCK)
+      yield (i, j), number_BQK[:, rows, j * KEY_BLOCK : (j + 1) * KEY_BLOCK]
+
+
+@pytest.mark.parametrize('seed', range(4))
+@pytest.mark.parametrize('mask', MASKS)
+def test_a_tile_with_a_visible_pair_is_never_hidden(mask, seed):
+  position_BL = positions(seed)
+  segment_BL = np.sort(np.random.default_rng(seed).integers(0, 3, position_BL.shape), axis=1)
+
+  for segments in (None, np.int32(segment_BL)):
+    made = planned(MASKS[mask], position_BL, segments)
+    visible_BQK = oracles.visible_pairs(position_BL, position_BL, segments, segments, **MASKS[mask])
+    for at, visible in tiles(visible_BQK):
+      assert made.high_IJ[at] > 0 or not visible.any(), at
+
+
+def test_a_row_in_order_visits_no_tile_without_a_visible_pair():
+  position_BL = np.arange(64, dtype=np.int32)[None]
+
+  for mask in MASKS.values():
+    visible_BQK = np.broadcast_to(
+      oracles.visible_pairs(position_BL, position_BL, **mask), (1, 64, 64)
+    )
+    made = planned(mask, position_BL)
+    for at, visible in tiles(visible_BQK):
+      assert (made.high_IJ[at] > 0) == visible.any(), at
+
+
+@pytest.mark.parametrize('seed', range(4))
+@pytest.mark.parametrize('case', TABLES)
+def test_a_span_has_the_segment_of_every_pair_in_its_tile(case, seed):
+  name, options = TABLES[case]
+  encoding = encodings.get(name, **options)
+  params = encoding.init(jax.random.key(seed), num_heads=2, head_dim=8, d_model=16)
+  table = encoding.table(params, 2)
+  position_BL = positions(seed)
+
+  made = planned({'causal': False}, position_BL, None, table, encoding.coordinate)
+
+  numbers = jax.tree.map(lambda number_1: number_1[0], table.coordinate)
+  x_BQK = encoding.coordinate(numbers, position_BL[:, :, None], position_BL[:, None])
+  segment_BQK = np.searchsorted(table.lower_Z, x_BQK) - 1
+  for at, segment in tiles(segment_BQK):
+    assert made.low_IJ[at] <= segment.min() and segment.max() < made.high_IJ[at], at
+
+
+@pytest.mark.parametrize('case', TABLES)
+def test_a_span_has_no_segment_that_a_row_in_order_does_not_reach(case):
+  name, options = TABLES[case]
+  encoding = encodings.get(name, **options)
+  params = encoding.init(jax.random.key(3), num_heads=2, head_dim=8, d_model=16)
+  table = encoding.table(params, 2)
+  position_BL = np.arange(700, 764, dtype=np.int32)[None]
+
+  made = planned({}, position_BL, None, table, encoding.coordinate)
+
+  numbers = jax.tree.map(lambda number_1: number_1[0], table.coordinate)
+  x_BQK = encoding.coordinate(numbers, position_BL[:, :, None], position_BL[:, None])
+  segment_BQK = np.searchsorted(table.lower_Z, x_BQK) - 1
+  for at, segment in tiles(segment_BQK):
+    if made.high_IJ[at]:
+      assert (made.low_IJ[at], made.high_IJ[at]) == (segment.min(), segment.max() + 1), at
+
+
+def test_a_span_has_every_number_of_stretches_that_a_query_is_after_a_key():
+  for seed in range(4):
+    position_BL = positions(seed)
+    made = planned({}, position_BL, stretch=7)
+
+    apart_BQK = position_BL[:, :, None] // 7 - position_BL[:, None] // 7
+    visible_BQK = oracles.visible_pairs(position_BL, position_BL)
+    for at, (apart, visible) in zip(
+      (at for at, _ in tiles(apart_BQK)),
+      zip((x for _, x in tiles(apart_BQK)), (x for _, x in tiles(visible_BQK)), strict=True),
+      strict=True,
+    ):
+      if visible.any():
+        assert made.low_IJ[at] <= apart[visible].min(), at
+        assert apart[visible].max() < made.high_IJ[at], at
+
+
+@pytest.mark.parametrize('mask', MASKS)
+def test_a_block_is_fetched_only_for_a_tile_that_is_visited(mask):
+  """A row holds the block of the tile that it visits, and changes blocks for no other tile."""
+  made = planned(MASKS[mask], positions(0)[:1])
+
+  for visited_IJ, hold_IJ in (
+    (made.high_IJ > 0, made.key_IJ),
+    ((made.high_IJ > 0).T, made.query_IJ.T),
+  ):
+    for visited_J, hold_J in zip(visited_IJ, hold_IJ, strict=True):
+      columns = np.flatnonzero(visited_J)
+      np.testing.assert_array_equal(hold_J[columns], columns)
+      assert set(hold_J) == set(columns) or not len(columns)
+      assert (np.diff(hold_J) >= 0).all()
