@@ -1,7 +1,7 @@
 """Attention by several implementations of one contract, chosen by name."""
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 
@@ -10,14 +10,22 @@ from lex_fire.encodings import base
 from lex_fire.kernels import chunked, mosaic_tpu, reference
 from lex_fire.kernels.mask import Mask
 
+
+def _mosaic_gpu(*arrays: jax.Array, **options: Any) -> jax.Array:
+  from lex_fire.kernels import mosaic_gpu  # whose backend is slow to import
+
+  return mosaic_gpu.attention(*arrays, **options)
+
+
 IMPLEMENTATIONS: dict[str, Callable[..., jax.Array]] = {
   'reference': reference.attention,
   'chunked': chunked.attention,
   'mosaic_tpu': mosaic_tpu.attention,
+  'mosaic_gpu': _mosaic_gpu,
 }
 
 # Kernels of one platform. The compiler cannot divide them over devices, as it does the others.
-PLATFORM = {'mosaic_tpu': 'tpu'}
+PLATFORM = {'mosaic_tpu': 'tpu', 'mosaic_gpu': 'gpu'}
 
 # Up to this many dense logits a head and row, 'auto' does not cut them in tiles: on CPU tiles that
 # fit the cache win early, an accelerator prefers few large products.
@@ -49,6 +57,9 @@ def choose(
   num_keys: int,
 ) -> Choice:
   """Returns by what implementation attention is computed here, and why.
+
+  'mosaic_gpu' is never chosen, only asked for, until it has run on a GPU: it has been compiled for
+  one, and interpreted.
 
   Args:
     implementation: a key of IMPLEMENTATIONS, which is taken, or 'auto'.

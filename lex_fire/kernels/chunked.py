@@ -6,7 +6,7 @@ of a learned bias is summed over tiles, in a fixed order, and no [Q, K] array ev
 """
 
 import functools
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -107,7 +107,7 @@ def _blocks(array, block, fill):
 def tiles_to_visit(mask: mask_lib.Mask, queries: Queries, keys: Keys) -> jax.Array:
   """Returns visit_IJ, boolean, from bounds: whether a query of block I may see a key of block J."""
 
-  def bounds(array_IBL):
+  def bounds(array_IBL) -> Any:
     return None if array_IBL is None else plan.Bounds(array_IBL.min(axis=2), array_IBL.max(axis=2))
 
   return plan.visits(

@@ -12,7 +12,6 @@ import numpy as np
 from lex_fire.encodings import piecewise
 from lex_fire.kernels import mask as mask_lib
 from lex_fire.kernels import mosaic_gpu_tile as tile_lib
-from lex_fire.kernels import plan as plan_lib
 
 _PAD_QUERY, _PAD_KEY = -1, -2  # segments of padding: equal to no segment, nor to each other
 _LEAST, _LARGEST = np.iinfo(np.int32).min, np.iinfo(np.int32).max
@@ -22,12 +21,12 @@ class Table(NamedTuple):
   """A `piecewise.Table` as kernels read it: one array a kind of number, a head's together.
 
   Attributes:
-    line_HZ4: lower end, anchor, slope and value of each segment, the last two in bits; one more
-      than there are ends the last.
+    line_HZX: lower end, anchor, slope and value of each segment; one more than there are ends the
+      last.
     number_HN: the parameters of the coordinate, N of them.
   """
 
-  line_HZ4: jax.Array
+  line_HZX: jax.Array
   number_HN: jax.Array
 
 
@@ -36,12 +35,12 @@ class Tiles(NamedTuple):
 
   Attributes:
     code_BIJ: of each tile; see `mosaic_gpu_tile`.
-    range_BI2: of the columns that a pair of rows I visits, the first and how many there are from it
+    range_BIP: of the columns that a pair of rows I visits, the first and how many there are from it
       to the last.
   """
 
   code_BIJ: jax.Array
-  range_BI2: jax.Array
+  range_BIP: jax.Array
 
 
 def table(table: piecewise.Table, num_heads: int) -> Table:
@@ -52,12 +51,11 @@ def table(table: piecewise.Table, num_heads: int) -> Table:
   anchor_Z = zero_Z if table.anchor_Z is None else table.anchor_Z
   value_HZ = jnp.zeros_like(slope_HZ) if table.value_ZH is None else table.value_ZH.T
   shared = (jnp.broadcast_to(x_Z[None], slope_HZ.shape) for x_Z in (lower_Z, anchor_Z))
-  bits = (tile_lib.LOG2E * x_HZ for x_HZ in (slope_HZ, value_HZ))
-  line_HZ4 = jnp.stack([*map(jax.lax.stop_gradient, shared), *bits], axis=2)
-  end_H14 = jnp.broadcast_to(jnp.array([jnp.inf, 0, 0, 0])[None, None], (num_heads, 1, 4))
+  line_HZX = jnp.stack([*map(jax.lax.stop_gradient, shared), slope_HZ, value_HZ], axis=2)
+  end_H1X = jnp.broadcast_to(jnp.array([jnp.inf, 0, 0, 0])[None, None], (num_heads, 1, 4))
   numbers = [jnp.broadcast_to(x_H, num_heads) for x_H in jax.tree.leaves(table.coordinate)]
   return Table(
-    line_HZ4=jnp.concatenate([line_HZ4, end_H14], axis=1),
+    line_HZX=jnp.concatenate([line_HZX, end_H1X], axis=1),
     number_HN=jnp.stack(numbers or [jnp.zeros(num_heads)], axis=1),
   )
 
@@ -76,9 +74,7 @@ def query_numbers(
   return _stacked(rows, padding, _PAD_QUERY)
 
 
-def key_numbers(
-  position_BK: jax.Array, segment_BK: jax.Array | None, padding: int
-) -> jax.Array:
+def key_numbers(position_BK: jax.Array, segment_BK: jax.Array | None, padding: int) -> jax.Array:
   """Returns number_B2K, int32: position and segment of keys."""
   return _stacked((position_BK, _or(segment_BK, 0, position_BK)), padding, _PAD_KEY)
 
@@ -98,49 +94,65 @@ def _stacked(rows, padding, pad_segment):
 
 
 def codes(
-  query_B4Q: jax.Array,
-  key_B2K: jax.Array,
+  query_BNQ: jax.Array,
+  key_BNK: jax.Array,
   table: piecewise.Table | None,
   coordinate: Any,
   blocks: tuple[int, int],
 ) -> jax.Array:
   """Returns code_BIJ of blocks of queries and of keys."""
-  queries, keys = _bounds(query_B4Q, blocks[0]), _bounds(key_B2K, blocks[1])
+  query_bounds, key_bounds = _bounds(query_BNQ, blocks[0]), _bounds(key_BNK, blocks[1])
 
   def of_queries(which):
-    return queries.low_I[:, which, :, None], queries.high_I[:, which, :, None]
+    return (bound_BNI[:, which, :, None] for bound_BNI in query_bounds)
 
   def of_keys(which):
-    return keys.low_I[:, which, None], keys.high_I[:, which, None]
+    return (bound_BNJ[:, which, None] for bound_BNJ in key_bounds)
 
-  (key_low, key_high), (first_low, first_high) = of_keys(tile_lib.POSITION), of_queries(tile_lib.FIRST)
+  (key_low, key_high), (first_low, first_high) = (
+    of_keys(tile_lib.POSITION),
+    of_queries(tile_lib.FIRST),
+  )
   last_low, last_high = of_queries(tile_lib.LAST)
   (of_query, to_query), (of_key, to_key) = of_queries(tile_lib.SEGMENT), of_keys(tile_lib.SEGMENT)
-  visit = (first_low <= key_high) & (key_low <= last_high) & (of_query <= to_key) & (of_key <= to_query)
+  visit = (
+    (first_low <= key_high) & (key_low <= last_high) & (of_query <= to_key) & (of_key <= to_query)
+  )
   whole = (first_high <= key_low) & (key_high <= last_low)
   whole &= (of_query == to_key) & (of_key == to_query) & (of_query == to_query)
   code_BIJ = tile_lib.VISIT * visit + tile_lib.WHOLE * whole
   if table is None or table.lower_Z is None:
     return jnp.where(visit, code_BIJ, 0)
-  rows = jnp.arange(code_BIJ.shape[0])
-
-  def segments(row):
-    def position(bounds):
-      low, high = (x[row % len(x), tile_lib.POSITION] for x in bounds)
-      return plan_lib.Bounds(low, high)
-
-    return plan_lib.segments(table, coordinate, position(queries), position(keys))
-
-  low_BIJ, high_BIJ = jax.lax.map(segments, rows)
+  positions = *of_queries(tile_lib.POSITION), *of_keys(tile_lib.POSITION)
+  low_BIJ, high_BIJ = _segments(table, coordinate, *positions)
   code_BIJ += low_BIJ << tile_lib.FIRST_SHIFT
   code_BIJ += (high_BIJ - 1 - low_BIJ) << tile_lib.MORE_SHIFT
   return jnp.where(visit, code_BIJ, 0)
 
 
+def _segments(table, coordinate, i_low, i_high, j_low, j_high):
+  """Returns the first segment that x reaches in each tile, and one past the last.
+
+  x is monotone in either position on each side of i = j: so its extremes lie at a tile's corners,
+  or where i = j.
+  """
+  numbers = jax.tree.map(lambda number_1: number_1[0], table.coordinate)
+  corners = [coordinate(numbers, i, j) for i in (i_low, i_high) for j in (j_low, j_high)]
+  middle = jnp.maximum(i_low, j_low)
+  meet = middle <= jnp.minimum(i_high, j_high)
+  corners.append(jnp.where(meet, coordinate(numbers, middle, middle), corners[0]))
+  x_BIJZ = jnp.stack(corners, axis=3)
+
+  def ends_below(x_BIJ):
+    return jnp.searchsorted(table.lower_Z, x_BIJ, method='compare_all').astype(jnp.int32)
+
+  return ends_below(x_BIJZ.min(axis=3)) - 1, ends_below(x_BIJZ.max(axis=3))
+
+
 def _bounds(number_BNL, block):
   """Returns the bounds [B, N, I] of the numbers of each block."""
   number_BNIL = number_BNL.reshape(*number_BNL.shape[:2], -1, block)
-  return plan_lib.Bounds(number_BNIL.min(axis=3), number_BNIL.max(axis=3))
+  return number_BNIL.min(axis=3), number_BNIL.max(axis=3)
 
 
 def tiles(code_BIJ: jax.Array, together: int) -> Tiles:

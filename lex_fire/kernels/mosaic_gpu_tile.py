@@ -8,21 +8,20 @@ computed once for each, as vectors, and not a pair.
 # Not strict, as its neighbours are: kernels carry no types.
 # pyright: basic
 
-import functools
 import math
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
-from jax.extend import core
 
 from lex_fire.kernels import mask as mask_lib
+from lex_fire.kernels import mosaic_gpu_elementwise as elementwise
 
 ROWS = 64  # of a tile: what a warpgroup multiplies at once
-LOG2E = math.log2(math.e)  # logits are kept in bits, as the hardware's exponential takes them
+LOG2E = math.log2(math.e)  # the hardware's exponential is of 2
+_ACC: Any = plgpu.ACC  # pyright: ignore[reportPrivateImportUsage]
 # A tile's code: whether to visit it, whether the mask shows all of it, the first segment of the
 # table that its x may reach, and how many more it may.
 VISIT, WHOLE, FIRST_SHIFT, MORE_SHIFT = 1, 2, 2, 16
@@ -70,17 +69,27 @@ def spread(vector, shape, axis):
   return jax.lax.broadcast_in_dim(vector, shape, [axis])
 
 
-def product(setup, a, b):
-  """Returns a b^T in float32, of blocks in shared memory [rows, channels], [columns, channels]."""
+def product(setup, a, b, start=None) -> jax.Array:
+  """Returns start + a b^T, of blocks in shared memory [rows, channels] and [columns, channels].
+
+  Args:
+    setup: of the kernel.
+    a: of the type of the inputs; the product is float32.
+    b: likewise.
+    start: a tile to begin the sum with; None: 0.
+  """
+  shape = a.shape[0], b.shape[0]
   if setup.interpret:
-    return _dot(a[...], b[...], 1)
+    return _dot(a[...], b[...], 1) + (0.0 if start is None else start)
+  b = plgpu.transpose_ref(b, (1, 0))
+  if start is not None:
+    return pl.run_state(lambda sum_ref: plgpu.wgmma(sum_ref, a, b))(_ACC.init(start))
 
   def multiply(sum_ref):
-    plgpu.wgmma(sum_ref, a, plgpu.transpose_ref(b, (1, 0)))
+    plgpu.wgmma(sum_ref, a, b)
     return sum_ref[...]
 
-  shape = (a.shape[0], b.shape[0])
-  return pl.run_scoped(multiply, plgpu.ACC(shape, jnp.float32))
+  return pl.run_scoped(multiply, _ACC(shape, jnp.float32))
 
 
 def add_product(setup, so_far, a, b):
@@ -88,7 +97,7 @@ def add_product(setup, so_far, a, b):
   a = a.astype(b.dtype)
   if setup.interpret:
     return so_far + _dot(a, b[...], 0)
-  return pl.run_state(lambda sum_ref: plgpu.wgmma(sum_ref, a, b))(plgpu.ACC.init(so_far))
+  return pl.run_state(lambda sum_ref: plgpu.wgmma(sum_ref, a, b))(_ACC.init(so_far))
 
 
 def _dot(a, b, contracted):
@@ -109,6 +118,10 @@ class Positions(NamedTuple):
   def key(self, setup, which):
     return vector(setup, self.key_ref.at[which], 1 - self.query_axis)
 
+  def of_tile(self, setup, shape):
+    """Returns what functions in `mosaic_gpu_elementwise` take last."""
+    return self.query(setup, POSITION), self.key(setup, POSITION), shape, self.query_axis
+
 
 def hide(setup, positions, code, logits):
   """Returns logits, HIDDEN_LOGIT where the mask hides the pair."""
@@ -126,6 +139,11 @@ def hide(setup, positions, code, logits):
     return jnp.where(visible, logits, mask_lib.HIDDEN_LOGIT)
 
   return jax.lax.cond(code & WHOLE != 0, lambda: logits, partly)
+
+
+def code(code_ref, integers, row, first, n):
+  """Reads the code of the tile in a row that is n after the first."""
+  return code_ref[integers, row, first + n]
 
 
 def span(code):
@@ -154,152 +172,67 @@ def numbers(setup, number_ref, head):
   return jax.tree.unflatten(setup.numbers, leaves)
 
 
-def bias_and_slope(setup, line_ref, head, code, x):
-  """Returns the bias of a tile and its slope, by selecting among the segments that x may reach."""
-  first, end = span(code)
-
-  def line(z):
-    found = segment(line_ref, head, z)
-    return found, found.value + found.slope * (x - found.anchor)
-
-  def above(z, so_far):
-    found, bias = line(z)
-    inside = x > found.lower
-    return jnp.where(inside, bias, so_far[0]), jnp.where(inside, found.slope, so_far[1])
-
-  found, bias = line(first)
-  slope = full(setup, x.shape, 0.0) + found.slope
-  if setup.segments == 1:
-    return bias, slope
-  return jax.lax.fori_loop(first + 1, end, above, (bias, slope))
-
-
 def bias(setup, line_ref, head, code, x):
-  """Returns the bias of a tile alone."""
+  """Returns the bias of a tile."""
+
+  def line(found):
+    return found.value + found.slope * (x - found.anchor)
+
+  return _of_segments(setup, line_ref, head, code, x, line)
+
+
+def slope(setup, line_ref, head, code, x):
+  """Returns the derivative of the bias by x."""
+  zero = full(setup, x.shape, 0.0)
+  return _of_segments(setup, line_ref, head, code, x, lambda found: zero + found.slope)
+
+
+def _of_segments(setup, line_ref, head, code, x, function):
+  """Returns a function of each pair's segment, by selecting among those that x may reach."""
   first, end = span(code)
 
-  def line(z):
-    found = segment(line_ref, head, z)
-    return found.lower, found.value + found.slope * (x - found.anchor)
-
   def above(z, so_far):
-    lower, bias = line(z)
-    return jnp.where(x > lower, bias, so_far)
+    found = segment(line_ref, head, z)
+    return jnp.where(x > found.lower, function(found), so_far)
 
-  _, bias = line(first)
+  result = function(segment(line_ref, head, first))
   if setup.segments == 1:
-    return bias
-  return jax.lax.fori_loop(first + 1, end, above, bias)
+    return result
+  return jax.lax.fori_loop(first + 1, end, above, result)
 
 
-# Elementwise functions of a row's number and a column's
+def logits(setup, positions, code, a, b, line_ref, head, x):
+  """Returns the logits of a tile of blocks a and b, HIDDEN_LOGIT where hidden; x None: no bias."""
+  start = None if x is None else bias(setup, line_ref, head, code, x)
+  return hide(setup, positions, code, product(setup, a, b, start))
+
+
+def weights(logits, log_norm, axis):
+  """Returns exp(logits - log_norm), of a vector along an axis."""
+  return jnp.exp2(logits * LOG2E - spread(log_norm * LOG2E, logits.shape, axis))
 
 
 def coordinate(setup, positions, numbers, shape):
-  """Returns x of a tile."""
-  return elementwise(setup, setup.coordinate, positions, numbers, shape)
+  """Returns x of a tile, or None where there is no bias."""
+  if not setup.segments:
+    return None
+  return elementwise.value(setup.coordinate, numbers, *positions.of_tile(setup, shape))
 
 
-def coordinate_and_slopes(setup, positions, numbers, shape):
-  """Returns (x, its derivative by each of the numbers) of a tile."""
-
-  def function(numbers, i, j):
-    leaves, structure = jax.tree.flatten(numbers)
-
-    def of_leaves(*leaves):
-      return setup.coordinate(jax.tree.unflatten(structure, leaves), i, j)
-
-    slopes = []
-    for n in range(len(leaves)):
-      direction = [jnp.full_like(leaf, m == n) for m, leaf in enumerate(leaves)]
-      slopes.append(jax.jvp(of_leaves, leaves, direction)[1])
-    return of_leaves(*leaves), slopes
-
-  return elementwise(setup, function, positions, numbers, shape)
-
-
-def elementwise(setup, function, positions, numbers, shape):
-  """Returns function(numbers, i, j) of a tile, each step on no more than it depends on.
-
-  Args:
-    setup: of the kernel.
-    function: elementwise, of scalars and of positions that broadcast.
-    positions: of the tile.
-    numbers: a tree of scalars.
-    shape: of the tile.
-  """
-  query_shape, key_shape = [[1, 1], [1, 1]]
-  query_shape[positions.query_axis] = shape[positions.query_axis]
-  key_shape[1 - positions.query_axis] = shape[1 - positions.query_axis]
-  scalars = jax.tree.map(lambda _: jax.ShapeDtypeStruct((), jnp.float32), numbers)
-  structs = [jax.ShapeDtypeStruct(side, jnp.int32) for side in (query_shape, key_shape)]
-  program, out = jax.make_jaxpr(function, return_shape=True)(scalars, *structs)
-  inputs = *jax.tree.leaves(numbers), *(positions.query(setup, POSITION),), (
-    positions.key(setup, POSITION)
-  )
-  outputs = _run(program.jaxpr, program.consts, inputs)
-  wide = [
-    _widened(output, variable.aval.shape, shape)
-    for output, variable in zip(outputs, program.jaxpr.outvars, strict=True)
-  ]
-  return jax.tree.unflatten(jax.tree.structure(out), wide)
-
-
-# What the compiler of kernels has no rule for, in terms of what it has. Near 0, log1p loses 1e-7.
-_REPLACED = {
-  'log1p': lambda x, **_: jnp.log(1.0 + x),
-  'pow': lambda x, y, **_: jnp.exp(jnp.log(x) * y),
-}
-
-
-def _run(jaxpr, constants, inputs):
-  """Evaluates a program of elementwise steps; an array [rows, 1] or [1, columns] is a vector."""
-  values = dict(zip(jaxpr.constvars, constants, strict=True))
-  values |= dict(zip(jaxpr.invars, inputs, strict=True))
-
-  def read(atom):
-    return atom.val if isinstance(atom, core.Literal) else values[atom]
-
-  for equation in jaxpr.eqns:
-    name, params = equation.primitive.name, equation.params
-    inner = next((params[key] for key in ('jaxpr', 'call_jaxpr') if key in params), None)
-    operands = [read(atom) for atom in equation.invars]
-    if inner is not None:
-      results = _run(inner.jaxpr, inner.consts, operands)
-    else:
-      shape = equation.outvars[0].aval.shape
-      wide = [
-        _widened(operand, atom.aval.shape, shape)
-        for operand, atom in zip(operands, equation.invars, strict=True)
-      ]
-      if name in ('broadcast_in_dim', 'reshape', 'squeeze', 'copy'):
-        results = wide
-      else:
-        apply = _REPLACED.get(name, functools.partial(equation.primitive.bind))
-        results = [apply(*wide, **params)]
-    values |= dict(zip(equation.outvars, results, strict=True))
-  return [read(atom) for atom in jaxpr.outvars]
-
-
-def _widened(value, shape, new_shape):
-  """Returns a value of the shape that its program says, 1s left out, in another such shape."""
-  sides = [axis for axis, size in enumerate(new_shape) if size > 1]
-  new = tuple(new_shape[axis] for axis in sides)
-  if np.shape(value) == new:
-    return value
-  if not np.shape(value):
-    return jax.lax.broadcast_in_dim(value, new, [])
-  (axis,) = (axis for axis, size in enumerate(shape) if size > 1)
-  return jax.lax.broadcast_in_dim(value, new, [axis])
+def coordinate_slope(setup, positions, numbers, n, shape):
+  """Returns the derivative of x by the number n."""
+  return elementwise.derivative(setup.coordinate, numbers, n, *positions.of_tile(setup, shape))
 
 
 # Kernels of two warpgroups that compute and one that copies
 
 
-def block_in_shared_memory(shape):
-  """Returns bfloat16 blocks [..., rows, channels], laid out as matrix products read them."""
-  transforms = plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128)
-  return plgpu.SMEM(shape, jnp.bfloat16, transforms=transforms)
+def block_in_shared_memory(shape, dtype):
+  """Returns room for blocks [..., rows, channels], laid out as matrix products read them."""
+  swizzle = 128  # bytes
+  tiling = plgpu.TilingTransform((8, swizzle // jnp.dtype(dtype).itemsize))
+  transforms = tiling, plgpu.SwizzleTransform(swizzle)
+  return plgpu.SMEM(shape, dtype, transforms=transforms)
 
 
 def operands(table):
@@ -327,18 +260,52 @@ def run(setup, kernel, operands, *, out_type, scratch_types, grid):
   )(*operands)
 
 
+def copy(pairs, barrier):
+  """Starts copies to shared memory, (from, to); each arrives at the barrier."""
+  for source, target in pairs:
+    plgpu.copy_gmem_to_smem(source, target, barrier)
+
+
+def walk(visit, code, start, count, stages, ready, free):
+  """Returns what visits of the tiles 0 .. count - 1 make of a start, one after another.
+
+  Args:
+    visit: (n, code, slot of its block, so far) -> so far, for tiles that the mask does not hide.
+    code: n -> the tile's code.
+    start: so far, before the first.
+    count: of tiles.
+    stages: slots for blocks in shared memory.
+    ready: barriers of the slots at which copies arrive.
+    free: barriers of the slots at which a warpgroup arrives that has read them.
+  """
+
+  def step(n, so_far):
+    slot = jax.lax.rem(n, stages)
+    plgpu.barrier_wait(ready.at[slot])
+    code_n = code(n)
+
+    def do(so_far):
+      return visit(n, code_n, slot, so_far)
+
+    so_far = jax.lax.cond(code_n & VISIT != 0, do, lambda so_far: so_far, so_far)
+    plgpu.barrier_arrive(free.at[slot])
+    return so_far
+
+  return jax.lax.fori_loop(0, count, step, start)
+
+
 def warpgroups(compute, copy):
   """Runs compute(0), compute(1) and copy() side by side, registers divided accordingly."""
   index = jax.lax.axis_index('warpgroup')
 
   @pl.when(index < 2)
   def _():
-    plgpu.set_max_registers(232, action='increase')
+    plgpu.set_max_registers(240, action='increase')
     compute(index)
 
   @pl.when(index == 2)
   def _():
-    plgpu.set_max_registers(40, action='decrease')
+    plgpu.set_max_registers(24, action='decrease')
     copy()
 
 

@@ -3,7 +3,7 @@
 The online softmax of FlashAttention (Dao et al. 2022, arXiv:2205.14135): a forward kernel, and two
 backward ones, for queries and for keys. A bias is its encoding's `piecewise.Table`: from positions
 alone, a tile computes x once for its heads and a line of it a head, and more only for breakpoints
-that x can reach there, which `plan.segments` finds beforehand. The gradient of the table is a
+that x can reach there, which `plan.make` finds beforehand. The gradient of the table is a
 running sum in scalar memory in the order of the grid: no [Q, K] array, and the same bits each run.
 
 A decay (xPos) that `tile.prepare` has left to the tile is one factor a channel for each number of
@@ -31,7 +31,8 @@ BLOCK = 512  # queries, and keys, of a tile
 LANES = 128  # of a vector register: a block is a multiple
 # Heads of one tile share its positions, mask and x: as many as have these channels.
 CHANNELS_TOGETHER = 512
-VMEM_BYTES = 96 * 2**20  # of the 128 MiB of a v5e, v5p or v6e
+QUERY_NUMBERS = 2**21  # of a tile: with more heads to one key head, a tile has fewer queries
+VMEM_BYTES = 60 * 2**20  # of the 64 MiB of a v5p; v5e and v6e have 128
 
 
 def why_not(encoding: base.Encoding, mask: mask_lib.Mask, num_queries: int = LANES) -> str | None:
@@ -88,8 +89,10 @@ def attention(
     rate_1C = np.float32(encoding.log_decay(channels)[None])
     stretch = decay.stretch_of(encoding.log_decay(channels))
   table = None if encoding.table is None else encoding.table(params, num_heads)
+  heads = groups * (num_heads // key_BKGC.shape[2])
+  most = max(QUERY_NUMBERS // (heads * channels) // LANES, 1) * LANES
   blocks = (
-    min(block, pl.cdiv(query_BQHC.shape[1], LANES) * LANES),
+    min(block, most, pl.cdiv(query_BQHC.shape[1], LANES) * LANES),
     min(block, pl.cdiv(key_BKGC.shape[1], LANES) * LANES),
   )
   coordinate, of_coordinate = _traced(encoding.coordinate, table, *blocks)
@@ -99,7 +102,7 @@ def attention(
     stretch=stretch,
     query_block=blocks[0],
     key_block=blocks[1],
-    heads=groups * (num_heads // key_BKGC.shape[2]),
+    heads=heads,
     groups=groups,
     interpret=interpret,
   )

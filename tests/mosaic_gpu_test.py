@@ -1,0 +1,328 @@
+"""The kernel for NVIDIA GPUs: interpreted against the reference, and compiled for an H200."""
+
+import functools
+import importlib.util
+import pathlib
+import shutil
+import threading
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax._src.pallas.mosaic.interpret import thread_map
+from jax._src.pallas.mosaic_gpu.interpret import params as interpreter
+from jax.experimental import topologies
+
+from lex_fire import encodings, errors, kernels
+from lex_fire.kernels import (
+  mosaic_gpu,
+  mosaic_gpu_elementwise,
+  mosaic_gpu_plan,
+  mosaic_gpu_tile,
+  reference,
+)
+
+NUM_HEADS, NUM_KV_HEADS, LENGTH = 2, 1, 140  # two blocks of 128, the second ragged
+PLAIN = np.arange(LENGTH)[None], None
+# Far apart, so that x crosses many breakpoints; and L, a tie in FIRE's norm, is among them.
+SPARSE = 16 * np.arange(LENGTH)[None], None
+PACKED = np.r_[0:90, 0:50][None], np.repeat([1, 2], [90, 50])[None]
+ROWS = np.concatenate([SPARSE[0], PACKED[0]]), np.concatenate([np.ones_like(PACKED[1]), PACKED[1]])
+CASES = {
+  'fire, two rows': ('fire', {}, {}, ROWS, 64),
+  'fire of two layers, bidirectional': (
+    'fire',
+    {'hidden_layers': 2, 'width': 8, 'threshold': 32.0},
+    {'causal': False},
+    PACKED,
+    64,
+  ),
+  'fire, heads of 256': ('fire', {'psi': 'power', 'exponent': 0.3}, {}, SPARSE, 256),
+  't5, bidirectional': (
+    't5',
+    {'num_buckets': 8, 'max_distance': 60, 'bidirectional': True},
+    {'causal': False},
+    PLAIN,
+    64,
+  ),
+  'kerple_log, window': ('kerple_log', {}, {'window': 70}, PACKED, 64),
+  'kerple_power, blockwise': ('kerple_power', {}, {'block': 48}, PLAIN, 64),
+  'nope, causal': ('nope', {}, {}, PACKED, 64),
+}
+ELEMENTWISE = {
+  'fire': {},
+  'fire_s': {'psi': 'identity', 'threshold': 0.0},
+  't5': {},
+  'kerple_log': {},
+  'kerple_power': {},
+  'alibi': {},
+}
+
+
+@pytest.fixture(autouse=True)
+def _a_kernel_compiles_once(monkeypatch):
+  """The interpreter would compile it for each block of the grid and each warpgroup."""
+  programs, lock = {}, threading.Lock()
+
+  def run(jaxpr, consts, *args):
+    with lock:
+      if id(jaxpr) not in programs:
+        evaluate = jax.jit(functools.partial(jax.core.eval_jaxpr, jaxpr))
+        programs[id(jaxpr)] = evaluate.lower(consts, *args).compile(), jaxpr
+    programs[id(jaxpr)][0](consts, *args)
+
+  monkeypatch.setattr(thread_map, '_run_jaxpr', run)
+
+
+def make(name, options, channels=64):
+  encoding = encodings.get(name, **options)
+  size = {'num_heads': NUM_HEADS, 'head_dim': channels, 'd_model': NUM_HEADS * channels}
+  return encoding._replace(rotate=None), encoding.init(jax.random.key(2), **size)
+
+
+def inputs(batch, channels, seed=0):
+  """Returns query_BQHC, key_BKGC, value_BKGC."""
+  rng = np.random.default_rng(seed)
+  heads = NUM_HEADS, NUM_KV_HEADS, NUM_KV_HEADS
+  return [rng.normal(size=(batch, LENGTH, n, channels)).astype(np.float32) for n in heads]
+
+
+def out_and_gradients(attention, encoding, params, arrays, positions, segments, mask, **more):
+  """Returns (out_BQHC, gradients of params and arrays) of a fixed random functional.
+
+  Positions and segments are of queries and of keys.
+  """
+  probe_BQHC = np.random.default_rng(9).normal(size=arrays[0].shape).astype(np.float32)
+
+  def functional(params, arrays):
+    out_BQHC = attention(
+      *arrays,
+      encoding=encoding,
+      params=params,
+      query_position_BQ=positions[0],
+      key_position_BK=positions[1],
+      query_segment_BQ=segments[0],
+      key_segment_BK=segments[1],
+      mask=mask,
+      **more,
+    )
+    return (out_BQHC.astype(jnp.float32) * probe_BQHC).sum(), out_BQHC
+
+  gradients, out_BQHC = jax.jit(jax.grad(functional, argnums=(0, 1), has_aux=True))(params, arrays)
+  return out_BQHC, gradients
+
+
+interpreted = functools.partial(
+  out_and_gradients, mosaic_gpu.attention, interpret=interpreter.InterpretGPUParams()
+)
+expected = functools.partial(out_and_gradients, reference.attention)
+
+
+def assert_agree(found, expected, tolerance):
+  """Within a tolerance of each array's largest entry, or of 1: sums of zero mean leave noise."""
+  for (path, one), other in zip(
+    jax.tree.leaves_with_path(found), jax.tree.leaves(expected), strict=True
+  ):
+    one, other = np.float32(one), np.float32(other)
+    bound = tolerance * max(1.0, np.abs(other).max(initial=0))
+    np.testing.assert_allclose(one, other, rtol=0, atol=bound, err_msg=jax.tree_util.keystr(path))
+
+
+@pytest.mark.parametrize('case', CASES)
+def test_outputs_and_gradients_equal_the_references(case):
+  name, options, mask, (position_BL, segment_BL), channels = CASES[case]
+  encoding, params = make(name, options, channels)
+  position_BL = jnp.int32(position_BL)
+  segment_BL = None if segment_BL is None else jnp.int32(segment_BL)
+  arrays = inputs(len(position_BL), channels)
+  where = (position_BL,) * 2, (segment_BL,) * 2, kernels.Mask(**mask)
+
+  found = interpreted(encoding, params, arrays, *where)
+
+  assert_agree(found, expected(encoding, params, arrays, *where), 1e-4)
+
+
+def test_bfloat16_stays_bfloat16_and_near_float32():
+  encoding, params = make('fire', {})
+  position_BL = jnp.int32(SPARSE[0])
+  exact = inputs(1, 64)
+  arrays = [jnp.bfloat16(x) for x in exact]
+  where = (position_BL,) * 2, (None,) * 2, kernels.Mask()
+
+  out_BQHC, (of_params, of_arrays) = interpreted(encoding, params, arrays, *where)
+
+  rounded = [np.float32(x) for x in arrays]
+  exact_BQHC, (exact_of_params, exact_of_arrays) = expected(encoding, params, rounded, *where)
+  assert {leaf.dtype for leaf in (out_BQHC, *of_arrays)} == {np.dtype(jnp.bfloat16)}
+  assert_agree((out_BQHC, of_arrays), (exact_BQHC, exact_of_arrays), 2e-2)
+  # A table's gradient is a sum over all pairs, in which the roundings of delta add up.
+  assert_agree(of_params, exact_of_params, 0.1)
+
+
+def test_a_query_that_sees_nothing_gives_zeros_and_has_no_gradient():
+  encoding, params = make('kerple_log', {})
+  position_BL = jnp.int32(PLAIN[0])
+  query_segment_BL = jnp.int32(np.where(np.arange(LENGTH) < 70, 3, 0)[None])
+  segments = query_segment_BL, jnp.zeros_like(query_segment_BL)
+  where = (position_BL,) * 2, segments, kernels.Mask()
+
+  out_BQHC, gradients = interpreted(encoding, params, inputs(1, 64), *where)
+
+  d_query_BQHC = gradients[1][0]
+  assert not np.any(out_BQHC[:, :70]) and np.all(np.any(out_BQHC[:, 70:], axis=(2, 3)))
+  assert not np.any(d_query_BQHC[:, :70]) and np.any(d_query_BQHC[:, 70:])
+  for leaf in jax.tree.leaves(gradients):
+    assert np.isfinite(leaf).all()
+
+
+@pytest.mark.parametrize('mask', [{}, {'causal': False}, {'window': 40}, {'block': 32}], ids=str)
+def test_a_tiles_code_says_what_its_pairs_are(mask):
+  encoding, params = make('fire', {})
+  mask = kernels.Mask(**mask)
+  position_BL, segment_BL = (np.int32(np.repeat(row, [3] * LENGTH, axis=1)) for row in PACKED)
+  length = position_BL.shape[1]
+  padding = -length % 64
+  query_BNQ = mosaic_gpu_plan.query_numbers(mask, position_BL, segment_BL, padding)
+  key_BNK = mosaic_gpu_plan.key_numbers(position_BL, segment_BL, padding)
+  table = encoding.table(params, NUM_HEADS)
+
+  code_IJ = mosaic_gpu_plan.codes(query_BNQ, key_BNK, table, encoding.coordinate, (64, 64))[0]
+
+  same_LL = segment_BL[0][:, None] == segment_BL[0][None]
+  visible_LL = np.asarray(mask.visible(position_BL, position_BL))[0] & same_LL
+  visible_LL = np.pad(visible_LL, [(0, padding)] * 2)
+  visible_IJ = visible_LL.reshape(len(code_IJ), 64, -1, 64).transpose(0, 2, 1, 3)
+  visit_IJ = (code_IJ & mosaic_gpu_tile.VISIT) != 0
+  whole_IJ = (code_IJ & mosaic_gpu_tile.WHOLE) != 0
+  np.testing.assert_array_equal(whole_IJ, visible_IJ.all(axis=(2, 3)))
+  assert not np.any(visible_IJ.any(axis=(2, 3)) & ~visit_IJ)
+  position_L = np.pad(position_BL[0], (0, padding), mode='edge')
+  numbers = jax.tree.map(lambda number_1: number_1[0], table.coordinate)
+  x_LL = encoding.coordinate(numbers, position_L[:, None], position_L[None])
+  segment_LL = np.searchsorted(table.lower_Z, x_LL) - 1
+  segment_IJ = segment_LL.reshape(visible_IJ.shape[0], 64, -1, 64)
+  first_IJ, end_IJ = mosaic_gpu_tile.span(code_IJ)
+  assert np.all((first_IJ <= segment_IJ.min(axis=(1, 3)))[visit_IJ])
+  assert np.all((segment_IJ.max(axis=(1, 3)) < end_IJ)[visit_IJ])
+  # No more than that where positions rise by one in all of a block, as they do before the last two.
+  rising_IJ = visit_IJ & (np.maximum(*np.indices(visit_IJ.shape)) < 4)
+  np.testing.assert_array_equal(first_IJ[rising_IJ], segment_IJ.min(axis=(1, 3))[rising_IJ])
+  np.testing.assert_array_equal(end_IJ[rising_IJ], segment_IJ.max(axis=(1, 3))[rising_IJ] + 1)
+
+
+@pytest.mark.parametrize('query_axis', [0, 1])
+@pytest.mark.parametrize('name', ELEMENTWISE)
+def test_x_from_vectors_is_x_of_a_tile_and_so_is_its_derivative(name, query_axis):
+  encoding, params = make(name, ELEMENTWISE[name])
+  table = encoding.table(params, NUM_HEADS)
+  numbers = jax.tree.map(lambda number_H: number_H[0], table.coordinate)
+  i_Q, j_K = jnp.int32([0, 3, 512, 700]), jnp.int32([0, 1, 3, 100, 512, 600])
+  shape = (4, 6) if query_axis == 0 else (6, 4)
+  tile = i_Q, j_K, shape, query_axis
+
+  x = mosaic_gpu_elementwise.value(encoding.coordinate, numbers, *tile)
+  slopes = [
+    mosaic_gpu_elementwise.derivative(encoding.coordinate, numbers, n, *tile)
+    for n in range(len(jax.tree.leaves(numbers)))
+  ]
+
+  def whole(numbers):
+    x_QK = encoding.coordinate(numbers, i_Q[:, None], j_K[None])
+    return jnp.broadcast_to(x_QK if query_axis == 0 else x_QK.T, shape)
+
+  np.testing.assert_allclose(x, whole(numbers), rtol=1e-5, atol=1e-6)
+  if slopes:
+    assert_agree(slopes, jax.tree.leaves(jax.jacfwd(whole)(numbers)), 1e-5)
+
+
+# What it cannot serve
+
+
+@pytest.mark.parametrize(
+  ('name', 'options', 'channels', 'dtype', 'reason'),
+  [
+    ('xpos', {}, 64, jnp.bfloat16, "has no decay, but 'xpos' has one"),
+    ('fire', {}, 96, jnp.bfloat16, 'heads of 64, 128 or 256 channels, not 96'),
+    ('fire', {}, 64, jnp.float32, 'takes bfloat16, not float32'),
+    ('sandwich', {}, 64, jnp.bfloat16, "'sandwich'"),
+    ('fire', {'hidden_layers': 3}, 64, jnp.bfloat16, "needs a table of the bias, which 'fire'"),
+    ('fire', {'hidden_layers': 2, 'width': 40}, 64, jnp.bfloat16, "'fire' has 1681"),
+  ],
+)
+def test_what_it_cannot_serve_it_refuses(name, options, channels, dtype, reason):
+  encoding, params = make(name, options, channels)
+  arrays = [jnp.asarray(x, dtype) for x in inputs(1, channels)]
+  position_BL = jnp.int32(PLAIN[0])
+
+  assert reason in mosaic_gpu.why_not(encoding, channels, dtype)
+  with pytest.raises(errors.UserError, match=f"{reason}.*; use implementation='chunked'"):
+    mosaic_gpu.attention(
+      *arrays,
+      encoding=encoding,
+      params=params,
+      query_position_BQ=position_BL,
+      key_position_BK=position_BL,
+      query_segment_BQ=None,
+      key_segment_BK=None,
+      mask=kernels.Mask(),
+    )
+
+
+# Compiled
+
+
+@pytest.mark.skipif(
+  importlib.util.find_spec('jax_cuda13_plugin') is None or shutil.which('ptxas') is None,
+  reason='needs jax-cuda13-plugin and jax-cuda13-pjrt, and the ptxas of a CUDA toolkit on the PATH',
+)
+@pytest.mark.parametrize(
+  ('name', 'channels'),
+  [
+    ('nope', 64),
+    ('fire', 64),
+    ('fire', 128),
+    ('fire', 256),
+    ('fire_s', 64),
+    ('t5', 128),
+    ('alibi', 64),
+    ('kerple_log', 256),
+    ('kerple_power', 128),
+  ],
+)
+def test_it_compiles_for_an_h200_with_little_memory(name, channels):
+  encoding, params = make(name, ELEMENTWISE.get(name, {}), channels)
+  target = (pathlib.Path(__file__).parent / 'h200.txtpb').read_text(encoding='utf-8')
+  topology = topologies.get_topology_desc(
+    platform='cuda', topology_name='', target_config=target, topology='1x1x1'
+  )
+  sharding = jax.sharding.SingleDeviceSharding(topology.devices[0])
+
+  def struct(shape, dtype):
+    return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
+
+  def gradients(params, arrays, position_BL, d_out_BQHC):
+    def attend(params, arrays):
+      return mosaic_gpu.attention(
+        *arrays,
+        encoding=encoding,
+        params=params,
+        query_position_BQ=position_BL,
+        key_position_BK=position_BL,
+        query_segment_BQ=None,
+        key_segment_BK=None,
+        mask=kernels.Mask(),
+      )
+
+    return jax.vjp(attend, params, arrays)[1](d_out_BQHC)
+
+  length = 32_768
+  heads = NUM_HEADS, NUM_KV_HEADS, NUM_KV_HEADS
+  arrays = [struct((1, length, n, channels), jnp.bfloat16) for n in heads]
+  shapes = jax.tree.map(lambda leaf: struct(leaf.shape, leaf.dtype), params)
+  positions = struct((1, length), jnp.int32)
+  lowered = jax.jit(gradients).lower(shapes, arrays, positions, arrays[0])
+  compiled = lowered.compile({'xla_gpu_autotune_level': 0})
+
+  # Logits of one head alone would take 4 gigabytes.
+  assert compiled.memory_analysis().temp_size_in_bytes < sum(x.size * 2 for x in arrays)
