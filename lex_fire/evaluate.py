@@ -71,7 +71,7 @@ def evaluate(
         'checkpoint_step': step,
         **of_case(config, case),
         **common,
-        'implementations': {length: _choice(case, length)._asdict() for length in scored},
+        'implementations': {str(length): _choice(case, length)._asdict() for length in scored},
       }
       told = functools.partial(progress, f'{report_lib.series(report)} {case.mask_name}')
       losses = {
@@ -234,7 +234,9 @@ def main() -> None:
     reports += evaluate(workdir, what.request, what.progress, run)
   paths = write(reports, what.directory, what.name)
   for length in what.request.lengths:
-    chosen = {'{implementation}, {reason}'.format(**r['implementations'][length]) for r in reports}
+    chosen = {
+      '{implementation}, {reason}'.format(**r['implementations'][str(length)]) for r in reports
+    }
     print(f'attention at {length}: {"; ".join(sorted(chosen))}')
   last = reports[0]['lengths'][-1]
   tokens = f'{last["tokens"]:,} tokens of {last["documents"]} documents'

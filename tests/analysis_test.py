@@ -229,7 +229,7 @@ def made(name, mask, **changes):
   """Returns a model whose heads are far from uniform, its parameters, and windows of tokens."""
   c = dataclasses.replace(C, **changes)
   transformer = model.Transformer(c, encodings.get(name), mask)
-  params = transformer.init(jax.random.key(0), jnp.zeros((1, 1), jnp.int32))['params']
+  params = jax.jit(transformer.init)(jax.random.key(0), jnp.zeros((1, 1), jnp.int32))['params']
   params = jax.tree_util.tree_map_with_path(
     lambda path, x: 2 * x if path[-1].key in ('query_DHC', 'key_DGC') else x, params
   )

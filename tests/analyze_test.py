@@ -17,9 +17,12 @@ LENGTHS, MASKS = (32, 64), ('causal', 'blockwise')
 TOKENS = 192  # a window of 64 of each of the corpus's documents
 
 
+NUM_LAYERS = 2
+
+
 @pytest.fixture(scope='module')
-def data(tmp_path_factory):
-  return tiny.write_corpus(tmp_path_factory.mktemp('corpus'))
+def data(corpus):
+  return corpus
 
 
 @pytest.fixture(scope='module')
@@ -27,7 +30,7 @@ def workdirs(data, tmp_path_factory):
   """Returns a run of FIRE and one of RoPE, whose checkpoints are what training begins with."""
   root = tmp_path_factory.mktemp('runs')
   for name in ('fire', 'rope'):
-    config = tiny.config(data, name, model={'scan_layers': True})  # one layer to compile, not two
+    config = tiny.config(data, name, model={'num_layers': NUM_LAYERS, 'scan_layers': True})
     checkpoint.claim_workdir(root / name, config)
     with contextlib.closing(checkpoint.Checkpoints(root / name)) as checkpoints:
       checkpoints.save(3, train.Program(config, sharding.make_mesh()).init(), 5.0)
@@ -133,7 +136,7 @@ def test_the_biases_are_those_that_each_layer_has_learned(of_fire, restored):
   for of_query in curves['biases']:
     query_position = of_query['query_position']
     assert (of_query['distance'][0], of_query['distance'][-1]) == (0, query_position)
-    assert len(of_query['by_layer_and_head']) == tiny.MODEL['num_layers']
+    assert len(of_query['by_layer_and_head']) == NUM_LAYERS
     key_position_1K = query_position - np.array([of_query['distance']], np.int32)
     for layer, by_head in enumerate(of_query['by_layer_and_head']):
       bias_BHQK = case.transformer.encoding.bias(
@@ -300,11 +303,12 @@ def results(workdirs, tmp_path_factory):
       argument = argument.replace(place, str(path))
     return argument
 
-  commands = {name: arguments for name, (arguments, _) in MISTAKES.items()} | GOOD
-  ran = tiny.run_commands(
-    [['lex_fire.analyze', *map(expand, arguments)] for arguments in commands.values()]
-  )
-  return dict(zip(commands, ran, strict=True)), out
+  found = {
+    name: tiny.run_command('lex_fire.analyze', *map(expand, arguments))
+    for name, arguments in ({name: given for name, (given, _) in MISTAKES.items()} | GOOD).items()
+  }
+  found['nothing'] = tiny.run_in_a_new_interpreter('lex_fire.analyze')  # as users do
+  return found, out
 
 
 @pytest.mark.parametrize('name', MISTAKES)

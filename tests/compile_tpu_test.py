@@ -2,124 +2,26 @@
 
 import functools
 import importlib.util
-import math
-import os
 import re
 
 import jax
 import jax.numpy as jnp
 import pytest
-from jax.experimental import topologies
-from jax.sharding import SingleDeviceSharding
 
+from experiments.attention_tpu import run as attention_tpu
 from lex_fire import config as config_lib
-from lex_fire import encodings, kernels, model, sharding
+from lex_fire import encodings, model, sharding
 
 if importlib.util.find_spec('libtpu') is None:
   pytest.skip('needs the compiler for TPU: make test-tpu', allow_module_level=True)
 
-# It compiles only: there is no TPU whose data it could ask for.
-os.environ.setdefault('TPU_SKIP_MDS_QUERY', '1')
-os.environ.setdefault('ALLOW_MULTIPLE_LIBTPU_LOAD', '1')
-
-CHIPS = {'v5e': 'v5e:2x2', 'v5p': 'v5p:2x2x1', 'v6e': 'v6e:2x2'}
-
-
-def devices(chip):
-  return topologies.get_topology_desc(platform='tpu', topology_name=CHIPS[chip]).devices
-
-
-def compiled(
-  chip,
-  name,
-  length,
-  dtype=jnp.bfloat16,
-  num_heads=8,
-  num_kv_heads=2,
-  head_dim=128,
-  packed=False,
-  mask=None,
-  forward_only=False,
-  **options,
-):
-  """Returns attention, forward and backward, compiled for one chip."""
-  device = devices(chip)[0]
-  one_chip = SingleDeviceSharding(device)
-  encoding = encodings.get(name, **options)
-
-  def abstract(shape, dtype):
-    return jax.ShapeDtypeStruct(shape, dtype, sharding=one_chip)
-
-  params = jax.eval_shape(
-    lambda: encoding.init(
-      jax.random.key(0), num_heads=num_heads, head_dim=head_dim, d_model=num_heads * head_dim
-    )
-  )
-  params = jax.tree.map(lambda leaf: abstract(leaf.shape, leaf.dtype), params)
-  arrays = [
-    abstract((1, length, heads, head_dim), dtype)
-    for heads in (num_heads, num_kv_heads, num_kv_heads)
-  ]
-  position_1L = abstract((1, length), jnp.int32)
-
-  def total(params, query_BQHC, key_BKGC, value_BKGC, position_1L, segment_1L):
-    return (
-      kernels.attention(
-        query_BQHC,
-        key_BKGC,
-        value_BKGC,
-        encoding=encoding,
-        params=params,
-        query_position_BQ=position_1L,
-        key_position_BK=position_1L,
-        query_segment_BQ=segment_1L,
-        key_segment_BK=segment_1L,
-        mask=kernels.Mask(**(mask or {})),
-      )
-      .astype(jnp.float32)
-      .sum()
-    )
-
-  function = total if forward_only else jax.grad(total, argnums=(0, 1, 2, 3))
-  with jax.default_device(device):
-    lowered = jax.jit(function, out_shardings=one_chip).lower(
-      params, *arrays, position_1L, position_1L if packed else None
-    )
-    return lowered.compile()
-
-
-WIDTHS = {'bf16': 2, 'f32': 4, 's32': 4}
-
-
-def bytes_of(shapes):
-  """Returns the bytes of all arrays in a text such as '(bf16[1,8]{1,0}, f32[])'."""
-  return sum(
-    WIDTHS[kind] * math.prod(int(size) for size in sizes.split(',') if size)
-    for kind, sizes in re.findall(r'(bf16|f32|s32)\[([0-9,]*)\]', shapes)
-  )
-
-
-def kernel_bytes(program):
-  """Returns the bytes that go into the kernels of a program and come out, by its text.
-
-  Not the compiler's own count, in which copies that it makes ahead of time count twice.
-  """
-  entry = program.as_text().partition('\nENTRY')[2]
-  lines = re.findall(r'%(\S+) = (.*?) ([a-z-]+)\((.*?)\)', entry)
-  shapes = {name: shape for name, shape, _, _ in lines}
-  return sum(
-    bytes_of(shape) + sum(bytes_of(shapes[name]) for name in re.findall(r'%([\w.-]+)', operands))
-    for _, shape, kind, operands in lines
-    if kind == 'custom-call' and operands
-  )
-
 
 @functools.cache
 def at_128k(chip, name):
-  return compiled(chip, name, 131_072)
+  return attention_tpu.compiled(chip, name, 131_072)
 
 
-@pytest.mark.parametrize('chip', CHIPS)
+@pytest.mark.parametrize('chip', attention_tpu.CHIPS)
 def test_fire_compiles_at_128k(chip):
   assert 'tpu_custom_call' in at_128k(chip, 'fire').as_text()
 
@@ -128,8 +30,8 @@ def test_the_kernels_of_fire_move_what_those_without_bias_do():
   """The table and the plan are all that they read besides, at most 5%."""
   with_bias, without = (at_128k('v5e', name) for name in ('fire', 'nope'))
 
-  assert kernel_bytes(without) > 131_072 * 8 * 128 * 2 * 6  # it counts
-  assert kernel_bytes(with_bias) < 1.05 * kernel_bytes(without)
+  assert attention_tpu.kernel_bytes(without) > 131_072 * 8 * 128 * 2 * 6  # it counts
+  assert attention_tpu.kernel_bytes(with_bias) < 1.05 * attention_tpu.kernel_bytes(without)
   extra = (
     with_bias.memory_analysis().temp_size_in_bytes - without.memory_analysis().temp_size_in_bytes
   )
@@ -138,7 +40,7 @@ def test_the_kernels_of_fire_move_what_those_without_bias_do():
 
 def test_memory_grows_linearly_with_length_to_128k():
   """A dense pass takes 16 times as much at 4 times the length."""
-  short, long = compiled('v5e', 'fire', 32_768), at_128k('v5e', 'fire')
+  short, long = attention_tpu.compiled('v5e', 'fire', 32_768), at_128k('v5e', 'fire')
 
   ratio = long.memory_analysis().temp_size_in_bytes / short.memory_analysis().temp_size_in_bytes
   assert ratio < 5
@@ -157,7 +59,7 @@ def test_gradients_of_a_model_over_four_chips_compile_with_the_kernel():
     dtype='bfloat16',
   )
   transformer = model.Transformer(config, encodings.get('fire'))
-  mesh = sharding.make_mesh(2, 2, devices=devices('v5e'))
+  mesh = sharding.make_mesh(2, 2, devices=attention_tpu.devices('v5e'))
   tokens_BL = jax.ShapeDtypeStruct((8, 512), jnp.int32)
   position_1L = jax.ShapeDtypeStruct((1, 512), jnp.int32)
   abstract = jax.eval_shape(
@@ -190,6 +92,7 @@ def test_gradients_of_a_model_over_four_chips_compile_with_the_kernel():
     {'name': 'fire', 'dtype': jnp.float32, 'packed': True},
     {'name': 'fire', 'head_dim': 256, 'num_kv_heads': 1, 'mask': {'window': 700}},
     {'name': 'fire', 'mask': {'causal': False}, 'length': 1000},
+    {'name': 'fire', 'num_heads': 64, 'num_kv_heads': 1},
     {'name': 'xpos', 'mask': {'block': 512}, 'packed': True},
     {'name': 'xpos', 'length': 65_536},
     {'name': 't5', 'bidirectional': True, 'mask': {'causal': False}},
@@ -201,6 +104,6 @@ def test_gradients_of_a_model_over_four_chips_compile_with_the_kernel():
   ids=lambda case: ' '.join(f'{key}={value}' for key, value in case.items()),
 )
 def test_every_shape_that_users_bring_compiles(case):
-  program = compiled('v5e', **{'length': 2048} | case)
+  program = attention_tpu.compiled('v5e', **{'length': 2048} | case)
 
   assert 'tpu_custom_call' in program.as_text()

@@ -12,17 +12,45 @@ _FLAGS = [
   '--xla_backend_optimization_level=0',
   '--xla_llvm_disable_expensive_passes=true',
 ]
-# A flag that XLA does not know ends the process, and this one, half of the gain, is gone in 0.12.
+# A flag that XLA does not know ends the process: the first of these, half of the gain, is gone in
+# 0.12. The second compiles a program as one part; for each of 32 the machinery costs more than it.
 if importlib.metadata.version('jaxlib').startswith('0.10.'):
-  _FLAGS.append('--xla_cpu_use_fusion_emitters=false')
+  _FLAGS += ['--xla_cpu_use_fusion_emitters=false', '--xla_cpu_parallel_codegen_split_count=1']
 
 # Both are read once, when jax is imported.
 os.environ['XLA_FLAGS'] = ' '.join([os.environ.get('XLA_FLAGS', ''), *_FLAGS]).strip()
 os.environ.setdefault('JAX_PLATFORMS', 'cpu')
 
 import jax  # noqa: E402
+import pytest  # noqa: E402
 
 jax.config.update('jax_numpy_rank_promotion', 'raise')
+
+
+@pytest.fixture(scope='module', autouse=True)
+def _compiled_programs_last_as_long_as_their_file():
+  """Those of all files together take gigabytes."""
+  yield
+  jax.clear_caches()
+
+
+@pytest.fixture(scope='session')
+def corpus(tmp_path_factory):
+  """Returns the data fields of a config that name the files of a tiny corpus."""
+  import tiny
+
+  return tiny.write_corpus(tmp_path_factory.mktemp('corpus'))
+
+
+@pytest.fixture(scope='session')
+def fire_run(corpus, tmp_path_factory):
+  """Returns the workdir of a tiny run of FIRE, never interrupted, and its state in the end."""
+  import tiny
+
+  from lex_fire import train
+
+  workdir = tmp_path_factory.mktemp('runs') / 'fire'
+  return workdir, train.train(tiny.config(corpus), workdir)
 
 
 # Which laws hold for which encoding: `pytest --laws` prints what its tests found.

@@ -5,12 +5,14 @@ The numbers are held against ones computed another way.
 
 import csv
 import dataclasses
+import functools
 import json
 import math
 import pathlib
 import re
 import shutil
 
+import jax
 import numpy as np
 import pytest
 import tiny
@@ -22,21 +24,24 @@ from lex_fire.data import draws, masking, positions, protocols
 LENGTHS = (32, 64, 128)
 
 
-def request(lengths=LENGTHS, protocol='same_tokens', max_tokens=1024, **fields):
+def request(lengths=LENGTHS, protocol='same_tokens', max_tokens=2048, **fields):
+  """Returns what to evaluate; without changes, as the config of a tiny run says."""
   return config_lib.EvaluateConfig(lengths, protocol, max_tokens, **fields)
 
 
-@pytest.fixture(scope='module')
-def workdir(tmp_path_factory):
-  data = tiny.write_corpus(tmp_path_factory.mktemp('corpus'))
-  workdir = tmp_path_factory.mktemp('runs') / 'fire'
-  train.train(tiny.config(data), workdir)
-  return workdir
+@functools.cache
+def evaluated(workdir, asked=None):
+  """Returns the reports of a run, computed once for all tests."""
+  return evaluate.evaluate(workdir, asked)
 
 
 @pytest.fixture(scope='module')
-def rope_workdir(workdir, tmp_path_factory):
-  corpus = json.loads((workdir / 'config.json').read_text())['data']
+def workdir(fire_run):
+  return fire_run[0]
+
+
+@pytest.fixture(scope='module')
+def rope_workdir(corpus, tmp_path_factory):
   out = tmp_path_factory.mktemp('runs') / 'rope'
   config = tiny.config(
     corpus,
@@ -67,7 +72,7 @@ def masked_workdir(rope_workdir, tmp_path_factory):
 
 @pytest.fixture(scope='module')
 def fire_report(workdir):
-  (only,) = evaluate.evaluate(workdir)
+  (only,) = evaluated(workdir)
   return only
 
 
@@ -75,7 +80,7 @@ def fire_report(workdir):
 def four(workdir, rope_workdir):
   """Two runs under two masks each."""
   asked = request((32, 64), masks=('causal', 'blockwise'))
-  return [*evaluate.evaluate(workdir, asked), *evaluate.evaluate(rope_workdir, asked)]
+  return [*evaluated(workdir, asked), *evaluated(rope_workdir, asked)]
 
 
 def losses_by_hand(workdir, asked, length, transformer=None, change=None, position=None):
@@ -91,8 +96,8 @@ def losses_by_hand(workdir, asked, length, transformer=None, change=None, positi
   cut = evaluate.windows(dataclasses.replace(config, evaluate=asked))[length]
   cut, scored_WL = change(cut) if change else (cut, np.ones(cut.targets_WL.shape, bool))
   position_1L = np.arange(length)[None] if position is None else position
-  logits_WLV = np.asarray(
-    transformer.apply({'params': params}, cut.inputs_WL, position_1L), np.float64
+  logits_WLV = np.float64(
+    jax.jit(transformer.apply)({'params': params}, cut.inputs_WL, position_1L)
   )
   by_document = {}
   for logits_LV, targets_L, document, scored_L in zip(
@@ -122,14 +127,21 @@ def expect_row(row, by_document):
 # Numbers
 
 
+@functools.cache
+def fires_by_hand(workdir, protocol):
+  """Returns the losses of the run of FIRE by length."""
+  return {n: losses_by_hand(workdir, request(protocol=protocol), n) for n in LENGTHS}
+
+
 @pytest.mark.parametrize('protocol', sorted(protocols.PROTOCOLS))
 def test_losses_and_standard_errors_equal_those_computed_window_by_window(workdir, protocol):
   asked = request(protocol=protocol)
 
-  (found,) = evaluate.evaluate(workdir, asked)
+  (found,) = evaluated(workdir, None if asked == request() else asked)  # None: as its config says
 
+  assert [row['length'] for row in found['lengths']] == list(LENGTHS)
   for row in found['lengths']:
-    expect_row(row, losses_by_hand(workdir, asked, row['length']))
+    expect_row(row, fires_by_hand(workdir, protocol)[row['length']])
 
 
 def expect_change(change, short, long):
@@ -143,23 +155,21 @@ def expect_change(change, short, long):
   assert change['standard_error'] == pytest.approx(expected, abs=1e-6)
 
 
-def test_the_change_has_the_standard_error_of_paired_differences(workdir):
-  (found,) = evaluate.evaluate(workdir, request())
+def test_the_change_has_the_standard_error_of_paired_differences(workdir, fire_report):
+  change, by_hand = fire_report['change'], fires_by_hand(workdir, 'same_tokens')
 
-  assert (found['change']['from'], found['change']['to']) == (32, 128)
-  expect_change(
-    found['change'], *(losses_by_hand(workdir, request(), length) for length in (32, 128))
-  )
+  assert (change['from'], change['to']) == (32, 128)
+  expect_change(change, by_hand[32], by_hand[128])
 
 
 def test_other_tokens_at_each_length_give_no_paired_error(workdir):
-  (found,) = evaluate.evaluate(workdir, request((32, 128), 'windows', 160))
+  (found,) = evaluated(workdir, request((32, 128), 'windows', 160))
 
   assert found['change']['standard_error'] is None
 
 
 def test_each_length_counts_its_own_documents(workdir):
-  (found,) = evaluate.evaluate(workdir, request((32, 128), 'windows', 160))
+  (found,) = evaluated(workdir, request((32, 128), 'windows', 160))
 
   # 128 tokens of the first document, and at length 32 the 32 that are left, of the second
   assert [row['documents'] for row in found['lengths']] == [2, 1]
@@ -234,14 +244,27 @@ def test_weights_say_how_much_a_token_counts_and_documents_of_weight_zero_do_not
 # Masks
 
 
-def test_blockwise_is_causal_up_to_the_training_length_and_so_is_a_window_as_long_as_the_row(
-  rope_workdir,
-):
-  asked = request((32, 64), masks=('causal', 'blockwise', 'window:64'))
+MASKS = {
+  'causal': kernels.Mask(),
+  'blockwise': kernels.Mask(block=16),
+  'window:9': kernels.Mask(window=9),
+  'window:64': kernels.Mask(window=64),
+}
 
+
+@pytest.fixture(scope='module')
+def masked_differently(rope_workdir):
+  """Returns the report of the run of RoPE under each of MASKS."""
+  reports = evaluated(rope_workdir, request((32, 64), max_tokens=1024, masks=tuple(MASKS)))
+  return dict(zip(MASKS, reports, strict=True))
+
+
+def test_blockwise_is_causal_up_to_the_training_length_and_so_is_a_window_as_long_as_the_row(
+  masked_differently,
+):
   causal, blockwise, window = (
-    [row['nats_per_token'] for row in found['lengths']]
-    for found in evaluate.evaluate(rope_workdir, asked)
+    [row['nats_per_token'] for row in masked_differently[mask]['lengths']]
+    for mask in ('causal', 'blockwise', 'window:64')
   )
 
   # a block is half of the 32 tokens trained on, and a query sees its own and the one before
@@ -250,20 +273,18 @@ def test_blockwise_is_causal_up_to_the_training_length_and_so_is_a_window_as_lon
   assert window == pytest.approx(causal, abs=1e-6)
 
 
-@pytest.mark.parametrize(
-  ('name', 'mask'),
-  [('blockwise', kernels.Mask(block=16)), ('window:9', kernels.Mask(window=9))],
-)
-def test_the_losses_are_those_of_the_mask_that_the_report_names(rope_workdir, name, mask):
-  asked = request((64,), masks=(name,))
-  config = evaluate.checkpoint.read_config(rope_workdir)
-  transformer = model.Transformer(config.model, config.encoding.make(), mask)
+@pytest.mark.parametrize('name', ['blockwise', 'window:9'])
+def test_the_losses_are_those_of_the_mask_that_the_report_names(
+  rope_workdir, masked_differently, name
+):
+  config, found = evaluate.checkpoint.read_config(rope_workdir), masked_differently[name]
+  transformer = model.Transformer(config.model, config.encoding.make(), MASKS[name])
 
-  (found,) = evaluate.evaluate(rope_workdir, asked)
+  by_hand = losses_by_hand(rope_workdir, request((32, 64), max_tokens=1024), 64, transformer)
 
   assert found['mask'] == name
-  assert found['mask_fields'] == dataclasses.asdict(mask)
-  expect_row(found['lengths'][0], losses_by_hand(rope_workdir, asked, 64, transformer))
+  assert found['mask_fields'] == dataclasses.asdict(MASKS[name])
+  expect_row(found['lengths'][1], by_hand)
 
 
 def test_a_run_is_restored_once_and_cut_once_and_each_length_and_mask_is_compiled_once(
@@ -524,8 +545,8 @@ def test_the_command_compares_runs_and_masks_and_says_where_it_wrote(
 ):
   arguments = [f'--workdir={workdir},{rope_workdir}', f'--output={tmp_path}', '--max_tokens=256']
 
-  ((status, stdout, stderr),) = tiny.run_commands(
-    [['lex_fire.evaluate', *arguments, '--lengths=32,64', '--mask=causal,window:8']]
+  status, stdout, stderr = tiny.run_command(
+    'lex_fire.evaluate', *arguments, '--lengths=32,64', '--mask=causal,window:8'
   )
 
   assert status == 0, stderr

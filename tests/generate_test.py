@@ -355,7 +355,7 @@ def workdir(tmp_path_factory):
   config = tiny.config({'task': 'stdlib'}, train={'seed': 3})
   checkpoint.claim_workdir(workdir, config)
   with contextlib.closing(checkpoint.Checkpoints(workdir)) as checkpoints:
-    checkpoints.save(1, train.init(config), 5.0)
+    checkpoints.save(1, train.Program(config, train.sharding.make_mesh()).init(), 5.0)
   return workdir
 
 
@@ -367,7 +367,7 @@ def outputs(workdir):
     'one': common,
     'two': [*common, f'--prompt={OTHER}', '--temperature=0', '--mask=blockwise:4', RETHRESHOLD],
   }
-  return dict(zip(commands, tiny.run_commands(list(commands.values())), strict=True))
+  return {name: tiny.run_command(*command) for name, command in commands.items()}
 
 
 def expected_text(workdir, prompts, changes, **options):

@@ -4,6 +4,7 @@ import json
 import pathlib
 import re
 
+from experiments.attention_tpu import run as attention_tpu
 from lex_fire import encodings, report
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -50,3 +51,10 @@ def test_the_python_of_the_readme_runs():
 def test_the_files_that_the_readme_points_to_exist():
   for target in re.findall(r'\]\((?!http)([^)]+)\)', README):
     assert (ROOT / target).exists(), target
+
+
+def test_the_table_of_compiled_kernels_is_the_one_that_was_measured():
+  measured = json.loads((attention_tpu.HERE / 'attention_tpu.json').read_text())
+
+  for line in attention_tpu.table(measured).splitlines():
+    assert f'    {line}'.rstrip() in (attention_tpu.HERE / 'README.md').read_text()

@@ -1,15 +1,21 @@
 """Runs so small that tests train them in a second: a corpus of text files, a config, commands."""
 
-import json
+import multiprocessing
+import multiprocessing.forkserver
+import os
 import pathlib
+import runpy
 import subprocess
 import sys
+import tempfile
+
+import pytest
 
 from lex_fire import config as config_lib
 from lex_fire import presets
 
 MODEL = {
-  'num_layers': 2,
+  'num_layers': 1,
   'd_model': 16,
   'num_heads': 2,
   'num_kv_heads': 1,
@@ -62,48 +68,42 @@ def flags(fields: dict) -> list[str]:
   return out
 
 
-_DRIVER = """
-import io, json, os, runpy, sys, tempfile
-import lex_fire.train, lex_fire.evaluate  # once for all; JAX starts no thread before it is used
-results = []
-for module, *arguments in json.load(sys.stdin):
-  with tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as err:
-    child = os.fork()
-    if child == 0:
-      os.dup2(out.fileno(), 1)
-      os.dup2(err.fileno(), 2)
-      sys.argv = [module, *arguments]
-      for name in ('lex_fire.train', 'lex_fire.evaluate'):
-        sys.modules.pop(name, None)
-      status = 0
-      try:
-        runpy.run_module(module, run_name='__main__')
-      except SystemExit as exit:
-        status = exit.code if isinstance(exit.code, int) else int(exit.code is not None)
-      except BaseException:
-        import traceback
-        traceback.print_exc()
-        status = 1
-      sys.stdout.flush()
-      sys.stderr.flush()
-      os._exit(status or 0)
-    status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-    texts = []
-    for file in (out, err):
-      file.seek(0)
-      texts.append(file.read().decode())
-    results.append([status, *texts])
-json.dump(results, sys.stdout)
-"""
+# Every command of a test is forked from one process that has imported what is slow to import, and
+# whose JAX has started no thread, as it was not used.
+_forks = multiprocessing.get_context('forkserver')
+_forks.set_forkserver_preload(['lex_fire.train', 'lex_fire.evaluate', 'seqio'])
 
 
-def run_commands(commands: list[list[str]]) -> list[tuple[int, str, str]]:
-  """Runs `python -m MODULE ARGUMENTS...` for each; returns status, stdout and stderr.
+def _run(module: str, arguments: list[str], out: str, err: str) -> None:
+  """What a fork does: `python -m MODULE ARGUMENTS...` with its output in files."""
+  for descriptor, path in ((1, out), (2, err)):
+    os.dup2(os.open(path, os.O_WRONLY), descriptor)
+  sys.argv = [module, *arguments]
+  sys.modules.pop(module, None)
+  runpy.run_module(module, run_name='__main__')
 
-  One interpreter imports the library and forks for each, so that a command costs no import.
-  """
-  done = subprocess.run(
-    [sys.executable, '-c', _DRIVER], input=json.dumps(commands), capture_output=True, text=True
-  )
-  assert done.returncode == 0, done.stderr
-  return [tuple(result) for result in json.loads(done.stdout)]
+
+def start_command(module: str, *arguments: str, out: str = os.devnull, err: str = os.devnull):
+  """Starts `python -m MODULE ARGUMENTS...` and returns its `multiprocessing.Process`."""
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setenv('TF_CPP_MIN_LOG_LEVEL', '3')  # of what it notes when imported without a GPU
+    multiprocessing.forkserver.ensure_running()
+  process = _forks.Process(target=_run, args=(module, arguments, out, err))
+  process.start()
+  return process
+
+
+def run_command(module: str, *arguments: str) -> tuple[int | None, str, str]:
+  """Runs `python -m MODULE ARGUMENTS...`; returns status, stdout and stderr."""
+  with tempfile.NamedTemporaryFile() as out, tempfile.NamedTemporaryFile() as err:
+    process = start_command(module, *arguments, out=out.name, err=err.name)
+    process.join()
+    status = process.exitcode
+    process.close()
+    return status, out.read().decode(), err.read().decode()
+
+
+def run_in_a_new_interpreter(module: str, *arguments: str) -> tuple[int | None, str, str]:
+  """Does the same as a user's shell would, at the price of all imports."""
+  done = subprocess.run([sys.executable, '-m', module, *arguments], capture_output=True, text=True)
+  return done.returncode, done.stdout, done.stderr

@@ -27,7 +27,7 @@ def test_a_shipped_model_reads_python(name):
   tokens_1L = np.frombuffer(string.__doc__.encode() + b'\n' * 3, np.uint8)[None] + FIRST_BYTE
   tokens_1L = np.insert(tokens_1L.astype(np.int32), 0, 1, axis=1)
 
-  logits_1LV = transformer.apply({'params': params}, tokens_1L[:, :-1])
+  logits_1LV = jax.jit(transformer.apply)({'params': params}, tokens_1L[:, :-1])
 
   assert float(loss.token_losses(logits_1LV, tokens_1L[:, 1:]).mean()) < 2.6
 
