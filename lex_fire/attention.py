@@ -143,6 +143,17 @@ class Attention(nn.Module):
     return cache.value if stable else rotated(cache.value)
 
 
+def choice(transformer: Any, length: int) -> kernels.Choice:
+  """Returns by what implementation a `model.Transformer` attends at a length, and why."""
+  c = transformer.config
+  query, key = (
+    jax.ShapeDtypeStruct((1, length, heads, c.head_dim), jnp.dtype(c.dtype))
+    for heads in (c.num_heads, c.num_kv_heads)
+  )
+  mask = transformer.mask or kernels.Mask(causal=c.causal)
+  return kernels.choose(c.attention, transformer.encoding, mask, query, key)
+
+
 def encoding_params(module: nn.Module, encoding: encodings.Encoding, c: config_lib.ModelConfig):
   """Declares the encoding's parameters in `module` under 'encoding'; {} when nothing is learned."""
   sizes = {'num_heads': c.num_heads, 'head_dim': c.head_dim, 'd_model': c.d_model}

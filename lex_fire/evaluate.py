@@ -17,7 +17,7 @@ import jax
 import numpy as np
 from absl import flags
 
-from lex_fire import checkpoint, cli, comparison, kernels, loss, plot, sharding
+from lex_fire import attention, checkpoint, cli, comparison, loss, plot, sharding
 from lex_fire import config as config_lib
 from lex_fire import report as report_lib
 from lex_fire.data import draws, masking, positions, protocols, tasks
@@ -71,7 +71,9 @@ def evaluate(
         'checkpoint_step': step,
         **of_case(config, case),
         **common,
-        'implementations': {str(length): _choice(case, length)._asdict() for length in scored},
+        'implementations': {
+          str(length): attention.choice(case.transformer, length)._asdict() for length in scored
+        },
       }
       told = functools.partial(progress, f'{report_lib.series(report)} {case.mask_name}')
       losses = {
@@ -92,14 +94,6 @@ def of_case(config: config_lib.Config, case: comparison.Case) -> report_lib.Repo
     'mask_fields': dataclasses.asdict(case.mask),
     'attention': case.transformer.config.attention,
   }
-
-
-def _choice(case, length):
-  """Returns by what implementation a case is evaluated at a length, and why."""
-  transformer = case.transformer
-  return kernels.choose(
-    transformer.config.attention, transformer.encoding, case.mask, length, length
-  )
 
 
 def of_config(config: config_lib.Config) -> report_lib.Report:

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import optax
 from absl import flags
 
-from lex_fire import checkpoint, cli, errors, kernels, loss, metrics, model, optimizer, sharding
+from lex_fire import attention, checkpoint, cli, errors, loss, metrics, model, optimizer, sharding
 from lex_fire import config as config_lib
 from lex_fire.data import batches, draws, masking, positions, prepare, stream
 
@@ -395,9 +395,7 @@ def _announce(config, program, workdir, first):
       f'{config.train.steps} of {config.data.batch_size} x {config.data.length} tokens, '
       f'on {jax.device_count()} {jax.devices()[0].device_kind}'
     )
-    mask, length = kernels.Mask(causal=config.model.causal), config.data.length
-    encoding = config.encoding.make()
-    choice = kernels.choose(config.model.attention, encoding, mask, length, length)
+    choice = attention.choice(make_model(config), config.data.length)
     say(f'attention: {choice.implementation}, {choice.reason}')
 
 

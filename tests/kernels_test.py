@@ -72,8 +72,10 @@ every_implementation = pytest.mark.parametrize('implementation', IMPLEMENTATIONS
 
 def is_able(implementation, case, mask):
   encoding = encodings.get(CASES[case][0])
-  why_not = {'mosaic_tpu': mosaic_tpu.why_not}.get(implementation, lambda *_: None)
-  return why_not(encoding, kernels.Mask(**MASKS[mask])) is None
+  query = jax.ShapeDtypeStruct((1, LENGTH, NUM_HEADS, HEAD_DIM), jnp.float32)
+  if implementation not in kernels.PLATFORM:
+    return True
+  return mosaic_tpu.why_not(encoding, kernels.Mask(**MASKS[mask]), query, query) is None
 
 
 def cells():
@@ -645,11 +647,25 @@ def test_a_kernel_of_another_platform_is_refused(implementation, platform):
     attend_by_name(implementation)
 
 
-def chosen(platform, num_queries, num_keys, name='fire', implementation='auto', **mask):
+def chosen(
+  platform,
+  num_queries,
+  num_keys,
+  name='fire',
+  implementation='auto',
+  heads=(4, 2),
+  head_dim=64,
+  dtype=jnp.bfloat16,
+  causal=True,
+  **options,
+):
+  query, key = (
+    jax.ShapeDtypeStruct((1, length, count, head_dim), dtype)
+    for length, count in zip((num_queries, num_keys), heads, strict=True)
+  )
   with jax.default_device(platform):
-    return kernels.choose(
-      implementation, encodings.get(name), kernels.Mask(**mask), num_queries, num_keys
-    )
+    encoding = encodings.get(name, **options)
+    return kernels.choose(implementation, encoding, kernels.Mask(causal=causal), query, key)
 
 
 @pytest.mark.parametrize('platform', kernels.MAX_DENSE_LOGITS)
@@ -665,11 +681,15 @@ def test_auto_is_dense_up_to_the_limit_of_its_platform(platform):
 
 def test_auto_takes_the_kernel_of_a_platform_where_it_can_and_else_says_why_not():
   assert chosen('tpu', 128, 128).implementation == 'mosaic_tpu'
-  few, both_ways = chosen('tpu', 8, 2**30), chosen('tpu', 4096, 4096, name='xpos', causal=False)
-
-  assert few.implementation == both_ways.implementation == 'chunked'
-  assert 'tiles of 128 queries at least, not of 8' in few.reason
-  assert "decay of 'xpos' under a causal mask only" in both_ways.reason
+  for choice, reason in (
+    (chosen('tpu', 8, 2**20), 'tiles of 128 queries at least, not of 8'),
+    (chosen('tpu', 4096, 4096, name='xpos', causal=False), "decay of 'xpos' under a causal mask"),
+    (chosen('tpu', 4096, 4096, hidden_layers=3), "a table of the bias, which 'fire' has not"),
+    (chosen('tpu', 4096, 4096, dtype=jnp.float16), 'bfloat16 and float32, not float16'),
+    (chosen('tpu', 2**20, 2**20), 'of scalar memory, and has 983,040'),
+    (chosen('tpu', 4096, 4096, hidden_layers=2, width=127), 'of scalar memory'),
+  ):
+    assert choice.implementation == 'chunked' and reason in choice.reason
   assert chosen('cpu', 128, 128, implementation='chunked') == ('chunked', 'as asked')
 
 

@@ -48,7 +48,8 @@ class Encoding(NamedTuple):
       tiles, or None.
     coordinate: (table.coordinate, i_Q1, j_1K) -> x_QK of that table, float32, for the positions of
       queries and keys; all may have more axes before, which broadcast. Where the table has
-      breakpoints, monotone in i and in j on each side of i = j. None where `table` is.
+      breakpoints, monotone in i and in j on each side of i = j, where it is the same for all. None
+      where `table` is.
     shared: whether one set of parameters serves all layers (FIRE-S, and whatever is only embedded).
     shift_invariant: whether adding one number to all positions leaves the logits as they are.
     learned: whether `params` holds anything.

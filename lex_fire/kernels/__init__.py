@@ -50,11 +50,7 @@ def platform() -> str:
 
 
 def choose(
-  implementation: str,
-  encoding: base.Encoding,
-  mask: Mask,
-  num_queries: int,
-  num_keys: int,
+  implementation: str, encoding: base.Encoding, mask: Mask, query: Any, key: Any
 ) -> Choice:
   """Returns by what implementation attention is computed here, and why.
 
@@ -65,8 +61,8 @@ def choose(
     implementation: a key of IMPLEMENTATIONS, which is taken, or 'auto'.
     encoding: says the decay and the bias of the logits.
     mask: which keys a query may see.
-    num_queries: that come at once [tokens].
-    num_keys: likewise.
+    query: an array query_BQHC, or its shape and dtype.
+    key: likewise key_BKGC.
 
   Raises:
     errors.UserError: for an unknown implementation, or one that is for another platform.
@@ -83,9 +79,11 @@ def choose(
     raise errors.UserError(
       f'unknown {implementation=}; known: auto, {", ".join(sorted(IMPLEMENTATIONS))}'
     )
-  reason = ''
+  num_queries, num_keys, reason = query.shape[1], key.shape[1], ''
   if here == 'tpu':
-    reason = mosaic_tpu.why_not(encoding, mask, num_queries)
+    reason = mosaic_tpu.why_not(encoding, mask, query, key)
+    if reason is None and num_queries < mosaic_tpu.LANES:
+      reason = f'mosaic_tpu has tiles of {mosaic_tpu.LANES} queries at least, not of {num_queries}'
     if reason is None:
       return Choice('mosaic_tpu', 'a kernel for TPU that computes bias and decay in its tiles')
     reason = f' ({reason})'
@@ -136,11 +134,10 @@ def attention(
   Raises:
     errors.UserError: as `choose` does, or if heads do not divide.
   """
-  num_queries, num_heads = query_BQHC.shape[1:3]
-  num_keys, num_kv_heads = key_BKGC.shape[1:3]
+  num_heads, num_kv_heads = query_BQHC.shape[2], key_BKGC.shape[2]
   if num_heads % num_kv_heads:
     raise errors.UserError(f'{num_kv_heads=} must divide {num_heads=}')
-  name = choose(implementation, encoding, mask, num_queries, num_keys).implementation
+  name = choose(implementation, encoding, mask, query_BQHC, key_BKGC).implementation
 
   def attend(params, **arrays):
     return IMPLEMENTATIONS[name](**arrays, params=params, encoding=encoding, mask=mask)

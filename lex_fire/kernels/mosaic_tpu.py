@@ -28,25 +28,85 @@ from lex_fire.kernels.mosaic_tpu_tile import Constants, Setup, Tile, dot, per_he
 from lex_fire.kernels.plan import Keys, Queries
 
 BLOCK = 512  # queries, and keys, of a tile
-LANES = 128  # of a vector register: a block is a multiple
+LANES = 128  # of a vector register: blocks are multiples, and channels are padded to one
 # Heads of one tile share its positions, mask and x: as many as have these channels.
 CHANNELS_TOGETHER = 512
-QUERY_NUMBERS = 2**21  # of a tile: with more heads to one key head, a tile has fewer queries
 VMEM_BYTES = 60 * 2**20  # of the 64 MiB of a v5p; v5e and v6e have 128
+QUERY_BYTES = 32 * 2**20  # of them, for all that a tile holds of its queries
+SMEM_BYTES = 960 * 2**10  # of 1 MiB, for the plan and the table
+MOST_TILES = 2**16  # of a plan; keys of a tile are doubled until it has no more
+MOST_KEYS = 2048  # of a tile
+DTYPES = (jnp.bfloat16, jnp.float32)
 
 
-def why_not(encoding: base.Encoding, mask: mask_lib.Mask, num_queries: int = LANES) -> str | None:
-  """Returns why this kernel does not suit, or None if it does.
+def why_not(encoding: base.Encoding, mask: mask_lib.Mask, query: Any, key: Any) -> str | None:
+  """Returns why this kernel cannot serve, or None if it can.
 
-  For fewer queries than a tile has, it only wastes: others are better then, but it can.
+  Args:
+    encoding: says the decay and the bias of the logits.
+    mask: which keys a query may see.
+    query: an array query_BQHC, or its shape and dtype.
+    key: likewise key_BKGC.
   """
   if encoding.bias is not None and encoding.table is None:
     return f'mosaic_tpu needs a table of the bias, which {encoding.name!r} has not'
   if encoding.log_decay is not None and not mask.causal:
     return f'mosaic_tpu has the decay of {encoding.name!r} under a causal mask only'
-  if num_queries < LANES:
-    return f'mosaic_tpu has tiles of {LANES} queries at least, not of {num_queries}'
+  if query.dtype not in DTYPES:
+    return f'mosaic_tpu takes bfloat16 and float32, not {query.dtype}'
+  needed = _scalar_bytes(encoding, query, key)
+  if needed > SMEM_BYTES:
+    return f'mosaic_tpu would need {needed:,} bytes of scalar memory, and has {SMEM_BYTES:,}'
   return None
+
+
+class Blocks(NamedTuple):
+  """What a tile has of each."""
+
+  queries: int
+  keys: int
+  heads: int
+  groups: int
+
+
+def blocks(query: Any, key: Any, block: int = BLOCK) -> Blocks:
+  """Returns what a tile has of each, for arrays query_BQHC and key_BKGC or their shapes."""
+  _, num_queries, num_heads, channels = query.shape
+  _, num_keys, num_groups, _ = key.shape
+  lanes = pl.cdiv(channels, LANES) * LANES
+  most_groups = max(1, CHANNELS_TOGETHER // (lanes * (num_heads // num_groups)))
+  groups = max(n for n in range(1, min(most_groups, num_groups) + 1) if num_groups % n == 0)
+  heads = groups * (num_heads // num_groups)
+  # Of each head and query: three blocks, held twice, a sum, and two columns.
+  query_bytes = heads * (lanes * (6 * query.dtype.itemsize + 4) + 2 * LANES * 4)
+  most_queries = max(QUERY_BYTES // query_bytes // LANES, 1) * LANES
+  queries = min(block, most_queries, pl.cdiv(num_queries, LANES) * LANES)
+  keys = min(block, pl.cdiv(num_keys, LANES) * LANES)
+  while keys < MOST_KEYS and pl.cdiv(num_queries, queries) * pl.cdiv(num_keys, keys) > MOST_TILES:
+    keys *= 2
+  return Blocks(queries, keys, heads, groups)
+
+
+def _scalar_bytes(encoding, query, key):
+  """Returns what the plan, and the table of a tile's heads and its gradient, take, all held twice.
+
+  The plan is held once.
+  """
+  tile = blocks(query, key)
+  tiles = pl.cdiv(query.shape[1], tile.queries) * pl.cdiv(key.shape[1], tile.keys)
+  return 4 * (2 * tiles + _num_segments(encoding) * (2 + 8 * tile.heads))
+
+
+@functools.lru_cache(maxsize=256)
+def _num_segments(encoding):
+  if encoding.table is None:
+    return 0
+
+  def any_table():
+    params = encoding.init(jax.random.key(0), num_heads=1, head_dim=LANES, d_model=LANES)
+    return encoding.table(params, 1)
+
+  return jax.eval_shape(any_table).slope_ZH.shape[0]
 
 
 def attention(
@@ -69,9 +129,9 @@ def attention(
   The block is a multiple of 128 on a TPU. Interpreted, it runs on any platform, slowly.
 
   Raises:
-    errors.UserError: for a bias that has no table, or a decay without the causal mask.
+    errors.UserError: as `why_not` says.
   """
-  reason = why_not(encoding, mask)
+  reason = why_not(encoding, mask, query_BQHC, key_BKGC)
   if reason:
     raise errors.UserError(f"{reason}; use implementation='chunked'")
   query_BQHC, key_BKGC = tile.prepare(
@@ -83,37 +143,32 @@ def attention(
     causal=mask.causal,
   )
   num_heads, channels = query_BQHC.shape[2:]
-  groups = _groups_together(num_heads, key_BKGC.shape[2], channels)
   rate_1C = stretch = None
   if encoding.log_decay is not None:
     rate_1C = np.float32(encoding.log_decay(channels)[None])
     stretch = decay.stretch_of(encoding.log_decay(channels))
   table = None if encoding.table is None else encoding.table(params, num_heads)
-  heads = groups * (num_heads // key_BKGC.shape[2])
-  most = max(QUERY_NUMBERS // (heads * channels) // LANES, 1) * LANES
-  blocks = (
-    min(block, most, pl.cdiv(query_BQHC.shape[1], LANES) * LANES),
-    min(block, pl.cdiv(key_BKGC.shape[1], LANES) * LANES),
-  )
-  coordinate, of_coordinate = _traced(encoding.coordinate, table, *blocks)
+  cut = blocks(query_BQHC, key_BKGC, block)
+  coordinate, of_coordinate = _traced(encoding.coordinate, table, cut.queries, cut.keys)
   setup = Setup(
     coordinate=coordinate,
     learned=encoding.learned,
     stretch=stretch,
-    query_block=blocks[0],
-    key_block=blocks[1],
-    heads=heads,
-    groups=groups,
+    query_block=cut.queries,
+    key_block=cut.keys,
+    heads=cut.heads,
+    groups=cut.groups,
     interpret=interpret,
   )
   queries, keys = plan_lib.cut(
     mask,
-    *blocks,
+    cut.queries,
+    cut.keys,
     setup.stretch,
     (query_BQHC, query_position_BQ, query_segment_BQ),
     (key_BKGC, value_BKGC, key_position_BK, key_segment_BK),
   )
-  plan = plan_lib.make(mask, *blocks, queries, keys, table, encoding.coordinate)
+  plan = plan_lib.make(mask, cut.queries, cut.keys, queries, keys, table, encoding.coordinate)
   flash = _flash(setup, Constants(rate_1C, of_coordinate))
   return jnp.swapaxes(flash(table, queries, keys, plan), 1, 2)[:, : query_BQHC.shape[1]]
 
@@ -130,12 +185,6 @@ def _traced(coordinate, table, query_block, key_block):
   return traced.jaxpr, tuple(traced.consts)
 
 
-def _groups_together(num_heads, num_groups, channels):
-  """Returns how many key heads a tile has: a divisor of all."""
-  most = max(1, CHANNELS_TOGETHER // (channels * (num_heads // num_groups)))
-  return max(n for n in range(1, min(most, num_groups) + 1) if num_groups % n == 0)
-
-
 class Softmax(NamedTuple):
   """What the backward kernels take from the forward one; N blocks of H heads."""
 
@@ -145,7 +194,7 @@ class Softmax(NamedTuple):
 
 
 def _forward_kernel(
-  low, high, _, queries, keys, table, constants, out, log_norm, sums, largest, norms, *, setup
+  spans, _, queries, keys, table, constants, out, log_norm, sums, largest, norms, *, setup
 ):
   """Visits tiles row by row: grid (batch, head block, query block, key block)."""
   step, steps = pl.program_id(3), pl.num_programs(3)
@@ -158,9 +207,9 @@ def _forward_kernel(
     largest[...] = jnp.full_like(largest, 2 * mask_lib.HIDDEN_LOGIT)
     norms[...] = jnp.zeros_like(norms)
 
-  @pl.when(high[at] > 0)
+  @pl.when(spans[at] > 0)
   def _():
-    tile = Tile(setup, (low[at], high[at]), first_head, queries, keys, table, constants)
+    tile = Tile(setup, _unpacked(spans[at]), first_head, queries, keys, table, constants)
 
     def add(head):
       logits_QK = tile.logits(head)
@@ -188,6 +237,18 @@ def _forward_kernel(
     _each(setup.heads, write)
 
 
+HALF = 15  # bits: a table has fewer than 2^15 segments
+
+
+def _packed(plan):
+  """Returns the spans of all tiles, each in one number, as scalar memory is small."""
+  return (plan.low_IJ | plan.high_IJ << HALF).ravel()
+
+
+def _unpacked(span):
+  return span & 2**HALF - 1, span >> HALF
+
+
 def _each(count, function):
   jax.lax.fori_loop(0, count, lambda index, _: function(index), None)
 
@@ -202,7 +263,7 @@ def _weights_and_gradient(tile, softmax, head):
 
 
 def _query_kernel(
-  low, high, _, queries, keys, table, constants, softmax, d_query, d_table, d_queries, *, setup
+  spans, _, queries, keys, table, constants, softmax, d_query, d_table, d_queries, *, setup
 ):
   """Visits tiles row by row, for the gradient of queries and of the table."""
   row, step, steps = pl.program_id(2), pl.program_id(3), pl.num_programs(3)
@@ -222,9 +283,9 @@ def _query_kernel(
   def _():
     d_queries[...] = jnp.zeros_like(d_queries)
 
-  @pl.when(high[at] > 0)
+  @pl.when(spans[at] > 0)
   def _():
-    tile = Tile(setup, (low[at], high[at]), first_head, queries, keys, table, constants)
+    tile = Tile(setup, _unpacked(spans[at]), first_head, queries, keys, table, constants)
 
     def add(head, d_x_QK):
       _, d_logits_QK = _weights_and_gradient(tile, softmax, head)
@@ -250,7 +311,7 @@ def _query_kernel(
 
 
 def _key_kernel(
-  low, high, _, queries, keys, table, constants, softmax, d_key, d_value, d_keys, d_values, *, setup
+  spans, _, queries, keys, table, constants, softmax, d_key, d_value, d_keys, d_values, *, setup
 ):
   """Visits tiles column by column: grid (batch, head block, key block, query block)."""
   column, step, steps = pl.program_id(2), pl.program_id(3), pl.num_programs(3)
@@ -261,9 +322,9 @@ def _key_kernel(
   def _():
     d_keys[...], d_values[...] = jnp.zeros_like(d_keys), jnp.zeros_like(d_values)
 
-  @pl.when(high[at] > 0)
+  @pl.when(spans[at] > 0)
   def _():
-    tile = Tile(setup, (low[at], high[at]), first_head, queries, keys, table, constants)
+    tile = Tile(setup, _unpacked(spans[at]), first_head, queries, keys, table, constants)
 
     def add(head):
       group = setup.group(head)
@@ -292,8 +353,8 @@ class Specs:
   def _spec(self, shape, index):
     """Returns a spec from the index of (batch, head block, query block, key block)."""
 
-    def index_map(batch, heads, outer, step, low, high, hold):
-      del low, high
+    def index_map(batch, heads, outer, step, spans, hold):
+      del spans
       if self.by_column:
         return index(batch, heads, hold[step * self.columns + outer], outer)
       return index(batch, heads, outer, hold[outer * self.columns + step])
@@ -332,8 +393,16 @@ class Specs:
     return (
       jax.tree.map(self.query, queries),
       jax.tree.map(self.key, keys),
-      jax.tree.map(lambda _: pl.BlockSpec(memory_space=pltpu.SMEM), table),
+      jax.tree.map(self._scalars, table),
       jax.tree.map(whole, constants),
+    )
+
+  def _scalars(self, numbers):
+    """Returns the spec of all numbers of one axis, or of a row of more for each head block."""
+    if numbers.ndim == 1:
+      return pl.BlockSpec(memory_space=pltpu.SMEM)
+    return pl.BlockSpec(
+      (1, *numbers.shape[1:]), lambda _, heads, *rest: (heads, 0, 0), memory_space=pltpu.SMEM
     )
 
   def softmax(self, softmax):
@@ -348,7 +417,7 @@ def _call(kernel, setup, grid, plan, hold_IJ, inputs, in_specs, outputs, scratch
   return pl.pallas_call(
     functools.partial(kernel, setup=setup),
     grid_spec=pltpu.PrefetchScalarGridSpec(
-      num_scalar_prefetch=3,
+      num_scalar_prefetch=2,
       grid=grid,
       in_specs=in_specs,
       out_specs=out_specs,
@@ -361,7 +430,7 @@ def _call(kernel, setup, grid, plan, hold_IJ, inputs, in_specs, outputs, scratch
       vmem_limit_bytes=VMEM_BYTES,
     ),
     interpret=setup.interpret,
-  )(plan.low_IJ.ravel(), plan.high_IJ.ravel(), hold_IJ.ravel(), *inputs)
+  )(_packed(plan), hold_IJ.ravel(), *inputs)
 
 
 class Output(NamedTuple):
@@ -371,15 +440,20 @@ class Output(NamedTuple):
   spec: pl.BlockSpec
 
 
-def _flat(table):
-  """Returns a table as kernels read it: a head's numbers together, and an end to its segments."""
+def _flat(table, heads):
+  """Returns a table as kernels read it: the lines of a tile's heads in a row, a head's together."""
   if table is None:
     return None
-  slope_HZ = table.slope_ZH.T.ravel()
+
+  def rows(number_ZH):
+    return number_ZH.T.reshape(number_ZH.shape[1] // heads, 1, -1)
+
   if table.lower_Z is None:
-    return table._replace(slope_ZH=slope_HZ)
-  lower_Z = jnp.append(table.lower_Z, jnp.inf)
-  return table._replace(lower_Z=lower_Z, slope_ZH=slope_HZ, value_ZH=table.value_ZH.T.ravel())
+    return table._replace(slope_ZH=rows(table.slope_ZH))
+  lower_Z = jnp.append(table.lower_Z, jnp.inf)  # an end to the last
+  return table._replace(
+    lower_Z=lower_Z, slope_ZH=rows(table.slope_ZH), value_ZH=rows(table.value_ZH)
+  )
 
 
 def _flash(setup, constants):
@@ -390,7 +464,7 @@ def _flash(setup, constants):
     batch, num_heads, num_queries, channels = query_BHQC.shape
     rows, columns = plan.low_IJ.shape
     specs = Specs(setup, columns, by_column=False)
-    inputs = queries, keys, _flat(table), constants
+    inputs = queries, keys, _flat(table, setup.heads), constants
     norm = (batch, num_heads // setup.heads, setup.heads, num_queries)
     tile = (setup.heads, setup.query_block)
     out_BHQC, log_norm_BNHQ = _call(
@@ -437,7 +511,7 @@ def _query_gradient(setup, constants, table, queries, keys, plan, softmax):
   query_BHQC = queries.query_BHQC
   rows, columns = plan.low_IJ.shape
   specs = Specs(setup, columns, by_column=False)
-  inputs = queries, keys, _flat(table), constants
+  inputs = queries, keys, _flat(table, setup.heads), constants
   grid = (*softmax.delta_BNHQ.shape[:2], rows, columns)
 
   def sums(numbers):
@@ -485,7 +559,7 @@ def _key_gradient(setup, constants, table, queries, keys, plan, softmax):
   """Returns d_key_BGKC and d_value_BGKC."""
   rows, columns = plan.low_IJ.shape
   specs = Specs(setup, columns, by_column=True)
-  inputs = queries, keys, _flat(table), constants
+  inputs = queries, keys, _flat(table, setup.heads), constants
   outputs = [Output(_like(x_BGKC, x_BGKC.dtype), specs.key(x_BGKC)) for x_BGKC in keys[:2]]
   return _call(
     _key_kernel,

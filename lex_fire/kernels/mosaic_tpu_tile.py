@@ -53,7 +53,7 @@ class Constants(NamedTuple):
 class Tile:
   """The logits of one tile, inside a kernel, from refs to its blocks.
 
-  Heads are numbered within the tile, and refs of tables flat, a head's numbers together.
+  Heads are numbered within the tile, and the lines of its heads lie flat, a head's together.
   """
 
   def __init__(self, setup, span, first_head, queries, keys, table, constants):
@@ -116,12 +116,12 @@ class Tile:
   def _bias(self, head):
     table, x_QK = self.table, self.x(head)
     if table.lower_Z is None:
-      return table.slope_ZH[self.first_head + head] * x_QK
-    start = self._first_segment(self.first_head + head)
+      return table.slope_ZH[0, 0, head] * x_QK
+    start = self._first_segment(head)
 
     def line(z):
-      slope = table.slope_ZH[start + z]
-      return table.value_ZH[start + z] + slope * (x_QK - table.anchor_Z[z])
+      slope = table.slope_ZH[0, 0, start + z]
+      return table.value_ZH[0, 0, start + z] + slope * (x_QK - table.anchor_Z[z])
 
     return self._by_segment(x_QK, line)
 
@@ -129,9 +129,9 @@ class Tile:
     """Returns the slope of the bias in x, of each pair."""
     table, x_QK = self.table, self.x(head)
     if table.lower_Z is None:
-      return jnp.full_like(x_QK, table.slope_ZH[self.first_head + head])
-    start = self._first_segment(self.first_head + head)
-    return self._by_segment(x_QK, lambda z: jnp.full_like(x_QK, table.slope_ZH[start + z]))
+      return jnp.full_like(x_QK, table.slope_ZH[0, 0, head])
+    start = self._first_segment(head)
+    return self._by_segment(x_QK, lambda z: jnp.full_like(x_QK, table.slope_ZH[0, 0, start + z]))
 
   def _first_segment(self, head):
     """Returns where the numbers of a head begin."""
@@ -209,9 +209,13 @@ class Tile:
       sums.slope_ZH[0, 0, 0, head] += jnp.sum(d_logits_QK * x_QK)
     else:
       start = self._first_segment(head)
+      first, end = self.span
 
       def add(z, _):
-        inside_QK = (x_QK > table.lower_Z[z]) & (x_QK <= table.lower_Z[z + 1])
+        # As `_by_segment`, should rounding put an x beside the span.
+        lower = jnp.where(z == first, -jnp.inf, table.lower_Z[z])
+        upper = jnp.where(z == end - 1, jnp.inf, table.lower_Z[z + 1])
+        inside_QK = (x_QK > lower) & (x_QK <= upper)
         d_here_QK = jnp.where(inside_QK, d_logits_QK, 0.0)
         sums.slope_ZH[0, 0, 0, start + z] += jnp.sum(d_here_QK * (x_QK - table.anchor_Z[z]))
         sums.value_ZH[0, 0, 0, start + z] += jnp.sum(d_here_QK)
