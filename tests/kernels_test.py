@@ -12,7 +12,7 @@ import pytest
 
 from lex_fire import encodings, errors, kernels
 from lex_fire.encodings import base
-from lex_fire.kernels import chunked, decay, mosaic_tpu
+from lex_fire.kernels import chunked, decay, mosaic_tpu_size
 from lex_fire.kernels import mask as mask_lib
 
 BLOCK = 16
@@ -75,7 +75,7 @@ def is_able(implementation, case, mask):
   query = jax.ShapeDtypeStruct((1, LENGTH, NUM_HEADS, HEAD_DIM), jnp.float32)
   if implementation not in kernels.PLATFORM:
     return True
-  return mosaic_tpu.why_not(encoding, kernels.Mask(**MASKS[mask]), query, query) is None
+  return mosaic_tpu_size.why_not(encoding, kernels.Mask(**MASKS[mask]), query, query) is None
 
 
 def cells():

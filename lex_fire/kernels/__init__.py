@@ -7,7 +7,7 @@ import jax
 
 from lex_fire import errors
 from lex_fire.encodings import base
-from lex_fire.kernels import chunked, mosaic_tpu, reference
+from lex_fire.kernels import chunked, mosaic_tpu, mosaic_tpu_size, reference
 from lex_fire.kernels.mask import Mask
 
 
@@ -81,9 +81,11 @@ def choose(
     )
   num_queries, num_keys, reason = query.shape[1], key.shape[1], ''
   if here == 'tpu':
-    reason = mosaic_tpu.why_not(encoding, mask, query, key)
-    if reason is None and num_queries < mosaic_tpu.LANES:
-      reason = f'mosaic_tpu has tiles of {mosaic_tpu.LANES} queries at least, not of {num_queries}'
+    reason = mosaic_tpu_size.why_not(encoding, mask, query, key)
+    if reason is None and num_queries < mosaic_tpu_size.LANES:
+      reason = (
+        f'mosaic_tpu has tiles of {mosaic_tpu_size.LANES} queries at least, not of {num_queries}'
+      )
     if reason is None:
       return Choice('mosaic_tpu', 'a kernel for TPU that computes bias and decay in its tiles')
     reason = f' ({reason})'

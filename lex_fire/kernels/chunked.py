@@ -141,23 +141,32 @@ def _flash(encoding, mask):
     )
     return jnp.where(visible_BQK[:, None], logits_BHQK, mask_lib.HIDDEN_LOGIT)
 
-  def forward(params, queries, keys):
-    def query_step(_, scanned):
-      block, visit_J = scanned
+  def for_each_tile(queries, keys, visit, start):
+    """Folds visit(carry, i, j, queries of block i, keys of block j) over the tiles to visit.
 
-      def visit_tile(carry, key_block):
-        logits_BHQK = logits(params, block.query_IBHQC, key_block.key_JBGKC, block, key_block)
-        return _softmax_step(carry, hide(logits_BHQK, block, key_block), key_block.value_JBGKC)
-
-      def key_step(carry, scanned):
-        key_block, visit = scanned
-        return jax.lax.cond(visit, visit_tile, lambda carry, _: carry, carry, key_block), None
-
-      start = _softmax_start(block.query_IBHQC)
-      return None, _softmax_end(jax.lax.scan(key_step, start, (keys, visit_J))[0])
-
+    Row by row. Only these are steps, and a step changes its blocks of the carry in place: sums over
+    whole rows of tiles, hidden ones too, took a sixth of the time.
+    """
     visit_IJ = tiles_to_visit(mask, queries, keys)
-    _, (out_IBHQC, log_norm_IBHQ) = jax.lax.scan(query_step, None, (queries, visit_IJ))
+    i_Z, j_Z = jnp.nonzero(visit_IJ, size=visit_IJ.size)
+
+    def step(z, carry):
+      i, j = i_Z[z], j_Z[z]
+      return visit(carry, i, j, _take(queries, i), _take(keys, j))
+
+    return jax.lax.fori_loop(0, visit_IJ.sum(), step, start)
+
+  def forward(params, queries, keys):
+    def visit(carry, i, j, block, key_block):
+      del j
+      logits_BHQK = logits(params, block.query_IBHQC, key_block.key_JBGKC, block, key_block)
+      of_block = _softmax_step(
+        _take(carry, i), hide(logits_BHQK, block, key_block), key_block.value_JBGKC
+      )
+      return jax.tree.map(lambda all_I, one: all_I.at[i].set(one), carry, of_block)
+
+    start = _softmax_start(queries.query_IBHQC)
+    out_IBHQC, log_norm_IBHQ = _softmax_end(for_each_tile(queries, keys, visit, start))
     out_IBHQC = out_IBHQC.astype(keys.value_JBGKC.dtype)
     return out_IBHQC, (params, queries, keys, out_IBHQC, log_norm_IBHQ)
 
@@ -166,38 +175,30 @@ def _flash(encoding, mask):
     # sum_k p_k dp_k of each query, which the softmax's gradient subtracts
     delta_IBHQ = (d_out_IBHQC.astype(jnp.float32) * out_IBHQC.astype(jnp.float32)).sum(axis=-1)
 
-    def query_step(sums, scanned):
-      block, d_out_BHQC, delta_BHQ, log_norm_BHQ, visit_J = scanned
+    def visit(sums, i, j, block, key_block):
+      """Adds the tile's share of the gradients of params, query, key and value."""
+      d_out_BHQC, delta_BHQ, log_norm_BHQ = _take((d_out_IBHQC, delta_IBHQ, log_norm_IBHQ), i)
+      logits_BHQK, vjp = jax.vjp(
+        lambda params, query, key: logits(params, query, key, block, key_block),
+        params,
+        block.query_IBHQC,
+        key_block.key_JBGKC,
+      )
+      weights_BHQK = jnp.exp(hide(logits_BHQK, block, key_block) - log_norm_BHQ[..., None])
+      value_BGKC = key_block.value_JBGKC
+      d_weights_BHQK = tile.per_group('BGQC,BGKC->BGQK', d_out_BHQC, value_BGKC)
+      of_params, of_query, of_key = vjp(weights_BHQK * (d_weights_BHQK - delta_BHQ[..., None]))
+      of_value = _value_gradient(weights_BHQK.astype(d_out_BHQC.dtype), d_out_BHQC, value_BGKC)
+      d_params, d_query_IBHQC, d_key_JBGKC, d_value_JBGKC = sums
+      return (
+        jax.tree.map(jnp.add, d_params, of_params),
+        d_query_IBHQC.at[i].add(of_query.astype(jnp.float32)),
+        d_key_JBGKC.at[j].add(of_key.astype(jnp.float32)),
+        d_value_JBGKC.at[j].add(of_value),
+      )
 
-      def visit_tile(key_block):
-        """The tile's share of the gradients of (params, query), key and value."""
-        logits_BHQK, vjp = jax.vjp(
-          lambda params, query, key: logits(params, query, key, block, key_block),
-          params,
-          block.query_IBHQC,
-          key_block.key_JBGKC,
-        )
-        weights_BHQK = jnp.exp(hide(logits_BHQK, block, key_block) - log_norm_BHQ[..., None])
-        value_BGKC = key_block.value_JBGKC
-        d_weights_BHQK = tile.per_group('BGQC,BGKC->BGQK', d_out_BHQC, value_BGKC)
-        d_params, d_query, d_key = vjp(weights_BHQK * (d_weights_BHQK - delta_BHQ[..., None]))
-        d_value = _value_gradient(weights_BHQK.astype(d_out_BHQC.dtype), d_out_BHQC, value_BGKC)
-        return _float32((d_params, d_query)), _float32((d_key, d_value))
-
-      def key_step(sums, scanned):
-        key_block, visit = scanned
-        zeros = (_zeros((params, block.query_IBHQC)), _zeros(key_block[:2]))
-        more, of_key_block = jax.lax.cond(visit, visit_tile, lambda _: zeros, key_block)
-        return jax.tree.map(jnp.add, sums, more), of_key_block
-
-      d_params, d_keys = sums
-      start = (d_params, _zeros(block.query_IBHQC))
-      (d_params, d_query), more_keys = jax.lax.scan(key_step, start, (keys, visit_J))
-      return (d_params, jax.tree.map(jnp.add, d_keys, more_keys)), d_query
-
-    scanned = (queries, d_out_IBHQC, delta_IBHQ, log_norm_IBHQ, tiles_to_visit(mask, queries, keys))
-    sums, d_query = jax.lax.scan(query_step, (_zeros(params), _zeros(keys[:2])), scanned)
-    d_params, (d_key, d_value) = sums
+    start = _zeros((params, queries.query_IBHQC, *keys[:2]))
+    d_params, d_query, d_key, d_value = for_each_tile(queries, keys, visit, start)
     d_query = d_query.astype(queries.query_IBHQC.dtype)
     d_key, d_value = d_key.astype(keys.key_JBGKC.dtype), d_value.astype(keys.value_JBGKC.dtype)
     # None: positions and segments are integers and have no gradient.
@@ -219,17 +220,18 @@ def _zeros(tree):
   return jax.tree.map(lambda array: jnp.zeros(array.shape, jnp.float32), tree)
 
 
-def _float32(tree):
-  return jax.tree.map(lambda array: array.astype(jnp.float32), tree)
+def _take(tree, index):
+  """Returns one block of each array."""
+  return jax.tree.map(lambda array_I: array_I[index], tree)
 
 
-def _softmax_start(query_BHQC):
+def _softmax_start(query_IBHQC):
   """The running softmax of no keys: (weighted sum of values, maximum, sum of weights)."""
-  shape = query_BHQC.shape
+  shape = query_IBHQC.shape
   return (
     jnp.zeros(shape, jnp.float32),
-    jnp.full(shape[:3], 2 * mask_lib.HIDDEN_LOGIT, jnp.float32),
-    jnp.zeros(shape[:3], jnp.float32),
+    jnp.full(shape[:-1], 2 * mask_lib.HIDDEN_LOGIT, jnp.float32),
+    jnp.zeros(shape[:-1], jnp.float32),
   )
 
 
@@ -245,16 +247,16 @@ def _softmax_step(carry, logits_BHQK, value_BGKC):
 
 
 def _softmax_end(carry):
-  """Returns out_BHQC and the log of the softmax's normaliser.
+  """Returns out_IBHQC and the log of the softmax's normaliser.
 
   A query that saw no key gets 0 and +inf. With +inf, every weight exp(logit - inf) of the backward
   pass is 0.
   """
-  sum_BHQC, max_BHQ, norm_BHQ = carry
-  seen_BHQ = max_BHQ > mask_lib.HIDDEN_LOGIT / 2
-  norm_BHQ = jnp.where(seen_BHQ, norm_BHQ, 1.0)
-  out_BHQC = jnp.where(seen_BHQ[..., None], sum_BHQC / norm_BHQ[..., None], 0.0)
-  return out_BHQC, jnp.where(seen_BHQ, max_BHQ + jnp.log(norm_BHQ), jnp.inf)
+  sum_IBHQC, max_IBHQ, norm_IBHQ = carry
+  seen_IBHQ = max_IBHQ > mask_lib.HIDDEN_LOGIT / 2
+  norm_IBHQ = jnp.where(seen_IBHQ, norm_IBHQ, 1.0)
+  out_IBHQC = jnp.where(seen_IBHQ[..., None], sum_IBHQC / norm_IBHQ[..., None], 0.0)
+  return out_IBHQC, jnp.where(seen_IBHQ, max_IBHQ + jnp.log(norm_IBHQ), jnp.inf)
 
 
 def _value_gradient(weights_BHQK, d_out_BHQC, value_BGKC):
@@ -262,4 +264,4 @@ def _value_gradient(weights_BHQK, d_out_BHQC, value_BGKC):
   batch, num_groups = value_BGKC.shape[:2]
   weights_BGQK = weights_BHQK.reshape(batch, num_groups, -1, weights_BHQK.shape[3])
   d_out_BGQC = d_out_BHQC.reshape(batch, num_groups, -1, d_out_BHQC.shape[3])
-  return jnp.einsum('BGQK,BGQC->BGKC', weights_BGQK, d_out_BGQC, preferred_element_type=jnp.float32)
+  return tile.summed_over_queries(weights_BGQK, d_out_BGQC)

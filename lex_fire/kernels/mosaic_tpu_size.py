@@ -1,0 +1,91 @@
+"""How large the tiles of the TPU kernel are, and what it cannot hold."""
+
+import functools
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+
+from lex_fire.encodings import base
+from lex_fire.kernels import mask as mask_lib
+
+BLOCK = 512  # queries, and keys, of a tile
+LANES = 128  # of a vector register: blocks are multiples, and channels are padded to one
+# Heads of one tile share its positions, mask and x: as many as have these channels.
+CHANNELS_TOGETHER = 512
+QUERY_BYTES = 32 * 2**20  # of vector memory, for all that a tile holds of its queries
+SMEM_BYTES = 960 * 2**10  # of 1 MiB, for the plan and the table
+MOST_TILES = 2**16  # of a plan; keys of a tile are doubled until it has no more
+MOST_KEYS = 2048  # of a tile
+DTYPES = (jnp.bfloat16, jnp.float32)
+
+
+def why_not(encoding: base.Encoding, mask: mask_lib.Mask, query: Any, key: Any) -> str | None:
+  """Returns why this kernel cannot serve, or None if it can.
+
+  Args:
+    encoding: says the decay and the bias of the logits.
+    mask: which keys a query may see.
+    query: an array query_BQHC, or its shape and dtype.
+    key: likewise key_BKGC.
+  """
+  if encoding.bias is not None and encoding.table is None:
+    return f'mosaic_tpu needs a table of the bias, which {encoding.name!r} has not'
+  if encoding.log_decay is not None and not mask.causal:
+    return f'mosaic_tpu has the decay of {encoding.name!r} under a causal mask only'
+  if query.dtype not in DTYPES:
+    return f'mosaic_tpu takes bfloat16 and float32, not {query.dtype}'
+  needed = _scalar_bytes(encoding, query, key)
+  if needed > SMEM_BYTES:
+    return f'mosaic_tpu would need {needed:,} bytes of scalar memory, and has {SMEM_BYTES:,}'
+  return None
+
+
+class Blocks(NamedTuple):
+  """What a tile has of each."""
+
+  queries: int
+  keys: int
+  heads: int
+  groups: int
+
+
+def blocks(query: Any, key: Any, block: int = BLOCK) -> Blocks:
+  """Returns what a tile has of each, for arrays query_BQHC and key_BKGC or their shapes."""
+  _, num_queries, num_heads, channels = query.shape
+  _, num_keys, num_groups, _ = key.shape
+  lanes = pl.cdiv(channels, LANES) * LANES
+  most_groups = max(1, CHANNELS_TOGETHER // (lanes * (num_heads // num_groups)))
+  groups = max(n for n in range(1, min(most_groups, num_groups) + 1) if num_groups % n == 0)
+  heads = groups * (num_heads // num_groups)
+  # Of each head and query: three blocks, held twice, a sum, and two columns.
+  query_bytes = heads * (lanes * (6 * query.dtype.itemsize + 4) + 2 * LANES * 4)
+  most_queries = max(QUERY_BYTES // query_bytes // LANES, 1) * LANES
+  queries = min(block, most_queries, pl.cdiv(num_queries, LANES) * LANES)
+  keys = min(block, pl.cdiv(num_keys, LANES) * LANES)
+  while keys < MOST_KEYS and pl.cdiv(num_queries, queries) * pl.cdiv(num_keys, keys) > MOST_TILES:
+    keys *= 2
+  return Blocks(queries, keys, heads, groups)
+
+
+def _scalar_bytes(encoding, query, key):
+  """Returns what the plan, and the table of a tile's heads and its gradient, take, all held twice.
+
+  The plan is held once.
+  """
+  tile = blocks(query, key)
+  tiles = pl.cdiv(query.shape[1], tile.queries) * pl.cdiv(key.shape[1], tile.keys)
+  return 4 * (2 * tiles + _num_segments(encoding) * (2 + 8 * tile.heads))
+
+
+@functools.lru_cache(maxsize=256)
+def _num_segments(encoding):
+  if encoding.table is None:
+    return 0
+
+  def any_table():
+    params = encoding.init(jax.random.key(0), num_heads=1, head_dim=LANES, d_model=LANES)
+    return encoding.table(params, 1)
+
+  return jax.eval_shape(any_table).slope_ZH.shape[0]
