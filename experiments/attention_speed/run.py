@@ -1,0 +1,255 @@
+"""What does a position encoding cost in attention, in time and in memory, and what do others take?
+
+    python -m experiments.attention_speed.run [--torch_python=PYTHON]
+
+One sequence, 12 heads of 64, causal, under each encoding with each implementation that runs here,
+and JAX's and PyTorch's own attention beside them: in each round every program has its turn, so that
+what slows the machine slows all. Before that, passes alone in a process show their memory. Needs
+jax; other libraries are measured where they can be imported.
+
+Writes the results to cpu.json and cpu.png (gpu, tpu), and the table that it prints into README.md.
+"""
+
+import argparse
+import concurrent.futures
+import json
+import multiprocessing
+import os
+import pathlib
+import sys
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from experiments.attention_speed import alone, programs, results
+from lex_fire import errors, kernels
+
+HERE = pathlib.Path(__file__).parent
+# All that attention computes differently: sinusoids and learned positions are nope's to it, and
+# what stretches a rotation is rope's.
+ENCODINGS = (
+  'nope',
+  'rope',
+  'xpos',
+  'alibi',
+  'kerple_log',
+  'kerple_power',
+  'sandwich',
+  't5',
+  'fire',
+  'fire:hidden_layers=2',
+)
+PEERS = ('jax.nn', 'tokamax', 'torch.sdpa', 'torch.flex')
+OF_PEERS = ('nope', 'fire')
+MOST_DENSE = 2048  # [tokens]; beyond, all logits and FIRE's hidden layer take gigabytes
+ROUNDS = (3, 30)  # at least, at most
+DEFAULTS = {  # by platform
+  'cpu': {
+    'lengths': [2048, 4096, 8192],
+    'alone': [2048, 4096, 8192, 16384, 32768],
+    'dtype': 'float32',
+    'seconds': 90.0,
+  },
+  'gpu': {
+    'lengths': [2048, 8192, 32768, 131072],
+    'alone': [8192, 32768, 131072],
+    'dtype': 'bfloat16',
+    'seconds': 15.0,
+  },
+}
+DEFAULTS['tpu'] = DEFAULTS['gpu']
+
+
+def options() -> argparse.Namespace:
+  """Reads the command line; None: what the platform has in DEFAULTS."""
+  parser = argparse.ArgumentParser(description=__doc__.partition('\n')[0])
+  parser.add_argument('--lengths', type=int, nargs='+', help='tokens, as in 2048 4096')
+  parser.add_argument(
+    '--alone', type=int, nargs='*', help='lengths in a process each; all encodings at the last'
+  )
+  parser.add_argument('--dtype', choices=('float32', 'bfloat16'), help='of queries, keys, values')
+  parser.add_argument('--seconds', type=float, help='for the rounds of a length, about')
+  parser.add_argument(
+    '--encodings', nargs='+', default=ENCODINGS, help='as in nope fire fire:hidden_layers=2'
+  )
+  parser.add_argument('--torch_python', default=sys.executable, help='one that can import torch')
+  parser.add_argument('--out', type=pathlib.Path, default=HERE, help='where results go')
+  return parser.parse_args()
+
+
+def in_own_process(function: Callable[..., Any], *arguments: Any) -> Any:
+  """Returns function(*arguments), computed where nothing else ever was."""
+  spawn = multiprocessing.get_context('spawn')
+  with concurrent.futures.ProcessPoolExecutor(1, mp_context=spawn) as pool:
+    return pool.submit(function, *arguments).result()
+
+
+def reason(error: Exception) -> str:
+  """Returns the first line of what an exception says."""
+  lines = f'{type(error).__name__}: {error}'.splitlines()
+  return lines[0][:200]
+
+
+def measure_alone(
+  encodings: Sequence[str], lengths: Sequence[int], dtype: str
+) -> tuple[list, list]:
+  """Returns rows of time and memory, of all encodings at the last length, and of what failed."""
+  rows, absent = [], []
+  cases = [
+    (encoding, programs.Case(length, True, dtype))
+    for length in lengths
+    for encoding in (encodings if length == lengths[-1] else OF_PEERS)
+  ]
+  work, done, start = sum(case.length**2 for _, case in cases), 0, time.perf_counter()
+  for encoding, case in cases:
+    left = f', {(time.perf_counter() - start) * (work / done - 1):.0f} s left' if done else ''
+    print(f'alone: {encoding} at {case.length}{left}', flush=True)
+    done += case.length**2
+    try:
+      rows.append(in_own_process(alone.measure, 'auto', encoding, case))
+    except Exception as error:  # what has no memory for it dies in many ways
+      absent.append(absence('auto', encoding, case, error))
+  return rows, absent
+
+
+def absence(implementation: str, encoding: str, case: programs.Case, error: Exception) -> dict:
+  """Returns the row of a program that cannot run here, and says so."""
+  row = {'implementation': implementation, 'encoding': encoding, **case._asdict()}
+  print(f'  not here: {implementation} {encoding}: {reason(error)}', flush=True)
+  return {**row, 'reason': reason(error)}
+
+
+def is_dense(implementation: str, encoding: str, platform: str) -> bool:
+  """Returns whether a program holds an array of all logits or biases."""
+  if implementation in PEERS and encoding == 'fire':
+    return implementation != 'torch.flex'
+  return implementation == results.DENSE or (implementation == 'jax.nn' and platform != 'gpu')
+
+
+def wanted(encodings: Sequence[str], length: int, platform: str) -> list[tuple[str, str]]:
+  """Returns the (implementation, encoding) pairs to time at a length."""
+  few = [encoding for encoding in OF_PEERS if encoding in encodings]
+  pairs = [
+    (implementation, encoding)
+    for implementation in (*kernels.IMPLEMENTATIONS, *PEERS)
+    for encoding in (few if implementation in (results.DENSE, *PEERS) else encodings)
+  ]
+  return [pair for pair in pairs if length <= MOST_DENSE or not is_dense(*pair, platform)]
+
+
+def compiled(
+  pairs: list[tuple[str, str]],
+  case: programs.Case,
+  torch: Callable[..., programs.Program],
+) -> tuple[dict[tuple[str, str], programs.Program], list[dict]]:
+  """Returns the programs of a case, and a row for each that cannot run here."""
+  made, absent, broken = {}, [], set()
+  for implementation, encoding in pairs:
+    if implementation in broken:
+      continue
+    make = torch if implementation.startswith('torch.') else programs.make
+    try:
+      made[implementation, encoding] = make(implementation, encoding, case)
+    except Exception as error:  # a library says in many kinds of exceptions what it cannot do
+      absent.append(absence(implementation, encoding, case, error))
+      if encoding == 'nope':  # then no other either
+        broken.add(implementation)
+  return made, absent
+
+
+def take_turns(made: dict[tuple[str, str], programs.Program], budget: float) -> list[dict]:
+  """Returns the seconds of each program in each round, as many rounds as the budget allows."""
+  seconds = {pair: [] for pair in made}
+  start, done, rounds = time.perf_counter(), 0, ROUNDS[1]
+  while done < rounds:
+    for pair, program in made.items():
+      seconds[pair].append(program())
+    done += 1
+    a_round = (time.perf_counter() - start) / done
+    rounds = min(max(int(budget / a_round), ROUNDS[0]), ROUNDS[1])
+    print(f'  round {done} of {rounds}, {max(rounds - done, 0) * a_round:.0f} s left', flush=True)
+  return [
+    {'implementation': implementation, 'encoding': encoding, 'seconds': values}
+    for (implementation, encoding), values in seconds.items()
+  ]
+
+
+def measure_in_turn(
+  asked: argparse.Namespace, platform: str, torch: Callable[..., programs.Program]
+) -> tuple[list, list]:
+  """Returns rows of times, and a row for each program that cannot run here."""
+  times, absent = [], []
+  cases = [
+    programs.Case(length, backward, asked.dtype)
+    for backward in results.PASSES
+    for length in asked.lengths
+  ]
+  for number, case in enumerate(cases, 1):
+    passes = results.PASSES[case.backward]
+    print(f'part {number} of {len(cases)}: {case.length} tokens, {passes}; compiling', flush=True)
+    pairs = wanted(asked.encodings, case.length, platform)
+    made, missing = compiled(pairs, case, torch)
+    times += [{**case._asdict(), **row} for row in take_turns(made, asked.seconds)]
+    absent += missing
+  return times, absent
+
+
+def write(found: results.Results, out: pathlib.Path) -> None:
+  """Writes JSON and plot, and puts the table in README.md between its platform's marks."""
+  platform = found['machine']['platform']
+  (out / f'{platform}.json').write_text(json.dumps(found, indent=1) + '\n')
+  try:
+    results.plot(found, out / f'{platform}.png')
+  except ImportError as error:
+    print(f'no plot: {error}')
+  readme, (first, last) = out / 'README.md', (f'<!-- {platform} -->\n', f'<!-- /{platform} -->')
+  text = readme.read_text() if readme.exists() else ''
+  if first not in text or last not in text:
+    print(f'{readme} has no {first.strip()} for the table')
+    return
+  before, _, rest = text.partition(first)
+  after = rest.partition(last)[2]
+  lines = (f'    {line}'.rstrip() for line in results.table(found).splitlines())
+  readme.write_text(before + first + '\n'.join(('', *lines, '', '')) + last + after)
+
+
+def main() -> None:
+  """The experiment."""
+  asked = options()
+  for encoding in asked.encodings:
+    programs.encoding_of(encoding)  # raises early
+  # PyTorch's process needs some of an accelerator's memory too.
+  os.environ.setdefault('XLA_PYTHON_CLIENT_PREALLOCATE', 'false')
+  # No process sees a TPU that another has: this one's turn comes last.
+  machine = in_own_process(alone.machine)
+  for name, default in DEFAULTS[machine['platform']].items():
+    if getattr(asked, name) is None:
+      setattr(asked, name, default)
+  print(', '.join(f'{name} {value}' for name, value in machine.items()), flush=True)
+  rows_alone, absent_alone = measure_alone(asked.encodings, asked.alone, asked.dtype)
+  torch = programs.start_torch(asked.torch_python, machine['threads'])
+  machine['torch'] = torch.about
+  times, absent = measure_in_turn(asked, machine['platform'], torch.make)
+  torch.close()
+  found = {
+    'machine': machine,
+    'attention': {
+      'batch': 1,
+      'heads': programs.HEADS,
+      'head_dim': programs.HEAD_DIM,
+      'dtype': asked.dtype,
+    },
+    'implementations': list(kernels.IMPLEMENTATIONS),
+    'times': times,
+    'alone': rows_alone,
+    'absent': absent_alone + absent,
+  }
+  write(found, asked.out)
+  print(results.table(found))
+
+
+if __name__ == '__main__':
+  try:
+    main()
+  except errors.UserError as error:
+    sys.exit(f'error: {error}')
