@@ -1,6 +1,7 @@
 # Two commands: `make quickstart` trains, evaluates and plots; `make test` lints, checks types and tests.
 # A third, `make test-tpu`, compiles the kernels for TPUs, in an environment of its own, without one.
-# Both make .venv from PYTHON (3.11 or newer) first; another PYTHON makes it anew.
+# A fourth, `make test-beam`, prepares streams by Apache Beam, in one of its own as well.
+# The first two make .venv from PYTHON (3.11 or newer) first; another PYTHON makes it anew.
 
 PYTHON ?= python3
 RUNS ?= runs/quickstart
@@ -8,7 +9,7 @@ VERSION := $(shell $(PYTHON) -c 'import sys; print("%d.%d" % sys.version_info[:2
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet
 
-.PHONY: quickstart test test-tpu clean
+.PHONY: quickstart test test-tpu test-beam clean
 .DELETE_ON_ERROR:
 
 quickstart: .venv/installed-$(VERSION)
@@ -32,10 +33,19 @@ test: .venv/tested-$(VERSION)
 test-tpu: .venv-tpu/installed-$(VERSION)
 	JAX_PLATFORMS=cpu .venv-tpu/bin/python -m pytest -q tests/compile_tpu_test.py
 
+test-beam: .venv-beam/installed-$(VERSION)
+	JAX_PLATFORMS=cpu .venv-beam/bin/python -m pytest -q tests/prepare_beam_test.py
+
 .venv-tpu/installed-$(VERSION): requirements-tpu.txt
 	$(PYTHON) -m venv --clear .venv-tpu
 	@echo 'installing the compiler for TPU into .venv-tpu (a minute)'
 	@.venv-tpu/bin/python -m pip --disable-pip-version-check install --quiet -r requirements-tpu.txt
+	@touch $@
+
+.venv-beam/installed-$(VERSION): requirements.txt requirements-beam.txt
+	$(PYTHON) -m venv --clear .venv-beam
+	@echo 'installing requirements and Apache Beam into .venv-beam (a few minutes)'
+	@.venv-beam/bin/python -m pip --disable-pip-version-check install --quiet -r requirements-beam.txt
 	@touch $@
 
 .venv/installed-$(VERSION): requirements.txt
@@ -52,4 +62,4 @@ test-tpu: .venv-tpu/installed-$(VERSION)
 	@touch $@
 
 clean:
-	rm -rf .venv .venv-tpu runs
+	rm -rf .venv .venv-tpu .venv-beam runs

@@ -25,7 +25,9 @@ from lex_fire import (
   analysis_plots,
   checkpoint,
   cli,
+  command,
   comparison,
+  documents,
   encodings,
   errors,
   evaluate,
@@ -77,7 +79,7 @@ def analyze(
   config = dataclasses.replace(config, evaluate=request or config.evaluate)
   _check(workdir, config)
   found = comparison.cases(config)
-  windows = evaluate.windows(config)
+  windows = documents.windows(config)
   mesh = sharding.make_mesh()
   drawn, reports = {}, []
   with jax.set_mesh(mesh):
@@ -115,6 +117,11 @@ def _check(workdir, config):
       f'{str(workdir)!r} has model.causal={config.model.causal} and '
       f'data.position_range={config.data.position_range}; analyze causal models whose positions '
       'are counted, not drawn'
+    )
+  if config.evaluate.stride:
+    raise errors.UserError(
+      f'stride={config.evaluate.stride} is of losses, and attention is measured at all tokens of a '
+      'window; use stride=0'
     )
 
 
@@ -341,7 +348,7 @@ def write(
   for of_one in biased if reports else ():
     file_name = re.sub(r'[^\w.]+', '-', f'{name}_biases_{of_one["name"]}.png')
     writers[file_name] = functools.partial(analysis_plots.biases, [of_one])
-  return comparison.write_files(directory, writers)
+  return command.write_files(directory, writers)
 
 
 def _texts(values: Sequence[str]) -> list[str]:
@@ -353,7 +360,7 @@ def _of_encodings():
   """Draws the encodings of the flags, from no run."""
   if flags.FLAGS.output is None:
     raise errors.UserError('--output is missing: the directory to write the curves into')
-  directory = comparison.output_directory(pathlib.Path(flags.FLAGS.output), 'analysis')
+  directory = command.output_directory(pathlib.Path(flags.FLAGS.output), 'analysis')
   query_positions = cli.whole_numbers('query_positions')
   lengths = cli.whole_numbers('lengths')
   drawn = [
@@ -368,11 +375,12 @@ def _of_encodings():
 
 def _of_runs():
   """Analyzes the runs of the flags."""
-  asked = comparison.asked('analysis_')
+  asked = command.asked('analysis_')
+  progress = command.Progress(asked.num_cases, documents.windows(asked.configs[0]))
   query_positions = cli.whole_numbers('query_positions')
   drawn, reports = [], []
   for workdir, run in zip(asked.workdirs, asked.runs, strict=True):
-    more_drawn, more_reports = analyze(workdir, asked.request, query_positions, asked.progress, run)
+    more_drawn, more_reports = analyze(workdir, asked.request, query_positions, progress, run)
     drawn += more_drawn
     reports += more_reports
   paths = write(drawn, reports, asked.directory, asked.name)
@@ -399,7 +407,7 @@ def main() -> None:
 
 def define_flags() -> None:
   """Declares the command's flags: those of `evaluate`, and what curves take."""
-  comparison.define_flags()
+  command.define_flags()
   flags.DEFINE_list(
     'query_positions',
     None,
@@ -413,5 +421,5 @@ def define_flags() -> None:
 
 if __name__ == '__main__':
   define_flags()
-  flags.adopt_module_key_flags(comparison)  # so that --help shows them
+  flags.adopt_module_key_flags(command)  # so that --help shows them
   cli.run(main)

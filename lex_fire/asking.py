@@ -10,7 +10,16 @@ from typing import NamedTuple
 
 from lex_fire import answers, errors
 from lex_fire import config as config_lib
-from lex_fire.data import algorithms, needles, questions, spec, tasks, vocabularies
+from lex_fire.data import (
+  algorithms,
+  glue,
+  needles,
+  questions,
+  scrolls,
+  spec,
+  tasks,
+  vocabularies,
+)
 from lex_fire.data import text as text_lib
 
 _BYTES_PER_PIECE = 3  # of an answer in SentencePiece tokens, at least about
@@ -45,9 +54,12 @@ def names(text: str) -> tuple[str, ...]:
     is_option = found and '=' in part and ':' not in part
     found[-1:] = [f'{found[-1]},{part}'] if is_option else [*found[-1:], part]
   for name in found:
-    if name.partition(':')[0] not in tasks.QUESTIONS:
+    if not tasks.asks_questions(name):
       known = ', '.join(tasks.QUESTIONS)
-      raise errors.UserError(f'--tasks={name!r} asks no questions; known: {known}')
+      raise errors.UserError(
+        f'--tasks={name!r} asks no questions; known: {known}, and those that --module_import '
+        f'registers; the losses of a task of documents are those of --documents={name}'
+      )
   if len(set(found)) < len(found) or not found:
     raise errors.UserError(f'--tasks={text!r} must name one or more tasks, each once')
   return tuple(found)
@@ -76,10 +88,11 @@ def resolved(asked: Asked, own: Sequence[str]) -> Asked:
 
 
 def no_losses(task: str) -> errors.UserError:
-  """Returns what is wrong with the losses of a run on a Task of questions."""
+  """Returns what is wrong with the losses of a Task of questions."""
   return errors.UserError(
-    f'task {task!r} of the run asks questions, of which answers are scored, not losses; use '
-    f'`python -m lex_fire.evaluate --tasks={own_name(task)}`'
+    f'task {task!r} asks questions, of which answers are scored, not losses; use '
+    f'`python -m lex_fire.evaluate --tasks={own_name(task)}`, or losses of other text by '
+    '--documents'
   )
 
 
@@ -141,10 +154,10 @@ def _lengths(name: str, lengths: Sequence[int]) -> Sequence[int | None]:
 def _of_task(asked, config, codec, name, length) -> Questions:
   """Returns what is known of the questions before they are read."""
   what = _spec(asked, config, name, length, asked.split)
-  common = tasks.QUESTIONS[what.base](what)
+  common = tasks.question(what, asked.split)
   max_tokens = common.answer_bytes + 1  # and EOS
-  # Of numbers and made-up words each byte may be a token.
-  is_prose = what.base not in (*algorithms.ALGORITHMS, *needles.NEEDLES)
+  # Of numbers and made-up words each byte may be a token, and so of what nobody knows.
+  is_prose = what.base in {**scrolls.TASKS, **glue.TASKS}
   if is_prose and codec.vocabulary != vocabularies.BYTES:
     max_tokens = min(max_tokens, common.answer_bytes // _BYTES_PER_PIECE + 16)
   return Questions(name, asked.split or common.split, length, common, max_tokens, [])

@@ -123,7 +123,7 @@ class Attention(nn.Module):
       key_segment_BK=keys.segment_BK,
       mask=self.mask,
       implementation=c.attention,
-      split=sharding.split_rows,
+      split=sharding.split,
     )
     return jnp.einsum('BLHC,HCD->BLD', out_BLHC, out_HCD)
 

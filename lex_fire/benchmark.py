@@ -19,8 +19,8 @@ import jax.numpy as jnp
 from lex_fire import answers, asking, checkpoint, comparison, errors, model, sharding
 from lex_fire import config as config_lib
 from lex_fire import report as report_lib
+from lex_fire.data import spec, tasks, vocabularies
 from lex_fire.data import text as text_lib
-from lex_fire.data import vocabularies
 
 Report = dict[str, Any]
 Progress = Callable[[str, Sequence[answers.Prompt], bool], None]
@@ -69,12 +69,12 @@ def plan(
   for workdir, name in zip(workdirs, names or comparison.names(workdirs), strict=True):
     config = dataclasses.replace(checkpoint.read_config(workdir), evaluate=request)
     codec = text_lib.codec(config.data.spec())
-    _check(config, codec)
+    _check(config, codec, asked)
     made.append(Plan(workdir, name, config, codec, comparison.cases(config), []))
   asked = asking.resolved(asked, [of_run.config.data.task for of_run in made])
   for index, of_run in enumerate(made):
     data = of_run.config.data
-    key = (data.vocabulary, data.tfds_directory)
+    key = (of_run.codec.vocabulary, data.vocabulary, data.tfds_directory)
     if key not in read:
       read[key] = asking.read(asked, of_run.config, of_run.codec)
     made[index] = of_run._replace(questions=read[key])
@@ -84,8 +84,8 @@ def plan(
   return made
 
 
-def _check(config: config_lib.Config, codec: text_lib.Codec) -> None:
-  """Refuses a model that cannot answer."""
+def _check(config: config_lib.Config, codec: text_lib.Codec, asked: asking.Asked) -> None:
+  """Refuses a model that cannot answer what is asked."""
   if not config.model.causal:
     raise errors.UserError('a bidirectional model (model.causal=False) writes no answers')
   if config.data.position_range:
@@ -93,15 +93,12 @@ def _check(config: config_lib.Config, codec: text_lib.Codec) -> None:
       f'a run of data.position_range={config.data.position_range} knows positions drawn from there,'
       ' and an answer has those that follow; evaluate another run'
     )
-  if codec.vocabulary.size > config.model.vocab_size:
-    raise errors.UserError(
-      f'vocabulary {config.data.vocabulary!r} has {codec.vocabulary.size} ids, more than '
-      f'model.vocab_size={config.model.vocab_size}; it is not that of the run any more: restore it'
-    )
-  if codec.vocabulary != vocabularies.facts_of(config.data.vocabulary):
+  comparison.check_vocabulary(config, codec.vocabulary)
+  ours = [name for name in asked.tasks if spec.Spec(name).base in tasks.TASKS]
+  if ours and codec.vocabulary != vocabularies.facts_of(config.data.vocabulary):
     raise errors.UserError(
       f'registered task {config.data.task!r} has vocabulary {codec.vocabulary.name!r}, and '
-      f'questions have data.vocabulary={config.data.vocabulary!r}; evaluate another run'
+      f'questions of {ours[0]!r} have data.vocabulary={config.data.vocabulary!r}; ask another run'
     )
 
 

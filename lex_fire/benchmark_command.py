@@ -8,13 +8,12 @@ from collections.abc import Callable, Iterable, Sequence
 
 from absl import flags
 
-from lex_fire import answers, asking, benchmark, comparison, errors, metrics, submission, train
+from lex_fire import answers, asking, benchmark, command, errors, metrics, submission, train
 from lex_fire import benchmark_plots as plots
-from lex_fire.data import scrolls, tasks
+from lex_fire.data import tasks
 
 _SECONDS_BETWEEN_REPORTS = 2.0
-_OF_TASKS = ('split', 'max_examples', 'files', 'tfds_directory')
-_OF_LOSSES = ('protocol', 'max_tokens')
+_OF_LOSSES = ('protocol', 'stride', 'max_tokens', 'documents')
 
 
 class Progress:
@@ -48,10 +47,12 @@ def main() -> None:
   for name in _OF_LOSSES:
     if f[name].value is not None:
       raise errors.UserError(f'--{name}={f[name].value} is of losses, not of --tasks; leave it out')
-  asked = asking.Asked(asking.names(f.tasks), f.split, f.max_examples, f.files, f.tfds_directory)
+  asked = asking.Asked(
+    asking.names(f.tasks), f.split or '', f.max_examples, f.files or '', f.tfds_directory or ''
+  )
   first = f'first {asked.max_examples}' if asked.max_examples else ''
   about = ' '.join(filter(None, [*asked.tasks, asked.split, first]))
-  what = comparison.asked(about=benchmark.file_name(about), alike=())
+  what = command.asked(about=benchmark.file_name(about), alike=())
   plans = benchmark.plan(what.workdirs, asked, what.request, what.runs)
   progress = Progress(
     prompt for plan in plans for _ in plan.cases for q in plan.questions for prompt in q.prompts
@@ -66,22 +67,21 @@ def main() -> None:
 
 
 def _hand_in(reports, kept):
-  paths = submission.write(reports, kept, kept / 'submission')
-  for path in paths:
-    print(f'to hand in: {path}')
-  if paths and not set(scrolls.TASKS) <= {entry['task'] for entry in reports[0]['tasks']}:
-    print(f'SCROLLS takes all tasks in one file: {", ".join(scrolls.TASKS)}')
+  for file in submission.write(reports, kept, kept / 'submission'):
+    print(f'to hand in: {file.path}' + (f'\n{file.note}' if file.note else ''))
 
 
 def refuse_flags() -> None:
-  """Refuses the flags of Tasks where there are none.
+  """Refuses what is of Tasks of questions alone where there are none.
 
   Raises:
-    errors.UserError: if one is given.
+    errors.UserError: if it is given.
   """
-  for name in _OF_TASKS:
-    if flags.FLAGS[name].value != flags.FLAGS[name].default:
-      raise errors.UserError(f'--{name}={flags.FLAGS[name].value} is of --tasks, which are missing')
+  if flags.FLAGS.max_examples is not None:
+    raise errors.UserError(
+      f'--max_examples={flags.FLAGS.max_examples} is of --tasks, which are missing; the budget of '
+      'losses is --max_tokens'
+    )
 
 
 def write(
@@ -97,20 +97,16 @@ def write(
     if plots.can_draw(reports, task):
       picture = f'{name}_{benchmark.file_name(task, 50)}.png'
       writers[picture] = functools.partial(plots.draw, reports, task)
-  return comparison.write_files(directory, writers)
+  return command.write_files(directory, writers)
 
 
 def define_flags() -> None:
-  """Declares the flags of Tasks."""
+  """Declares the flags of Tasks of questions alone, beside those of `command`."""
   flags.DEFINE_string(
     'tasks',
     None,
     'instead of losses, the scores of answers: tasks of questions, NAME or NAME:OPTION=VALUE, as '
-    f'in scrolls_qmsum,passkey:held_out=50; known: {", ".join(tasks.QUESTIONS)}',
+    f'in scrolls_qmsum,passkey:held_out=50; known: {", ".join(tasks.QUESTIONS)}, and those that '
+    '--module_import registers, with inputs and metrics',
   )
-  flags.DEFINE_string('split', '', 'of the tasks (default: test of algorithms, else validation)')
   flags.DEFINE_integer('max_examples', None, 'of each task and length (default: all)', 1)
-  flags.DEFINE_string(
-    'files', '', "a glob of the split's text, for needles (default: Python's own)"
-  )
-  flags.DEFINE_string('tfds_directory', '', "of TensorFlow Datasets (default: the run's config)")

@@ -8,6 +8,7 @@ import numpy as np
 
 from lex_fire import plot
 from lex_fire import report as report_lib
+from lex_fire.data import algorithm_tasks, spec
 
 Report = dict[str, Any]
 _MAIN = ('rouge_geometric_mean', 'f1', 'exact_match', 'accuracy', 'matthews', 'spearman')
@@ -74,7 +75,7 @@ def draw(reports: Sequence[Report], task: str, path: pathlib.Path) -> None:
 
 
 def _heat_maps(figure, reports, task):
-  """Draws a map for each report: a column a length, a row a depth."""
+  """Draws a map for each report: a column a length, a row a depth, a line after training's."""
   all_axes = figure.subplots(1, len(reports), squeeze=False, sharey=True)[0]
   for axes, label, report in zip(all_axes, report_lib.labels(reports), reports, strict=True):
     groups = [group for entry in _entries(report, task) for group in entry['by']]
@@ -89,6 +90,9 @@ def _heat_maps(figure, reports, task):
     for (row, column), value in np.ndenumerate(grid):
       if np.isfinite(value):
         axes.text(column, row, f'{value:.0f}', ha='center', va='center', fontsize=8)
+    within = sum(length <= report['train_length'] for length in lengths)
+    if 0 < within < len(lengths):
+      axes.axvline(within - 0.5, color='black', linestyle='--', linewidth=1.5)
     axes.set_xticks(range(len(lengths)), [f'{length:,}' for length in lengths], rotation=45)
     axes.set_yticks(range(len(depths)), [f'{depth:.2g}' for depth in depths])
     axes.set(title=f'{label}, trained at {report["train_length"]}', xlabel='length [tokens]')
@@ -112,6 +116,7 @@ def _curves(axes, reports, task):
       [length for length, _ in points], [scores[name] for _, scores in points], label=label, **look
     )
   own = entries[0]['length'] is None
+  plot.mark_training(axes, _trained(reports, task) if own else {r['train_length'] for r in reports})
   axes.set_xscale('log', base=2)
   axes.xaxis.set_major_formatter(lambda value, _: f'{value:g}')
   axes.set(
@@ -122,3 +127,10 @@ def _curves(axes, reports, task):
   )
   axes.grid(alpha=0.3)
   axes.legend()
+
+
+def _trained(reports, task) -> set[int]:
+  """Returns the lengths of questions that runs were trained on, of those trained on the Task."""
+  trained = (spec.Spec(report['train_task']) for report in reports)
+  base = spec.Spec(task).base
+  return {algorithm_tasks.options(what)['length'] for what in trained if what.base == base}

@@ -54,6 +54,10 @@ class Checkpoints:
     metrics = {_METRIC: validation_loss}
     self._manager.save(step, args=ocp.args.Composite(**items), metrics=metrics)
 
+  def steps(self) -> list[int]:
+    """Returns the steps of all checkpoints that are kept."""
+    return list(self._manager.all_steps())
+
   def latest(self) -> int | None:
     """Returns the newest whole checkpoint's step, or None."""
     return self._manager.latest_step()
@@ -83,6 +87,8 @@ class Checkpoints:
 def claim_workdir(workdir: pathlib.Path, config: config_lib.Config) -> None:
   """Writes the config into a new workdir; in one that has one, checks that it is the same.
 
+  But for its mesh: a run may go on on other devices, to the same numbers but for rounding.
+
   Raises:
     errors.UserError: if the workdir holds another config (its first differing fields are named) or
       cannot be written.
@@ -98,7 +104,8 @@ def claim_workdir(workdir: pathlib.Path, config: config_lib.Config) -> None:
       ) from error
     return
   there, asked = (_flat(c.to_dict()) for c in (read_config(workdir), config))
-  differ = [key for key in {**there, **asked} if there.get(key) != asked.get(key)]
+  keys = (key for key in {**there, **asked} if not key.startswith('mesh.'))
+  differ = [key for key in keys if there.get(key) != asked.get(key)]
   if differ:
     shown = ', '.join(f'{key}={there.get(key)!r} (asked: {asked.get(key)!r})' for key in differ[:3])
     raise errors.UserError(

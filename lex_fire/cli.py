@@ -9,6 +9,7 @@ from absl import app, flags, logging
 
 from lex_fire import config as config_lib
 from lex_fire import errors
+from lex_fire.data import lazy
 
 
 def fail(message: object) -> None:
@@ -28,6 +29,8 @@ def run(main: Callable[[], None], interrupted: str = 'interrupted') -> None:
     interrupted: the line on stderr that says what an interrupt leaves behind.
   """
 
+  _define_module_import()
+
   def parse(argv):
     try:
       return flags.FLAGS(argv)
@@ -40,6 +43,7 @@ def run(main: Callable[[], None], interrupted: str = 'interrupted') -> None:
     if argv[1:]:
       fail(f'unknown argument {argv[1]!r}; flags start with --, see --help')
     try:
+      lazy.import_modules(flags.FLAGS.module_import)
       main()
     except errors.UserError as error:
       fail(error)
@@ -54,6 +58,13 @@ def run(main: Callable[[], None], interrupted: str = 'interrupted') -> None:
   logging.set_verbosity(logging.ERROR)
   os.environ.setdefault('TF_CPP_MIN_LOG_LEVEL', '2')
   app.run(guarded, flags_parser=parse)
+
+
+def _define_module_import() -> None:
+  """Declares a flag of every command, by the name that seqio's own commands give it."""
+  name = 'module_import'
+  flags.DEFINE_multi_string(name, [], 'a module that registers seqio Tasks of your own')
+  flags.FLAGS.register_key_flag_for_module(sys.argv[0], flags.FLAGS[name])  # for --help
 
 
 def _last_line(error: Exception) -> str:

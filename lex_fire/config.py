@@ -132,6 +132,7 @@ class DataConfig:
   validation_files: str = ''  # likewise
   tfds_directory: str = ''  # where TensorFlow Datasets are; '': where TFDS itself looks
   directory: str = '~/.cache/lex_fire'  # where prepared streams are kept; each is made once
+  streaming: bool = False  # training reads the Task as it goes, instead of a prepared stream
   length: int = 256  # of a training window [tokens]
   batch_size: int = 8  # windows a step, over all devices
   isolate_documents: bool = False  # attention within documents only, whose positions restart at 0
@@ -194,8 +195,9 @@ class OptimizerConfig:
 class MeshConfig:
   """Devices by axis; see sharding.make_mesh."""
 
-  data: int = -1  # devices that share a batch and each hold all parameters; -1: all that are left
+  replica: int = -1  # devices that share a batch and hold all parameters each; -1: all others
   fsdp: int = 1  # devices that share both a batch and the parameters
+  tensor: int = 1  # devices that share heads, the width of MLPs and the vocabulary
 
 
 @dataclasses.dataclass(frozen=True)
@@ -230,9 +232,15 @@ class EvaluateConfig:
   masks: tuple[str, ...] = (AS_TRAINED,)  # or names of kernels.mask.parse, compared
   encodings: tuple[str, ...] = (AS_TRAINED,)  # or texts of EncodingConfig.replaced_by, compared
   attention: str = AS_TRAINED  # or a key of kernels.IMPLEMENTATIONS, or auto
+  stride: int = 0  # by which a window moves on, a divisor of each length [tokens]; 0: the length
+  documents: str = ''  # the Task whose documents are scored; '': the run's own
+  split: str = 'validation'  # of it
+  files: str = ''  # glob of that split's files, for documents of text and jsonl
+  tfds_directory: str = ''  # where TensorFlow Datasets are; '': data.tfds_directory
 
   def __post_init__(self):
     protocols.get(self.protocol)
+    _at_least(0, **{'evaluate.stride': self.stride})
     _at_least(1, **{'evaluate.max_tokens': self.max_tokens})
     whole = all(type(length) is int and length > 0 for length in self.lengths)
     if not whole or len(set(self.lengths)) != len(self.lengths) or not self.lengths:
@@ -390,6 +398,10 @@ class Config:
     encoding: Any = values.get('encoding')
     name = str(encoding['name']) if hasattr(encoding, 'keys') and 'name' in encoding else ''
     defaults['encoding'] = encodings.options(name) if name in encodings.ENCODINGS else {}
+    mesh: Any = values.get('mesh')
+    if hasattr(mesh, 'keys') and 'data' in mesh:  # what replica was called
+      renamed = {'replica' if axis == 'data' else axis: size for axis, size in mesh.items()}
+      values = {**values, 'mesh': renamed}
     completed = {
       section: fields | values[section]
       for section, fields in defaults.items()

@@ -3,7 +3,8 @@
     python -m lex_fire.evaluate --workdir=DIR[,DIR...] --lengths=256,512,4096 \\
       --mask=causal,blockwise --encoding=as_trained --encoding=yarn:scale=16
 
-Everything is read from the workdirs: config, checkpoint and, by the config, the Task's documents.
+Everything is read from the workdirs: config, checkpoint and, by the config, the Task's documents;
+or --documents names others.
 """
 
 import csv
@@ -18,22 +19,21 @@ import numpy as np
 from absl import flags
 
 from lex_fire import (
-  asking,
   attention,
   benchmark_command,
   checkpoint,
   cli,
+  command,
   comparison,
+  documents,
   loss,
   plot,
   sharding,
 )
 from lex_fire import config as config_lib
 from lex_fire import report as report_lib
-from lex_fire.data import draws, masking, positions, protocols, reading, tasks
+from lex_fire.data import draws, masking, positions, protocols, reading
 
-SPLIT = 'validation'
-MIN_DOCUMENTS = 16  # that share the budget, if the longest length lets them: few would be no sample
 TOKENS_PER_BATCH = 32_768  # a device, of whole rows: at least one
 LOGITS_PER_BATCH = 2**29  # likewise: 2 GiB of float32
 
@@ -56,21 +56,20 @@ def evaluate(
     run: what reports call the run; by default the name of its workdir.
 
   Returns:
-    A report for each encoding and mask, of JSON values: protocol, checkpoint step, encoding, mask,
-    tokenizer and so on; by length the tokens scored, nats per token, its standard error, perplexity
-    and bits per byte (None if not every token is scored); and the loss by position in the longest
-    windows.
+    A report for each encoding and mask, of JSON values: documents, protocol, stride, checkpoint
+    step, encoding, mask, tokenizer and so on; by length the tokens scored, nats per token, its
+    standard error, perplexity and bits per byte (None if not every token is scored); and the loss
+    by position in the longest windows.
 
   Raises:
-    errors.UserError: if the workdir has no run or no checkpoint, as `comparison.cases` does, if the
-      run's Task asks questions, or if the documents do not allow the lengths or the budget.
+    errors.UserError: if the workdir has no run or no checkpoint, or as `comparison.cases` and
+      `documents.windows` do.
   """
   workdir = pathlib.Path(workdir)
   config = checkpoint.read_config(workdir)
   config = dataclasses.replace(config, evaluate=request or config.evaluate)
   found, common = comparison.cases(config), of_config(config)
-  task = _task(config)
-  scored = {length: _scored(config, task, cut) for length, cut in sorted(windows(config).items())}
+  task, windows = documents.get_task(config), _windows(config)
   mesh = sharding.make_mesh()
   reports = []
   with jax.set_mesh(mesh):
@@ -82,13 +81,13 @@ def evaluate(
         **comparison.of_case(config, case),
         **common,
         'implementations': {
-          str(length): attention.choice(case.transformer, length)._asdict() for length in scored
+          str(length): attention.choice(case.transformer, length)._asdict() for length in windows
         },
       }
       told = functools.partial(progress, f'{report_lib.series(report)} {case.mask_name}')
       losses = {
-        length: _losses(config, case.transformer, params, *cut, functools.partial(told, length))
-        for length, cut in scored.items()
+        length: _losses(config, case.transformer, params, cut, functools.partial(told, length))
+        for length, cut in windows.items()
       }
       reports.append(report | _numbers(losses, task if config.model.causal else None))
   return reports
@@ -101,10 +100,8 @@ def of_config(config: config_lib.Config) -> report_lib.Report:
     'mask_rate': None if config.model.causal else config.data.mask_rate,
     'position_range': config.data.position_range or None,
     'train_length': config.data.length,
-    'task': config.data.task,
-    'split': SPLIT,
-    'tokenizer': reading.vocabulary_of(_task(config)).name,
-    'protocol': config.evaluate.protocol,
+    'train_task': config.data.task,
+    **documents.about(config),
   }
 
 
@@ -112,7 +109,7 @@ def _numbers(losses, task):
   """Returns the numbers of a report; a Task if the losses are of all its text."""
   rows = []
   for of_length in losses.values():
-    text_bytes = task and reading.text_bytes(task, of_length.targets_WL.ravel())
+    text_bytes = task and reading.text_bytes(task, of_length.targets_L)
     rows.append(report_lib.of_length(of_length, text_bytes))
   return {
     'documents': rows[-1]['documents'],
@@ -122,46 +119,21 @@ def _numbers(losses, task):
   }
 
 
-def _task(config):
-  """Returns the Task of a run, with no files but those of the split."""
-  task = tasks.get_task(config.data.spec(SPLIT))
-  if reading.is_of_questions(task):
-    raise asking.no_losses(config.data.task)
-  return task
-
-
-def windows(config: config_lib.Config) -> dict[int, protocols.EvaluationWindows]:
-  """Returns the windows of each length that config.evaluate asks for.
-
-  Raises:
-    errors.UserError: if the documents do not allow the lengths or the budget.
-  """
-  request = config.evaluate
-  return _windows(_task(config), request.protocol, request.lengths, request.max_tokens)
-
-
-@functools.lru_cache(maxsize=4)
-def _windows(task, protocol, lengths, max_tokens):
-  """Cuts the documents of a Task once for all runs that are compared on them."""
-  return protocols.get(protocol)(
-    (document.tokens_L for document in reading.documents(task, SPLIT)),
-    lengths,
-    eos_id=reading.vocabulary_of(task).eos_id,
-    max_tokens=max_tokens,
-    tokens_per_document=max(*lengths, max_tokens // MIN_DOCUMENTS),
-  )
-
-
-def _scored(config, task, windows):
-  """Returns windows as the model reads them, and weight_WL of their targets."""
+def _windows(config) -> dict[int, protocols.EvaluationWindows]:
+  """Returns the windows of each length as the model reads them."""
+  windows = documents.windows(config)
   if config.model.causal:
-    return windows, np.ones(windows.targets_WL.shape, bool)
-  size = reading.vocabulary_of(task).size
-  return masking.corrupt_windows(windows, rate=config.data.mask_rate, vocabulary_size=size)
+    return windows
+  size = reading.vocabulary_of(documents.get_task(config)).size
+  rate = config.data.mask_rate
+  return {
+    length: masking.corrupt_windows(cut, rate=rate, vocabulary_size=size)
+    for length, cut in windows.items()
+  }
 
 
-def _losses(config, transformer, params, windows, weight_WL, progress):
-  """Returns the Losses of windows of one length, every token read once."""
+def _losses(config, transformer, params, windows, progress):
+  """Returns the Losses of windows of one length."""
 
   @jax.jit
   def losses(params, inputs_BL, targets_BL, position_BL):
@@ -183,9 +155,17 @@ def _losses(config, transformer, params, windows, weight_WL, progress):
       windows.targets_WL[index_B],
       _position(length, config.data.position_range, start // rows),
     )
-    parts.append(np.asarray(loss_BL)[: count - start])
-    progress(parts[-1].size)
-  return report_lib.Losses(np.concatenate(parts), weight_WL, windows.targets_WL, windows.document_W)
+    scored_BL = windows.scored_WL[start : start + rows]
+    parts.append(np.asarray(loss_BL)[: len(scored_BL)][scored_BL])
+    progress(scored_BL.size)
+  index_L, position_L = np.nonzero(windows.scored_WL)
+  return report_lib.Losses(
+    length,
+    np.concatenate(parts),
+    windows.targets_WL[windows.scored_WL],
+    position_L,
+    windows.document_W[index_L],
+  )
 
 
 def _position(length, position_range, ordinal):
@@ -215,7 +195,7 @@ def write(
       writer.writerows(rows)
 
   writers = {'json': write_json, 'csv': write_csv, 'png': functools.partial(plot.lengths, reports)}
-  return comparison.write_files(
+  return command.write_files(
     directory, {f'{name}.{suffix}': write_file for suffix, write_file in writers.items()}
   )
 
@@ -226,26 +206,25 @@ def main() -> None:
     benchmark_command.main()
     return
   benchmark_command.refuse_flags()
-  what = comparison.asked()
+  what = command.asked()
+  progress = command.Progress(what.num_cases, documents.windows(what.configs[0]))
   reports = []
   for workdir, run in zip(what.workdirs, what.runs, strict=True):
-    reports += evaluate(workdir, what.request, what.progress, run)
+    reports += evaluate(workdir, what.request, progress, run)
   paths = write(reports, what.directory, what.name)
   for length in what.request.lengths:
     chosen = {
       '{implementation}, {reason}'.format(**r['implementations'][str(length)]) for r in reports
     }
     print(f'attention at {length}: {"; ".join(sorted(chosen))}')
-  last = reports[0]['lengths'][-1]
-  tokens = f'{last["tokens"]:,} tokens of {last["documents"]} documents'
-  print(f'\n{report_lib.unit(reports[0])} by length ({what.request.protocol}, {tokens})')
+  print(f'\n{report_lib.heading(reports[0])}')
   print(report_lib.table(reports))
   print(f'written: {", ".join(map(str, paths))}')
 
 
 if __name__ == '__main__':
-  comparison.define_flags()
+  command.define_flags()
   benchmark_command.define_flags()
-  for module in (comparison, benchmark_command):
+  for module in (command, benchmark_command):
     flags.adopt_module_key_flags(module)  # so that --help shows them
   cli.run(main, 'interrupted; with --tasks the same command goes on after the answers so far')

@@ -1,19 +1,32 @@
 """What a run trains on and is judged by, as batches of this process's rows."""
 
+import hashlib
 import pathlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 
 import jax
 
 from lex_fire import config as config_lib
 from lex_fire import errors
-from lex_fire.data import batches, draws, masking, positions, prepare, stream
+from lex_fire.data import (
+  batches,
+  draws,
+  live,
+  masking,
+  positions,
+  prepare,
+  reading,
+  stream,
+  tasks,
+)
 
 Batch = batches.Batch
 
 
 class Data:
   """The windows that this process trains on and is judged by; prepared once, read by memory map.
+
+  With data.streaming those of training are read from the Task as the run goes on.
 
   For a bidirectional model with tokens masked, and at randomized positions if the config says so:
   in training other ones at each step, and always the same when it is judged.
@@ -23,8 +36,8 @@ class Data:
     """Prepares and opens both splits; `say` is told what is cut of questions.
 
     Raises:
-      errors.UserError: as data.prepare does; for a vocabulary larger than the model's, with a mask
-        if it is bidirectional; for a split without one window.
+      errors.UserError: as data.prepare and data.live do; for a vocabulary larger than the model's,
+        with a mask if it is bidirectional; for a split without one window.
     """
     self._config, self._say = config, say
     c = config.data
@@ -32,11 +45,13 @@ class Data:
     self._validation, self.validation_manifest = self._rows('validation')
     self._vocabulary_size = self.validation_manifest['vocabulary']['size']
     self._check_ids()
-    rows, manifest = self._rows('train')
-    self._sampler = batches.TrainSampler(
-      rows, c.batch_size, seed=config.train.seed, **self._process
-    )
-    self.hashes = {'train': manifest['sha256'], 'validation': self.validation_manifest['sha256']}
+    self._live, train_hash = self._streamed() if c.streaming else (None, '')
+    if self._live is None:
+      rows, manifest = self._rows('train')
+      seed = config.train.seed
+      self._drawn = batches.TrainSampler(rows, c.batch_size, seed=seed, **self._process)
+      train_hash = manifest['sha256']
+    self.hashes = {'train': train_hash, 'validation': self.validation_manifest['sha256']}
 
   def _check_ids(self):
     c = self._config.model
@@ -47,6 +62,21 @@ class Data:
         f'model.vocab_size={c.vocab_size} is less than the {ids} ids of task '
         f'{self._config.data.task!r}{mask}; raise it'
       )
+
+  def _streamed(self):
+    """Returns the Task's windows as they are read, and a hash of what they are read from."""
+    c = self._config.data
+    task = tasks.get_task(c.spec('train', 'validation'))
+    found = live.Live(
+      task,
+      c.length,
+      c.batch_size,
+      seed=self._config.train.seed,
+      isolate_documents=c.isolate_documents,
+      **self._process,
+    )
+    content = [reading.fingerprint(task, live.SPLIT), reading.vocabulary_of(task).name]
+    return found, hashlib.sha256(' '.join(content).encode()).hexdigest()
 
   def _rows(self, split):
     c = self._config.data
@@ -81,8 +111,28 @@ class Data:
   def train_batch(self, step: int) -> Batch:
     """Reads this host's rows of the batch of a step, counted from 0."""
     seed = self._config.train.seed
-    batch = self._sampler.batch(step)
+    batch = (self._live or self._drawn).batch(step)
     return self._changed(batch, step, self._config.data.batch_size, seed)
+
+  def save_place(self, workdir: pathlib.Path, keep: Collection[int]) -> None:
+    """Saves where the batches so far end, for a checkpoint to come; see live.Live.save.
+
+    Nothing has to be saved of prepared streams, whose batches follow from the step alone.
+
+    Raises:
+      errors.UserError: if it cannot be written.
+    """
+    if self._live is not None:
+      self._live.save(workdir, keep)
+
+  def restore_place(self, workdir: pathlib.Path, step: int) -> None:
+    """Goes on after `step` steps; see live.Live.restore.
+
+    Raises:
+      errors.UserError: if the place was not saved, or is damaged.
+    """
+    if self._live is not None:
+      self._live.restore(workdir, step)
 
   def validation_batches(self) -> Iterator[Batch]:
     """Yields the first train.validation_windows windows of the validation split, every time."""

@@ -6,7 +6,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from lex_fire import attention, encodings, errors, kernels, sharding
+from lex_fire import attention, encodings, errors, kernels, loss, sharding
 from lex_fire import config as config_lib
 
 
@@ -86,13 +86,15 @@ class Transformer(nn.Module):
     tokens_BL: jax.Array,
     position_BL: jax.Array | None = None,
     segment_ids_BL: jax.Array | None = None,
+    targets_BL: jax.Array | None = None,
   ) -> jax.Array:
-    """Returns logits_BLV, float32.
+    """Returns logits_BLV, float32, or of targets their loss_BL, for which fewer logits are held.
 
     Args:
       tokens_BL: int32 ids below vocab_size.
       position_BL: int32 positions in each segment; a leading 1 broadcasts; None: 0 .. L - 1.
       segment_ids_BL: int32, a token sees only its own segment; None: each row is one segment.
+      targets_BL: int32, for `loss.chunked_losses`.
 
     Raises:
       errors.UserError: for a row longer than the encoding's max_length.
@@ -117,9 +119,9 @@ class Transformer(nn.Module):
       output_VD = embedding_VD
     else:
       output_VD = self.param('output_VD', _embedding_init, (c.vocab_size, c.d_model))
-    return jnp.einsum(
-      'BLD,VD->BLV', x_BLD, output_VD.astype(x_BLD.dtype), preferred_element_type=jnp.float32
-    )
+    if targets_BL is None:
+      return loss.logits(x_BLD, output_VD)
+    return loss.chunked_losses(x_BLD, output_VD, targets_BL)
 
   def _blocks(self, x_BLD, position_BL, segment_ids_BL, shared_params):
     c = self.config

@@ -1,7 +1,7 @@
 """Plots, drawn without a display."""
 
 import pathlib
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from lex_fire import report as report_lib
@@ -40,21 +40,27 @@ def lengths(reports: Sequence[report_lib.Report], path: pathlib.Path) -> None:
     )
   longest = max(row['length'] for report in reports for row in report['lengths'])
   titles = {
-    by_length: (f'Loss by window length ({reports[0]["protocol"]})', 'window length [tokens]'),
+    by_length: (f'Loss by window length ({report_lib.how(reports[0])})', 'window length [tokens]'),
     by_position: (f'Loss by position in windows of {longest}', 'position, up to [tokens]'),
   }
   for axes, (title, label) in titles.items():
     axes.set_xscale('log', base=2)
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f'{value:g}'))
-    trained = [
-      axes.axvline(length, color='grey', linestyle='--', linewidth=1, label=f'trained at {length}')
-      for length in sorted({report['train_length'] for report in reports})
-    ]
+    trained = mark_training(axes, {report['train_length'] for report in reports})
     axes.set(title=title, xlabel=label)
     axes.grid(alpha=0.3)
+  figure.suptitle(report_lib.documents(reports[0]))
   by_length.set_ylabel(f'loss [{report_lib.unit(reports[0])}]')
   figure.legend(handles=[*entries, *trained], loc='outside lower center', ncols=2)
   figure.savefig(path, dpi=150)
+
+
+def mark_training(axes: Any, lengths: Iterable[float]) -> list[Any]:
+  """Draws a vertical line at each length of training, and returns the lines."""
+  return [
+    axes.axvline(length, color='grey', linestyle='--', linewidth=1, label=f'trained at {length}')
+    for length in sorted(lengths)
+  ]
 
 
 def looks(reports: Sequence[report_lib.Report]) -> list[dict[str, Any]]:

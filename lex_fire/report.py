@@ -14,42 +14,43 @@ Report = dict[str, Any]
 
 
 class Losses(NamedTuple):
-  """What a model lost on the windows of one length.
+  """What a model lost on the scored tokens of the windows of one length, in their order.
 
   Attributes:
-    loss_WL: float32 [nats].
-    weight_WL: how much each token counts; 0: it is not scored.
-    targets_WL: int32 tokens.
-    document_W: int32 index of the document that a window is from.
+    length: of the windows.
+    loss_L: float32 [nats].
+    targets_L: int32, the tokens.
+    position_L: of each in its window.
+    document_L: index of the document that each is from.
   """
 
-  loss_WL: np.ndarray
-  weight_WL: np.ndarray
-  targets_WL: np.ndarray
-  document_W: np.ndarray
+  length: int
+  loss_L: np.ndarray
+  targets_L: np.ndarray
+  position_L: np.ndarray
+  document_L: np.ndarray
 
 
-def _mean(loss, weight) -> float:
-  """Returns the weighted mean, summed in float64."""
-  return float((loss * weight).sum(dtype=np.float64) / weight.sum(dtype=np.float64))
+def _mean(loss_L) -> float:
+  """Returns the mean, summed in float64."""
+  return float(loss_L.mean(dtype=np.float64))
 
 
 def _mean_by_document(losses: Losses) -> tuple[float, float | None, int]:
   """Returns the mean over tokens, its standard error, and the number of documents.
 
   The error takes documents as independent; tokens of a document are not. The mean is a ratio of two
-  sums over documents, of losses and of weights; its variance is that of the sums of loss - mean.
+  sums over documents, of losses and of tokens; its variance is that of the sums of loss - mean.
   None: there is but one document.
   """
-  _, index_W = np.unique(losses.document_W, return_inverse=True)
-  mean = _mean(losses.loss_WL, losses.weight_WL)
-  excess_WL = (losses.loss_WL.astype(np.float64) - mean) * losses.weight_WL
-  weight_Z = np.bincount(index_W, weights=losses.weight_WL.sum(axis=1))
-  excess_Z = np.bincount(index_W, weights=excess_WL.sum(axis=1))[weight_Z > 0]
+  _, index_L = np.unique(losses.document_L, return_inverse=True)
+  mean = _mean(losses.loss_L)
+  excess_Z = np.bincount(index_L, weights=losses.loss_L.astype(np.float64) - mean)
   count = len(excess_Z)
   if count < 2:
     return mean, None, count
-  return mean, math.sqrt(count / (count - 1) * (excess_Z**2).sum()) / weight_Z.sum(), count
+  error = math.sqrt(count / (count - 1) * (excess_Z**2).sum()) / len(losses.loss_L)
+  return mean, error, count
 
 
 def of_length(losses: Losses, text_bytes: int | None) -> Report:
@@ -60,10 +61,10 @@ def of_length(losses: Losses, text_bytes: int | None) -> Report:
     text_bytes: of the text that the losses are of, or None: they do not add up to that of a text.
   """
   mean, error, documents = _mean_by_document(losses)
-  tokens = int(np.count_nonzero(losses.weight_WL))
+  tokens = len(losses.loss_L)
   bits_per_byte = None if text_bytes is None else mean * tokens / text_bytes / math.log(2)
   return {
-    'length': losses.loss_WL.shape[1],
+    'length': losses.length,
     'tokens': tokens,
     'documents': documents,
     'nats_per_token': mean,
@@ -80,18 +81,16 @@ def change(losses: Mapping[int, Losses]) -> Report:
   same tokens: what makes one document harder than another cancels.
   """
   first, last = losses[min(losses)], losses[max(losses)]
-  values = [_mean(x.loss_WL, x.weight_WL) for x in (first, last)]
   error = None
   if all(
-    np.array_equal(a.ravel(), b.ravel())
-    for a, b in ((first.targets_WL, last.targets_WL), (first.weight_WL, last.weight_WL))
+    np.array_equal(a, b)
+    for a, b in ((first.targets_L, last.targets_L), (first.document_L, last.document_L))
   ):
-    difference_WL = last.loss_WL - first.loss_WL.reshape(last.loss_WL.shape)
-    error = _mean_by_document(last._replace(loss_WL=difference_WL))[1]
+    error = _mean_by_document(last._replace(loss_L=last.loss_L - first.loss_L))[1]
   return {
-    'from': min(losses),
-    'to': max(losses),
-    'nats_per_token': values[1] - values[0],
+    'from': first.length,
+    'to': last.length,
+    'nats_per_token': _mean(last.loss_L) - _mean(first.loss_L),
     'standard_error': error,
   }
 
@@ -101,14 +100,32 @@ def by_position(losses: Losses) -> list[Report]:
 
   None, where no token of a bucket is scored.
   """
-  length = losses.loss_WL.shape[1]
-  edges = [0, *(2**power for power in range(4, 64) if 2**power < length), length]
+  edges = [0, *(2**power for power in range(4, 64) if 2**power < losses.length), losses.length]
   buckets = []
   for low, high in zip(edges[:-1], edges[1:], strict=True):
-    weight_WL = losses.weight_WL[:, low:high]
-    mean = _mean(losses.loss_WL[:, low:high], weight_WL) if weight_WL.any() else None
+    loss_L = losses.loss_L[(low <= losses.position_L) & (losses.position_L < high)]
+    mean = _mean(loss_L) if loss_L.size else None
     buckets.append({'from': low, 'to': high, 'nats_per_token': mean})
   return buckets
+
+
+def how(report: Report) -> str:
+  """Names the protocol of a report and its stride; reports of before there was one lack it."""
+  stride = report.get('stride')
+  return f'{report["protocol"]}, stride {stride}' if stride else report['protocol']
+
+
+def documents(report: Report) -> str:
+  """Names the documents of a report; reports of before files were named lack them."""
+  files = report.get('files')
+  return f'{report["split"]} of {report["task"]}{f" {files}" if files else ""}'
+
+
+def heading(report: Report) -> str:
+  """Says what a table of a report and others on the same documents shows."""
+  last = report['lengths'][-1]
+  tokens = f'{last["tokens"]:,} tokens of {last["documents"]} documents'
+  return f'{unit(report)} by length ({how(report)}, {tokens}), {documents(report)}'
 
 
 def series(report: Report) -> str:
@@ -154,6 +171,7 @@ def rows(reports: Sequence[Report]) -> list[Report]:
       'run': report['run'],
       'encoding': report['encoding_override'] or report['encoding']['name'],
       'mask': report['mask'],
+      **{name: report[name] for name in ('task', 'split', 'files', 'protocol', 'stride')},
       **row,
     }
     for report in reports

@@ -7,43 +7,83 @@ themselves.
 
 import math
 import re
+from collections.abc import Sequence
+from typing import Any
 
 import jax
 import numpy as np
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from lex_fire import errors
 
-AXES = ('data', 'fsdp')
+AXES = ('replica', 'fsdp', 'tensor')
 
 # Letter of a dimension -> mesh axes that split it. An array uses an axis once: the first letter
-# takes it, so an activation [B, L, D] is split by batch, and a parameter [D, F] by D.
-RULES = {'B': ('data', 'fsdp'), 'D': ('fsdp',)}
+# takes it, so an activation [B, L, D] is split by batch, and a parameter [D, F] by both.
+RULES = {
+  'B': ('replica', 'fsdp'),
+  'D': ('fsdp',),
+  'F': ('tensor',),
+  'G': ('tensor',),
+  'H': ('tensor',),
+  'V': ('tensor',),
+}
 
 
-def make_mesh(data: int = -1, fsdp: int = 1, devices=None) -> Mesh:
-  """Makes the mesh of this run.
+def make_mesh(
+  replica: int = -1,
+  fsdp: int = 1,
+  tensor: int = 1,
+  devices: Sequence[Any] | None = None,
+) -> Mesh:
+  """Makes the mesh of this run; any size may be -1: all devices that are left.
+
+  On several slices of TPUs, which a slower network connects, `replica` goes over the slices, so
+  that of a step nothing but gradients crosses it.
 
   Args:
-    data: devices over which batches are split and parameters copied; -1 takes all that are left.
-    fsdp: devices over which both batches and parameters are split.
+    replica: devices over which batches are split and parameters copied.
+    fsdp: devices over which both batches and parameters are split (Zhao et al. 2023,
+      arXiv:2304.11277).
+    tensor: devices over which heads, the MLP's width and the vocabulary are split (Shoeybi et al.
+      2019, arXiv:1909.08053).
     devices: the devices to use; all of them by default.
 
   Raises:
-    errors.UserError: if the sizes do not multiply to the number of devices.
+    errors.UserError: if the sizes do not multiply to the number of devices, or the slices do not
+      divide `replica`.
   """
   devices = jax.devices() if devices is None else devices
-  sizes = [data, fsdp]
-  known = math.prod(size for size in sizes if size != -1)
-  if known > 0 and sizes.count(-1) == 1 and len(devices) % known == 0:
-    sizes[sizes.index(-1)] = len(devices) // known
-  if min(sizes) < 1 or math.prod(sizes) != len(devices):
+  sizes = _sizes({'replica': replica, 'fsdp': fsdp, 'tensor': tensor}, len(devices))
+  # Auto axes: the compiler places what no rule names (Explicit, the default, refuses constraints).
+  types = (AxisType.Auto,) * len(AXES)
+  slices = len({getattr(device, 'slice_index', 0) for device in devices})
+  if slices == 1:
+    return jax.make_mesh(sizes, AXES, axis_types=types, devices=devices)
+  if sizes[0] % slices:
     raise errors.UserError(
-      f'mesh data={data}, fsdp={fsdp} does not fit {len(devices)} devices; '
+      f'mesh replica={sizes[0]} is not a multiple of the {slices} slices; use one'
+    )
+  within = (sizes[0] // slices, *sizes[1:])
+  across = (slices, *[1] * (len(AXES) - 1))
+  grid = mesh_utils.create_hybrid_device_mesh(within, across, devices)
+  return Mesh(grid, AXES, axis_types=types)
+
+
+def _sizes(asked: dict[str, int], num_devices: int) -> tuple[int, ...]:
+  """Returns the sizes of axes, with the one that is -1, if any, found."""
+  sizes = list(asked.values())
+  known = math.prod(size for size in sizes if size != -1)
+  if known > 0 and sizes.count(-1) == 1 and num_devices % known == 0:
+    sizes[sizes.index(-1)] = num_devices // known
+  if min(sizes) < 1 or math.prod(sizes) != num_devices:
+    shown = ', '.join(f'{axis}={size}' for axis, size in asked.items())
+    raise errors.UserError(
+      f'mesh {shown} does not fit {num_devices} devices; '
       'the sizes must multiply to their number (one may be -1: all that are left)'
     )
-  # Auto axes: the compiler places what no rule names (Explicit, the default, refuses constraints).
-  return jax.make_mesh(sizes, AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices)
+  return tuple(sizes)
 
 
 def suffix(name: str) -> str:
@@ -83,39 +123,52 @@ def of_tree(tree, mesh: Mesh):
 
   Such as parameters, optimizer state, or a batch.
   """
+  return jax.tree.map(
+    lambda of_leaf: NamedSharding(mesh, of_leaf),
+    _specs(tree, dict(mesh.shape)),
+    is_leaf=lambda x: isinstance(x, PartitionSpec),
+  )
+
+
+def _specs(tree, mesh_shape: dict[str, int]):
+  """Returns the PartitionSpec of each array, by the innermost name above it."""
 
   def of_leaf(path, leaf):
-    name = next((str(key.key) for key in reversed(path) if hasattr(key, 'key')), '')
-    return NamedSharding(mesh, spec(suffix(name), np.shape(leaf), dict(mesh.shape), name))
+    names = (getattr(key, 'key', getattr(key, 'name', None)) for key in reversed(path))
+    name = next((str(name) for name in names if name is not None), '')
+    return spec(suffix(name), np.shape(leaf), mesh_shape, name)
 
   return jax.tree_util.tree_map_with_path(of_leaf, tree)
 
 
-def split_rows(function, whole, arrays: dict[str, jax.Array | None]) -> jax.Array:
-  """Runs a function on each device's own rows, on the mesh of `jax.set_mesh`, if any.
+def ways(letter: str) -> int:
+  """Returns in how many parts the mesh of `jax.set_mesh`, if any, splits a dimension."""
+  mesh_shape = jax.sharding.get_abstract_mesh().shape
+  return math.prod(mesh_shape.get(axis, 1) for axis in RULES[letter])
 
-  For what the compiler cannot divide by itself, as kernels. The gradient of `whole` is summed over
-  devices.
+
+def split(function, table, arrays: dict[str, jax.Array | None]) -> jax.Array:
+  """Runs a function on each device's own rows and heads, on the mesh of `jax.set_mesh`, if any.
+
+  For what the compiler cannot divide by itself, as kernels. The gradient of an array is summed over
+  the devices that share it.
 
   Args:
-    function: (whole, **arrays) -> an array that lies as the first of the arrays does.
-    whole: a pytree that each device has in full.
-    arrays: by name, with their shapes as suffix; None stays None.
+    function: (table, **arrays) -> an array that lies as the first of the arrays does.
+    table: a pytree of arrays with their shapes as suffix, such as a `piecewise.Table`.
+    arrays: by name, likewise; None stays None.
   """
   mesh = jax.sharding.get_abstract_mesh()
   if mesh.empty or math.prod(mesh.shape.values()) == 1:
-    return function(whole, **arrays)
-  specs = {
-    name: None if array is None else spec(suffix(name), array.shape, dict(mesh.shape), name)
-    for name, array in arrays.items()
-  }
-  split = jax.shard_map(
-    lambda whole, arrays: function(whole, **arrays),
-    in_specs=(PartitionSpec(), specs),
-    out_specs=next(iter(specs.values())),
+    return function(table, **arrays)
+  specs = _specs(arrays, dict(mesh.shape))
+  split_function = jax.shard_map(
+    lambda table, arrays: function(table, **arrays),
+    in_specs=(_specs(table, dict(mesh.shape)), specs),
+    out_specs=specs[next(iter(arrays))],
     check_vma=False,  # kernels do not say over what they vary
   )
-  return split(whole, arrays)
+  return split_function(table, arrays)
 
 
 def constrain(array: jax.Array, letters: str) -> jax.Array:

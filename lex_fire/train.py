@@ -21,7 +21,6 @@ from lex_fire import (
   cli,
   errors,
   feed,
-  loss,
   metrics,
   model,
   optimizer,
@@ -48,11 +47,10 @@ def init(config: config_lib.Config) -> State:
 
 def loss_sums(transformer: model.Transformer, params, batch: Batch) -> tuple[jax.Array, jax.Array]:
   """Returns the weighted sum of the tokens' losses [nats] and the sum of their weights."""
-  logits_BLV = transformer.apply(
-    {'params': params}, batch['inputs_BL'], batch['position_BL'], batch['segment_ids_BL']
-  )
-  logits_BLV = cast(jax.Array, logits_BLV)  # Flax returns a pair only if asked by `mutable`
-  loss_BL = loss.token_losses(logits_BLV, batch['targets_BL']) * batch['loss_weights_BL']
+  arrays = (batch[f'{name}_BL'] for name in ('inputs', 'position', 'segment_ids', 'targets'))
+  # Flax returns a pair only if asked by `mutable`.
+  loss_BL = cast(jax.Array, transformer.apply({'params': params}, *arrays))
+  loss_BL = loss_BL * batch['loss_weights_BL']
   return loss_BL.sum(), batch['loss_weights_BL'].sum()
 
 
@@ -310,7 +308,7 @@ def train(config: config_lib.Config, workdir: str | pathlib.Path) -> State:
       not finite.
   """
   workdir = pathlib.Path(workdir)
-  mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp)
+  mesh = sharding.make_mesh(**dataclasses.asdict(config.mesh))
   program = Program(config, mesh)
   if config.train.start_from and not (workdir / 'checkpoints').exists():
     _check_source(config)  # before data are prepared, and before the workdir is that of this config
@@ -322,9 +320,11 @@ def train(config: config_lib.Config, workdir: str | pathlib.Path) -> State:
     first = checkpoints.latest() or 0
     _announce(config, program, workdir, first)
     state = checkpoints.restore(first, program.abstract_state) if first else _first(config, program)
+    if first:
+      data.restore_place(workdir, first)
     reporter = Reporter(config, workdir, first, data.validation_manifest)
     with contextlib.closing(reporter):
-      return _loop(config, program, data, checkpoints, reporter, state, first)
+      return _loop(config, workdir, program, data, checkpoints, reporter, state, first)
 
 
 def _first(config: config_lib.Config, program: Program) -> State:
@@ -385,7 +385,7 @@ def _announce(config, program, workdir, first):
     say(f'attention: {choice.implementation}, {choice.reason}')
 
 
-def _loop(config, program, data, checkpoints, reporter, state, first):
+def _loop(config, workdir, program, data, checkpoints, reporter, state, first):
   for index in range(first, config.train.steps):
     state, values = program.step(state, program.put(data.train_batch(index)))
     done = index + 1
@@ -397,6 +397,7 @@ def _loop(config, program, data, checkpoints, reporter, state, first):
       reporter.flush()
       value = validate(program, state['params'], data)
       reporter.validation(done, value)
+      data.save_place(workdir, keep=checkpoints.steps())
       checkpoints.save(done, state, value)
       reporter.resume(done)
   return state

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import tiny
 
-from lex_fire import analysis, analyze, checkpoint, comparison, errors, evaluate, sharding, train
+from lex_fire import analysis, analyze, checkpoint, comparison, documents, errors, sharding, train
 from lex_fire import config as config_lib
 
 LENGTHS, MASKS = (32, 64), ('causal', 'blockwise')
@@ -63,7 +63,7 @@ def restored(workdirs):
   """Returns the parameters of the run of FIRE, and what is analyzed of it."""
   config = dataclasses.replace(checkpoint.read_config(workdirs[0]), evaluate=request())
   _, params = comparison.restore(config, workdirs[0], sharding.make_mesh())
-  return params, comparison.cases(config), evaluate.windows(config)
+  return params, comparison.cases(config), documents.windows(config)
 
 
 def test_a_report_has_what_the_heads_do_at_each_length(of_fire, restored):
@@ -265,6 +265,14 @@ def test_runs_whose_distances_are_others_are_refused(data, tmp_path, section, ch
   checkpoint.claim_workdir(tmp_path / 'run', config)
 
   with pytest.raises(errors.UserError, match=f'{message}.*; analyze causal models'):
+    analyze.analyze(tmp_path / 'run')
+
+
+def test_a_stride_is_refused(data, tmp_path):
+  config = tiny.config(data, 'alibi', evaluate={'stride': 8})
+  checkpoint.claim_workdir(tmp_path / 'run', config)
+
+  with pytest.raises(errors.UserError, match='stride=8 is of losses, and attention is measured at'):
     analyze.analyze(tmp_path / 'run')
 
 

@@ -23,6 +23,7 @@ from lex_fire import (
   submission,
   train,
 )
+from lex_fire import command as command_lib
 from lex_fire import config as config_lib
 from lex_fire.data import algorithms, scrolls, spec, train_vocabulary, vocabularies
 from lex_fire.data import text as text_lib
@@ -95,7 +96,7 @@ def test_names_stand_between_commas_and_so_do_their_options(text, expected):
 @pytest.mark.parametrize(
   'text, message',
   [
-    ('copy,stdlib', "--tasks='stdlib' asks no questions; known: scrolls_qmsum, "),
+    ('copy,stdlib', "--tasks='stdlib' asks no questions; known: scrolls_qmsum, .*documents=stdlib"),
     ('length=3,copy', "--tasks='length=3' asks no questions"),
     ('copy,sort,copy', "--tasks='copy,sort,copy' must name one or more tasks, each once"),
     ('', "--tasks='' must name one or more tasks"),
@@ -245,17 +246,18 @@ def test_withheld_answers_have_no_scores_and_are_handed_in(
     split='test',
     tfds_directory=str(scrolls_directory),
   )
-  paths = submission.write(found, tmp_path / 'kept', tmp_path / 'handed')
+  handed = submission.write(found, tmp_path / 'kept', tmp_path / 'handed')
 
   assert [entry['scores'] is None for entry in found[0]['tasks']] == [True, True, False]
   assert not benchmark_plots.can_draw(found, 'scrolls_qmsum')
   assert 'withheld' in benchmark_plots.table(found)
-  assert [path.relative_to(tmp_path / 'handed').parts for path in paths] == [
+  assert [file.path.relative_to(tmp_path / 'handed').parts for file in handed] == [
     (f'fire-at-{length}', scrolls.FILE) for length in (1300, 1400)
   ]
-  for path in paths:
-    with path.open(newline='') as file:
-      assert list(csv.reader(file)) == [
+  for file in handed:
+    assert file.note.startswith('SCROLLS takes all tasks in one file: scrolls_qmsum, scrolls_qas')
+    with file.path.open(newline='') as lines:
+      assert list(csv.reader(lines)) == [
         ['Task', 'ID', 'Prediction'],
         ['qmsum', 't', 'Of t.'],
         ['qmsum', 'u', 'Of u.'],
@@ -340,7 +342,7 @@ def test_a_registered_task_of_another_vocabulary_is_refused(workdir, tmp_path, m
   codec = text_lib.codec(checkpoint.read_config(workdir).data.spec())._replace(vocabulary=other)
   monkeypatch.setattr(text_lib, 'codec', lambda what: codec)
 
-  message = "has vocabulary 'sentencepiece-01', and questions have data.vocabulary='bytes'"
+  message = "vocabulary 'sentencepiece-01', and questions of 'copy:.*' have data.vocabulary='bytes'"
   with pytest.raises(errors.UserError, match=message):
     run(workdir, tmp_path)
 
@@ -376,7 +378,7 @@ def test_losses_of_a_run_on_questions_are_refused_for_its_scores(workdir):
 def command(tmp_path):
   """Calls the command, in this process."""
   if 'tasks' not in flags.FLAGS:
-    comparison.define_flags()
+    command_lib.define_flags()
     benchmark_command.define_flags()
 
   def call(*workdirs, **arguments):
@@ -458,7 +460,8 @@ def test_files_are_named_by_what_is_asked_but_never_too_long(
   [
     ({'tasks': 'copy', 'max_tokens': 5}, '--max_tokens=5 is of losses, not of --tasks'),
     ({'tasks': 'copy', 'protocol': 'windows'}, '--protocol=windows is of losses'),
-    ({'split': 'test'}, '--split=test is of --tasks, which are missing'),
+    ({'tasks': 'copy', 'stride': 4}, '--stride=4 is of losses'),
+    ({'tasks': 'copy', 'documents': 'stdlib'}, '--documents=stdlib is of losses'),
     ({'max_examples': 3}, '--max_examples=3 is of --tasks, which are missing'),
   ],
 )
@@ -495,3 +498,17 @@ def test_a_bare_name_of_the_task_of_all_runs_has_their_options():
   assert alike.tasks == ('addition:length=9,hints=true', 'copy', 'passkey')
   assert needles.tasks == ('addition', 'copy', 'passkey:seed=3')
   assert other == asked
+
+
+def test_answers_to_glue_are_handed_in_and_those_without_a_place_are_counted(
+  workdir, glue_directory, model, tmp_path
+):
+  model(lambda prompt: 'positive' if prompt.id == '9' else 'So.')
+  fields = {'split': 'test', 'tfds_directory': str(glue_directory)}
+
+  found = run(workdir, tmp_path / 'kept', ['glue_sst2'], (64,), **fields)
+  (file,) = submission.write(found, tmp_path / 'kept', tmp_path / 'handed')
+
+  assert file.path == tmp_path / 'handed' / 'fire-at-64' / 'SST-2.tsv'
+  assert file.path.read_text() == 'index\tprediction\n2\t0\n9\t1\n10\t0\n'
+  assert file.note == '2 of 3 answers are none that the file has a place for'

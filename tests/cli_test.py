@@ -39,12 +39,12 @@ TRAIN_MISTAKES = {
     'data.length=256 is past the 100 positions',
   ),
   'mesh': (
-    [QUICK, '--config.mesh.data=3', '--workdir=WORKDIR'],
-    'mesh data=3, fsdp=1 does not fit',
+    [QUICK, '--config.mesh.replica=3', '--workdir=WORKDIR'],
+    'mesh replica=3, fsdp=1, tensor=1 does not fit',
   ),
   'batch': (
     [QUICK, '--config.data.batch_size=12', '--workdir=WORKDIR'],
-    'B=12, which mesh axes data=8 x fsdp=1 do not divide',
+    'B=12, which mesh axes replica=8 x fsdp=1 do not divide',
   ),
   'no files': (
     [TEXT, '--workdir=WORKDIR'],

@@ -65,7 +65,7 @@ def test_config_files_give_a_config_for_every_encoding(file, name):
   assert config_lib.Config.from_dict(json.loads(json.dumps(config.to_dict()))) == config
   assert config.encoding.make().name == name
   # Those of public corpora are published models', all others a laptop's.
-  assert count(abstract_params(config)) < (2e8 if file in ('c4', 'scrolls') else 2e6)
+  assert count(abstract_params(config)) < (2e8 if file in ('c4', 'glue', 'scrolls') else 2e6)
 
 
 @every_preset
@@ -231,10 +231,11 @@ def refuses(message):
     ('evaluate', {'lengths': (8, 8)}, 'evaluate.lengths=(8, 8) must be one or more different'),
     ('evaluate', {'lengths': ('a',)}, "evaluate.lengths=('a',) must be one or more"),
     ('evaluate', {'max_tokens': 0}, 'evaluate.max_tokens=0 must be at least 1'),
+    ('evaluate', {'stride': -1}, 'evaluate.stride=-1 must be at least 0'),
     ('evaluate', {'protocol': 'same'}, "unknown protocol 'same'; known: windows, same_tokens"),
     ('encoding', {'base_period': '9'}, "base_period='9' of 'rope' must be of type float"),
     ('encoding', {'base_period': float('nan')}, 'base_period=nan above 0'),
-    ('mesh', {'model': 2}, "unknown config key 'mesh.model'; known: data, fsdp"),
+    ('mesh', {'model': 2}, "unknown config key 'mesh.model'; known: replica, fsdp, tensor"),
     ('train', {'steps': 0}, 'train.steps=0 must be at least 1'),
     ('train', {'accumulation': 0}, 'train.accumulation=0 must be at least 1'),
     ('train', {'accumulation': 3}, 'train.accumulation=3 must divide data.batch_size=8'),
@@ -397,6 +398,8 @@ def test_a_head_that_an_encoding_cannot_rotate_is_refused():
     ('scrolls', 'length=8k', 'config argument length=8k must be a whole number above 0'),
     ('scrolls', 'task=qm', "unknown task='qm' of SCROLLS; known: qmsum, "),
     ('scrolls', 'checkpoint=a,encoding=fire', "encoding='fire' is that of checkpoint='a'"),
+    ('glue', 'task=sst2', "unknown task='sst2' of GLUE and SuperGLUE; known: glue_cola, "),
+    ('glue', 'length=0', 'config argument length=0 must be a whole number above 0'),
   ],
 )
 def test_a_wrong_argument_of_a_config_file_is_refused(file, arg, message):

@@ -71,6 +71,16 @@ def scrolls_directory(scrolls_globs, tmp_path_factory):
   return directory
 
 
+@pytest.fixture(scope='session')
+def glue_directory(tmp_path_factory):
+  """Returns a directory of TFDS with a few tasks of GLUE and SuperGLUE."""
+  import tiny_glue
+
+  directory = tmp_path_factory.mktemp('tfds')
+  tiny_glue.write(directory)
+  return directory
+
+
 # Which laws hold for which encoding: `pytest --laws` prints what its tests found.
 
 _held: dict[tuple[str, str], bool] = {}  # (law, encoding): whether all its cases passed

@@ -1,4 +1,4 @@
-"""Tests of `lex_fire/data`: corpora, tasks, prepared streams, batches, evaluation protocols."""
+"""Tests of `lex_fire/data`: corpora, tasks, prepared streams, batches, masked tokens."""
 
 import gzip
 import shutil
@@ -17,7 +17,6 @@ from lex_fire.data import (
   masking,
   positions,
   prepare,
-  protocols,
   reading,
   stream,
   tasks,
@@ -371,7 +370,8 @@ def test_a_registered_sentencepiece_task_goes_the_same_way(sentencepiece_task, t
 
   (tokens_L,), _, manifest = stream.read(path)
   vocabulary = sentencepiece_task.output_features['targets'].vocabulary
-  assert path.name == f'pieces-train-{manifest["vocabulary"]["name"]}-pieces'
+  of_vocabulary, version = manifest['vocabulary']['name'], manifest['format']
+  assert path.name == f'pieces-train-{of_vocabulary}-pieces-format{version}'
   assert manifest['vocabulary']['size'] == vocabulary.vocab_size
   assert manifest['text_bytes'] == 2 * len('the cat sat on the mat')
   expected = [
@@ -740,172 +740,3 @@ def test_isolated_documents_begin_anew_in_the_sample():
   expected = [first, second, first, second, first, first, second]
   assert batch['position_BL'].tolist() == [expected]
   assert batch['segment_ids_BL'].tolist() == [[1, 1, 2, 2, 3, 4, 4]]
-
-
-# Evaluation protocols
-
-DOCUMENTS = [
-  np.array([20, 21, 1]),
-  np.array([30, 31, 32, 33, 34, 35, 36, 37, 1]),
-  np.array([40, 41, 42, 43, 1]),
-]
-
-
-def cut(protocol, lengths, documents=DOCUMENTS, max_tokens=100, tokens_per_document=100):
-  return protocols.get(protocol)(
-    documents,
-    lengths,
-    eos_id=EOS,
-    max_tokens=max_tokens,
-    tokens_per_document=tokens_per_document,
-  )
-
-
-def as_lists(windows):
-  return [array.tolist() for array in windows]
-
-
-def test_windows_take_every_document_that_has_one():
-  result = cut('windows', [2, 4])
-
-  assert as_lists(result[4]) == [
-    [[1, 30, 31, 32], [33, 34, 35, 36], [1, 40, 41, 42]],
-    [[30, 31, 32, 33], [34, 35, 36, 37], [40, 41, 42, 43]],
-    [1, 1, 2],
-    [0, 4, 0],
-  ]
-  assert as_lists(result[2]) == [
-    [[1, 20], [1, 30], [31, 32], [33, 34], [35, 36], [1, 40], [41, 42]],
-    [[20, 21], [30, 31], [32, 33], [34, 35], [36, 37], [40, 41], [42, 43]],
-    [0, 1, 1, 1, 1, 2, 2],
-    [0, 0, 2, 4, 6, 0, 2],
-  ]
-
-
-def test_same_tokens_cut_the_windows_of_the_longest_again():
-  result = cut('same_tokens', [2, 4])
-
-  assert as_lists(result[4]) == as_lists(cut('windows', [4])[4])
-  assert as_lists(result[2]) == [
-    [[1, 30], [31, 32], [33, 34], [35, 36], [1, 40], [41, 42]],
-    [[30, 31], [32, 33], [34, 35], [36, 37], [40, 41], [42, 43]],
-    [1, 1, 1, 1, 2, 2],
-    [0, 2, 4, 6, 0, 2],
-  ]
-
-
-@pytest.mark.parametrize('seed', range(3))
-def test_same_tokens_score_the_same_tokens_of_the_same_documents_at_each_length(seed):
-  rng = np.random.default_rng(seed)
-  documents = [np.append(rng.integers(3, 259, rng.integers(1, 90)), EOS) for _ in range(20)]
-
-  result = cut('same_tokens', [4, 8, 32], documents, max_tokens=500, tokens_per_document=64)
-
-  def scored(length):
-    windows = result[length]
-    owner = np.repeat(windows.document_W, length)
-    return sorted(zip(owner.tolist(), windows.targets_WL.ravel().tolist(), strict=True))
-
-  assert scored(4) == scored(8) == scored(32)
-
-
-@pytest.mark.parametrize('protocol', sorted(protocols.PROTOCOLS))
-def test_a_target_has_for_input_the_token_before_it_in_its_document(protocol):
-  for length, windows in cut(protocol, [1, 2, 4]).items():
-    for document in np.unique(windows.document_W):
-      mine = windows.document_W == document
-      targets = windows.targets_WL[mine].ravel()
-      assert targets.tolist() == DOCUMENTS[document][: len(targets)].tolist()
-      assert windows.inputs_WL[mine].ravel().tolist() == [EOS, *targets[:-1]]
-    for targets_L, document, offset in zip(*windows[1:], strict=True):
-      assert targets_L.tolist() == DOCUMENTS[document][offset : offset + length].tolist()
-    assert windows.targets_WL.shape[1] == length
-    assert {str(array.dtype) for array in windows} == {'int32'}
-
-
-@pytest.mark.parametrize('protocol', sorted(protocols.PROTOCOLS))
-def test_the_budget_is_spent_in_order_and_reads_no_further(protocol):
-  def documents():
-    yield from DOCUMENTS[:2]
-    raise AssertionError('read past the budget')
-
-  result = cut(protocol, [4], documents(), max_tokens=7)
-
-  assert as_lists(result[4]) == [[[1, 30, 31, 32]], [[30, 31, 32, 33]], [1], [0]]
-
-
-@pytest.mark.parametrize('protocol', sorted(protocols.PROTOCOLS))
-def test_the_budget_of_a_document_spreads_the_whole_budget(protocol):
-  result = cut(protocol, [4], tokens_per_document=7)
-
-  assert result[4].document_W.tolist() == [1, 2]
-
-
-@pytest.mark.parametrize('protocol', sorted(protocols.PROTOCOLS))
-def test_documents_that_are_all_too_short_are_refused(protocol):
-  with pytest.raises(errors.UserError, match='window of length 16: the longest has 9 tokens'):
-    cut(protocol, [8, 16])
-
-
-@pytest.mark.parametrize('budget', ['max_tokens', 'tokens_per_document'])
-@pytest.mark.parametrize('protocol', sorted(protocols.PROTOCOLS))
-def test_a_budget_of_less_than_a_window_is_refused(protocol, budget):
-  with pytest.raises(errors.UserError, match=f'{budget}=7 is less than a window of length=8'):
-    cut(protocol, [4, 8], **{budget: 7})
-
-
-def test_same_tokens_refuse_a_length_that_does_not_divide_the_longest():
-  with pytest.raises(errors.UserError, match='length=3 does not divide the longest, 4'):
-    cut('same_tokens', [2, 3, 4])
-
-
-def test_an_unknown_protocol_is_refused_with_the_known():
-  with pytest.raises(errors.UserError, match="'sliding'; known: windows, same_tokens"):
-    protocols.get('sliding')
-
-
-# Masked tokens of evaluation windows
-
-
-@pytest.fixture(scope='module')
-def long_documents():
-  rng = np.random.default_rng(0)
-  return [np.append(rng.integers(3, SIZE, rng.integers(1, 3000)), EOS) for _ in range(40)]
-
-
-def masked(windows, rate=0.15):
-  """Returns what stands in the place of each scored token: {(document, index): input}."""
-  out, scored_WL = masking.corrupt_windows(windows, rate=rate, vocabulary_size=SIZE)
-  assert (out.inputs_WL[~scored_WL] == windows.targets_WL[~scored_WL]).all()
-  assert out.inputs_WL.dtype == np.int32 and scored_WL.dtype == bool
-  for field in ('targets_WL', 'document_W', 'offset_W'):
-    assert getattr(out, field) is getattr(windows, field)
-  index_WL = windows.offset_W[:, None] + np.arange(windows.targets_WL.shape[1])[None]
-  document_WL = np.broadcast_to(windows.document_W[:, None], index_WL.shape)
-  keys = zip(document_WL[scored_WL].tolist(), index_WL[scored_WL].tolist(), strict=True)
-  return dict(zip(keys, out.inputs_WL[scored_WL].tolist(), strict=True))
-
-
-@pytest.mark.parametrize('protocol', sorted(protocols.PROTOCOLS))
-def test_a_token_of_a_document_is_masked_alike_at_every_length(protocol, long_documents):
-  budget = {'max_tokens': 20_000, 'tokens_per_document': 1024}
-  cut_again = cut(protocol, [8, 64, 512], long_documents, **budget)
-
-  of_length = {length: masked(windows) for length, windows in cut_again.items()}
-
-  longest = of_length[512]
-  for length, inputs in of_length.items():
-    assert len(inputs) == pytest.approx(0.15 * cut_again[length].targets_WL.size, rel=0.1)
-    for key in set(inputs) & set(longest):
-      assert inputs[key] == longest[key]
-    if protocol == 'same_tokens':
-      assert inputs == longest
-  share = np.mean([token == SIZE for token in longest.values()])
-  assert share == pytest.approx(0.8, abs=0.04)
-
-
-def test_an_evaluation_in_which_no_token_is_masked_is_refused(long_documents):
-  windows = cut('windows', [8], long_documents, max_tokens=8)[8]
-
-  with pytest.raises(errors.UserError, match='mask rate=1e-09 chooses none of 8 tokens'):
-    masking.corrupt_windows(windows, rate=1e-9, vocabulary_size=SIZE)

@@ -1,4 +1,4 @@
-"""Tests `../lex_fire/evaluate.py` and its `comparison.py`, `report.py` and `plot.py`.
+"""Tests `../lex_fire/evaluate.py` and its `comparison.py`, `command.py`, `report.py` and `plot.py`.
 
 The numbers are held against ones computed another way.
 """
@@ -16,7 +16,19 @@ import numpy as np
 import pytest
 import tiny
 
-from lex_fire import comparison, encodings, errors, evaluate, kernels, model, plot, report, train
+from lex_fire import (
+  command,
+  comparison,
+  documents,
+  encodings,
+  errors,
+  evaluate,
+  kernels,
+  model,
+  plot,
+  report,
+  train,
+)
 from lex_fire import config as config_lib
 from lex_fire.data import draws, masking, positions, protocols
 
@@ -75,22 +87,22 @@ def four(workdir, rope_workdir):
 def losses_by_hand(workdir, asked, length, transformer=None, change=None, position=None):
   """Scores windows with a float64 softmax of the model's logits: {document: losses}.
 
-  `change` makes other windows, and which tokens of them are scored; `position` is of all windows.
+  `change` makes other windows; `position` is of all windows.
   """
   config = evaluate.checkpoint.read_config(workdir)
   transformer = transformer or train.make_model(config)
   _, params = comparison.restore(config, workdir, evaluate.sharding.make_mesh())
   validation = config.data.validation_files.replace('*', '{}')
   texts = [pathlib.Path(validation.format(part)).read_bytes() for part in range(3)]
-  cut = evaluate.windows(dataclasses.replace(config, evaluate=asked))[length]
-  cut, scored_WL = change(cut) if change else (cut, np.ones(cut.targets_WL.shape, bool))
+  cut = documents.windows(dataclasses.replace(config, evaluate=asked))[length]
+  cut = change(cut) if change else cut
   position_1L = np.arange(length)[None] if position is None else position
   logits_WLV = np.float64(
     jax.jit(transformer.apply)({'params': params}, cut.inputs_WL, position_1L)
   )
   by_document = {}
   for logits_LV, targets_L, document, scored_L in zip(
-    logits_WLV, cut.targets_WL, cut.document_W, scored_WL, strict=True
+    logits_WLV, cut.targets_WL, cut.document_W, cut.scored_WL, strict=True
   ):
     text = bytes((targets_L[targets_L > 2] - 3).astype(np.uint8))  # ids are bytes + 3
     assert any(text in whole for whole in texts)
@@ -204,30 +216,23 @@ def test_bytes_per_token_make_bits_per_byte(fire_report):
     assert row['bits_per_byte'] == pytest.approx(row['nats_per_token'] / math.log(2), rel=1e-6)
 
 
-def test_weights_say_how_much_a_token_counts_and_documents_of_weight_zero_do_not():
+def test_losses_of_scored_tokens_are_weighed_alike_wherever_they_stand():
   rng = np.random.default_rng(0)
-  loss_WL = rng.uniform(1, 3, (6, 40)).astype(np.float32)
-  weight_WL = rng.integers(0, 3, loss_WL.shape)
-  weight_WL[4:] = 0
-  weight_WL[:, :16] = 0
-  document_W = np.array([7, 3, 7, 3, 9, 9])
-  losses = report.Losses(loss_WL, weight_WL, np.zeros((6, 40), np.int32), document_W)
+  loss_L = rng.uniform(1, 3, 60).astype(np.float32)
+  position_L = rng.integers(16, 32, 60)
+  document_L = rng.choice([3, 7], 60)
+  losses = report.Losses(40, loss_L, np.zeros(60, np.int32), position_L, document_L)
 
   row = report.of_length(losses, None)
 
-  repeated = {
-    document: np.repeat(
-      loss_WL[document_W == document].ravel().astype(np.float64),
-      weight_WL[document_W == document].ravel(),
-    )
-    for document in (3, 7)
-  }
-  expect_row(row | {'tokens': sum(map(len, repeated.values()))}, repeated)
-  assert row['tokens'] == np.count_nonzero(weight_WL)
+  by_document = {document: loss_L[document_L == document].astype(float) for document in (3, 7)}
+  expect_row(row, by_document)
+  assert row['length'] == 40
   assert row['bits_per_byte'] is None
-  assert [bucket['nats_per_token'] is None for bucket in report.by_position(losses)] == [
-    *(True, False, False)
-  ]
+  first, second, third = report.by_position(losses)
+  assert (first['nats_per_token'], third['nats_per_token']) == (None, None)
+  assert (third['from'], third['to']) == (32, 40)
+  assert second['nats_per_token'] == pytest.approx(row['nats_per_token'])
 
 
 # Masks
@@ -286,7 +291,7 @@ def test_a_run_is_restored_once_and_cut_once_and_each_length_and_mask_is_compile
     monkeypatch.setattr(module, name, lambda *args: (calls.append(name), function(*args))[1])
 
   count(evaluate.checkpoint, 'restore_params')
-  count(evaluate.reading, 'documents')
+  count(documents.reading, 'documents')
   count(evaluate.loss, 'token_losses')
   asked = request((32, 64), max_tokens=4096, masks=('causal', 'window:9'))  # several batches
   monkeypatch.setattr(evaluate, 'TOKENS_PER_BATCH', 64)
@@ -518,13 +523,20 @@ def test_runs_are_named_by_as_much_of_their_paths_as_tells_them_apart():
 
 def test_files_are_named_after_what_is_compared():
   def name(runs, **fields):
-    return comparison._file_name(runs, request(**fields), 'same_tokens')
+    asked = request(**fields)
+    return command._file_name(runs, asked, command._how(asked))
 
   assert name(['fire', 'rope']) == 'fire_rope_same_tokens'
   assert name(['fire']) == 'same_tokens'
   assert name(['a/rope', 'b/rope'], masks=('causal', 'window:128')) == (
     'a-rope_b-rope_causal_window-128_same_tokens'
   )
+  assert name(['fire'], stride=8, protocol='windows') == 'windows_stride-8'
+  assert name(['fire'], split='train') == 'train_same_tokens'
+  assert name(['a', 'b'], documents='pg19', split='test') == 'a_b_pg19-test_same_tokens'
+  globs = [name(['a'], documents='text', files=f'books/{part}/*.gz') for part in ('x', 'y')]
+  assert globs == ['text-books-x-.gz_same_tokens', 'text-books-y-.gz_same_tokens']
+  assert len(name(['a'], documents='text', files='x' * 5000)) < 150
   override = 'yarn:scale=4,train_length=32'
   assert name(['rope'], encodings=(override,)) == 'yarn-scale-4-train_length-32_same_tokens'
 
@@ -545,8 +557,8 @@ def test_the_command_compares_runs_and_masks_and_says_where_it_wrote(
     *(('fire', 'causal'), ('fire', 'window:8'), ('rope', 'causal'), ('rope', 'window:8'))
   ]
   # of 256 at most, 64 of each of the 3 documents
-  title = 'nats per token by length (same_tokens, 192 tokens of 3 documents)'
-  assert f'{title}\n{report.table(reports)}\nwritten: ' in stdout
+  title = 'nats per token by length (same_tokens, 192 tokens of 3 documents), validation of text'
+  assert f'{title} {reports[0]["files"]}\n{report.table(reports)}\nwritten: ' in stdout
   assert sorted(tmp_path.iterdir()) == [file.with_suffix(end) for end in ('.csv', '.json', '.png')]
 
 
@@ -565,17 +577,20 @@ def test_progress_is_told_of_every_token_of_every_case(rope_workdir):
   assert told == [(name, 32, 96) for name in names]
 
 
-def test_the_time_left_covers_all_cases_and_lengths(monkeypatch, capsys):
+def test_the_time_left_covers_all_cases_lengths_and_tokens_read_again(monkeypatch, capsys):
   now = [0.0]
-  monkeypatch.setattr(comparison.time, 'monotonic', lambda: now[0])
-  progress = comparison.Progress(4, request((16, 32), max_tokens=1000))
+  monkeypatch.setattr(command.time, 'monotonic', lambda: now[0])
+  text = [np.arange(3, 103)]
+  budget = {'eos_id': 1, 'max_tokens': 100, 'tokens_per_document': 100}
+  progress = command.Progress(4, protocols.same_tokens(text, (10, 20), stride=5, **budget))
 
   for case, seconds in (('rope causal', 1.0), ('rope blockwise', 10.0)):
     now[0] = seconds
-    progress(case, 32, 1000)
+    progress(case, 20, 340)
 
-  # 2000 of 4 x 2 x 1000 tokens in 10 seconds; the first came too soon to be shown
-  assert capsys.readouterr().out == 'rope blockwise at 32: 200 tokens/s, ETA 0:30\n'
+  # At length 10 a document of 100 tokens makes 1 + 90 / 5 windows, at 20 1 + 80 / 5: 530 tokens
+  # are read in each of 4 cases, 680 of them in 10 seconds; the first came too soon to be shown.
+  assert capsys.readouterr().out == 'rope blockwise at 20: 68 tokens/s, ETA 0:21\n'
 
 
 def test_an_encoding_that_learns_other_numbers_of_the_same_shape_is_refused():

@@ -1,20 +1,14 @@
 """Tests of `lex_fire/data/glue.py`: examples of GLUE and SuperGLUE as questions in text."""
 
 import pytest
+from tiny_glue import WSC
 
 from lex_fire import errors
-from lex_fire.data import glue, questions, tasks
+from lex_fire.data import glue, questions, reading, tasks
 from lex_fire.data.spec import Spec
 
 pytest.importorskip('seqio')
 ALL = [(benchmark, name) for benchmark, table in glue.BENCHMARKS.items() for name in table]
-WSC = {
-  'text': 'Mark told Pete many lies, which Pete told him.',
-  'span1_text': 'Pete',
-  'span1_index': 6,
-  'span2_text': 'many lies,',
-  'span2_index': 3,
-}
 
 
 def rendered(benchmark, config, example):
@@ -122,41 +116,19 @@ def test_spans_are_marked_by_the_number_of_their_first_word():
   assert (other['inputs'], other['targets']) == (swapped, 'False')
 
 
-@pytest.fixture(scope='module')
-def directory(tmp_path_factory):
-  """Makes two datasets with the features of TFDS' own."""
-  tf = pytest.importorskip('tensorflow')
-  import tensorflow_datasets as tfds
-
-  directory = str(tmp_path_factory.mktemp('tfds'))
-  integer = {name: tf.int32 for name in ('idx', 'span1_index', 'span2_index')}
-  classes = {'label': tfds.features.ClassLabel(names=['False', 'True'])}
-  rows = {
-    'glue/sst2': [{'sentence': 'fine', 'idx': 0, 'label': 1}],
-    'super_glue/wsc.fixed': [{**WSC, 'idx': 4, 'label': 0}, {**WSC, 'idx': 5, 'label': -1}],
-  }
-  for name, examples in rows.items():
-    benchmark, _, config = name.partition('/')
-    features = {key: tfds.features.Text() for key in examples[0]} | integer | classes
-    columns = {key: [example[key] for example in examples] for key in examples[0]}
-    dataset = tf.data.Dataset.from_tensor_slices(columns)
-    tfds.dataset_builders.store_as_tfds_dataset(
-      name=benchmark,
-      config=config,
-      version=glue._VERSIONS[benchmark],
-      features=tfds.features.FeaturesDict({key: features[key] for key in examples[0]}),
-      split_datasets={'validation': dataset},
-      data_dir=directory,
-    )
-  return directory
+@pytest.fixture
+def directory(glue_directory):
+  return str(glue_directory)
 
 
 def test_a_task_over_tfds_gives_questions(directory):
   task = tasks.get_task(Spec('glue_sst2', tfds_directory=directory))
 
-  (found,) = questions.examples(task, 'validation')
+  found = list(questions.examples(task, 'validation'))
 
-  assert found == ('0', 'sst2 sentence: fine', ('positive',), {})
+  assert len(found) == 4
+  assert ('2', 'sst2 sentence: good', ('positive',), {}) in found
+  assert ('3', 'sst2 sentence: bad', ('negative',), {}) in found
 
 
 def test_a_withheld_label_is_no_reference(directory):
@@ -170,13 +142,20 @@ def test_a_withheld_label_is_no_reference(directory):
 def test_mnli_has_two_splits_of_validation_and_of_test():
   task = tasks.get_task(Spec('glue_mnli'))
 
-  assert list(task.splits) == [
-    'train',
-    'validation_matched',
-    'validation_mismatched',
-    'test_matched',
-    'test_mismatched',
-  ]
+  assert set(task.splits) == {
+    *('train', 'validation', 'validation_mismatched', 'test', 'test_mismatched')
+  }
+
+
+@pytest.mark.parametrize('split, in_tfds', glue.GLUE['mnli'].splits.items())
+def test_a_split_of_mnli_is_one_of_tfds(split, in_tfds, directory):
+  task = tasks.get_task(Spec('glue_mnli', tfds_directory=directory))
+
+  (found,) = questions.examples(task, split)
+
+  assert found.inputs == f'mnli hypothesis: A. premise: In {in_tfds}.'
+  assert reading.parts(task, split) == 1
+  assert reading.fingerprint(task, split).startswith('glue/mnli:2.0.0-1-1-')
 
 
 def test_a_task_takes_neither_files_nor_options():

@@ -144,7 +144,7 @@ def test_hosts_that_each_have_a_file_are_enough(c4_directory, hosts):
 def test_more_hosts_than_files_are_refused(c4_directory):
   task = tasks.get_task(Spec('c4', tfds_directory=c4_directory))
 
-  message = "split 'train' of task 'c4_en_3.*' has 3 files, too few for process_count=4; use 3"
+  message = "split 'train' of task 'c4_en_3.*' is read in 3 parts.* for process_count=4; use 3"
   with pytest.raises(errors.UserError, match=message):
     reading.check_hosts(task, 'train', 4)
   with pytest.raises(errors.UserError, match="no split 'test'"):

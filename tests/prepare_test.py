@@ -5,8 +5,10 @@ import gzip
 import json
 import os
 import pathlib
+import re
 import resource
 import signal
+import sys
 import threading
 import time
 from concurrent.futures import process as process_lib
@@ -16,7 +18,16 @@ import pytest
 import tiny
 
 from lex_fire import errors
-from lex_fire.data import corpora, prepare, progress, reading, stream, tasks
+from lex_fire.data import (
+  beam,
+  corpora,
+  prepare,
+  prepare_beam,
+  progress,
+  reading,
+  stream,
+  tasks,
+)
 from lex_fire.data.spec import Spec
 
 pytest.importorskip('seqio')
@@ -87,9 +98,9 @@ def test_a_stream_is_the_documents_of_its_corpus_in_order(globs, tmp_path):
   manifest = stream.read(path).manifest
   fingerprint = corpora.text(globs).fingerprint(['train'])
   assert all_tokens(path) == expected_tokens(globs, 'train')
-  assert path.name == f'text-train-bytes-{fingerprint}'
+  assert path.name == f'text-train-bytes-{fingerprint}-format3'
   assert {key: manifest[key] for key in ('format', 'task', 'split', 'corpus', 'vocabulary')} == {
-    'format': 2,
+    'format': 3,
     'task': 'text',
     'split': 'train',
     'corpus': fingerprint,
@@ -107,7 +118,15 @@ def test_parts_follow_one_another_and_change_nothing_of_the_tokens(globs, tmp_pa
   assert len(stream.read(one).parts) == 1
   assert len(stream.read(many).parts) == 7
   assert all_tokens(many) == all_tokens(one)
-  assert stream.read(many).manifest['sha256'] == stream.read(one).manifest['sha256']
+
+
+def test_a_stream_of_another_format_is_another_stream(globs, tmp_path, monkeypatch):
+  first = prepare.prepare(Spec('text', files=globs), 'validation', tmp_path / 'streams')
+  monkeypatch.setattr(prepare, '_FORMAT', 4)
+  second = prepare.prepare(Spec('text', files=globs), 'validation', tmp_path / 'streams')
+
+  assert (first.name[-8:], second.name[-8:]) == ('-format3', '-format4')
+  assert all_tokens(second) == all_tokens(first)
 
 
 def test_a_prepared_stream_is_found_again_without_making_the_task(globs, tmp_path, monkeypatch):
@@ -329,6 +348,30 @@ def test_a_directory_that_cannot_be_made_is_refused(globs, tmp_path):
     prepare.prepare(Spec('text', files=globs), 'train', tmp_path / 'file')
 
 
+def test_a_stream_that_another_machine_has_finished_meanwhile_is_left_as_it_is(globs, tmp_path):
+  """A lock may not reach beyond a machine: what the other one wrote is the same."""
+  spec = Spec('text', files=globs)
+  other = prepare.prepare(spec, 'train', tmp_path / 'other')
+  before = stamp(other / 'manifest.json')
+
+  def write_parts(what, identity, work):
+    os.rename(other, tmp_path / 'streams' / other.name)
+    return []
+
+  path = prepare.prepare(spec, 'train', tmp_path / 'streams', write_parts)
+
+  assert stamp(path / 'manifest.json') == before
+  assert all_tokens(path) == expected_tokens(globs, 'train')
+
+
+def test_what_is_no_matter_of_writing_is_not_said_to_be(globs, tmp_path):
+  def fail(*_):
+    raise OSError('no connection')
+
+  with pytest.raises(OSError, match='^no connection$'):
+    prepare.prepare(Spec('text', files=globs), 'train', tmp_path / 'streams', fail)
+
+
 def test_a_split_of_no_document_is_refused(tmp_path):
   (tmp_path / 'a.jsonl').write_text('{"text": "a"}\n')
   spec = Spec('jsonl', files={'train': f'{tmp_path}/*.jsonl'})
@@ -404,6 +447,13 @@ def test_the_command_reports_a_mistake_in_one_sentence(tmp_path, capsys):
   assert capsys.readouterr().err == expected
 
 
+def test_the_command_refuses_a_module_that_is_not_there(globs, tmp_path, capsys):
+  status = prepare.main([*arguments(globs, tmp_path / 'streams'), '--module_import=no_such'])
+
+  assert status == 2
+  assert capsys.readouterr().err.startswith("error: cannot import module 'no_such': ")
+
+
 def test_an_interrupted_command_says_what_to_do(
   globs, tmp_path, a_part_a_file, monkeypatch, capsys
 ):
@@ -417,3 +467,16 @@ def test_an_interrupted_command_says_what_to_do(
   assert status == 130
   expected = 'interrupted; the same command goes on with the parts that are missing\n'
   assert capsys.readouterr().err == expected
+
+
+def test_without_beam_its_command_says_what_to_install(globs, tmp_path, monkeypatch, capsys):
+  monkeypatch.setitem(sys.modules, 'apache_beam', None)
+  beam.load.cache_clear()
+
+  status = prepare_beam.main([*arguments(globs, tmp_path / 'streams'), '--runner=FnApiRunner'])
+
+  assert status == 2
+  expected = (
+    r'error: prepare_beam needs Apache Beam \(.*apache_beam.*\); pip install -r .*-beam.txt'
+  )
+  assert re.match(expected, capsys.readouterr().err)

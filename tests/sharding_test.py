@@ -17,11 +17,14 @@ from lex_fire import encodings, errors, kernels, sharding, train
 from lex_fire.kernels import chunked
 
 LENGTH, VOCAB, NUM_LAYERS = 16, 32, 1
-MESHES = [(8, 1), (4, 2), (1, 8)]
+MESHES = [(8, 1, 1), (1, 8, 1), (2, 2, 2), (4, 1, 2)]
+ONE = (1, 1, 1)
 # A run with FIRE, and one whose batch is computed in two parts.
 RUNS = {'fire': 1, 'rope': 2}
 
-every_mesh = pytest.mark.parametrize('sizes', MESHES, ids='data={0[0]} fsdp={0[1]}'.format)
+every_mesh = pytest.mark.parametrize(
+  'sizes', MESHES, ids='replica={0[0]} fsdp={0[1]} tensor={0[2]}'.format
+)
 
 
 def run_config(name='fire', batch_size=16, accumulation=1, **shape):
@@ -57,8 +60,9 @@ def make_batch(packed=False):
   }
 
 
-def make_mesh(data, fsdp):
-  return sharding.make_mesh(data, fsdp, devices=jax.devices()[: data * fsdp])
+def make_mesh(replica, fsdp, tensor=1):
+  devices = jax.devices()[: replica * fsdp * tensor]
+  return sharding.make_mesh(replica, fsdp, tensor, devices=devices)
 
 
 @functools.cache
@@ -95,17 +99,19 @@ def named_leaves(tree):
 @pytest.mark.parametrize(
   ('letters', 'shape', 'expected'),
   [
-    ('BLD', (8, 4, 16), PartitionSpec(('data', 'fsdp'), None, None)),
-    ('BLHC', (16, 4, 3, 5), PartitionSpec(('data', 'fsdp'), None, None, None)),
-    ('DF', (16, 24), PartitionSpec(('fsdp',), None)),
-    ('FD', (24, 16), PartitionSpec(None, ('fsdp',))),
-    ('DHC', (16, 4, 4), PartitionSpec(('fsdp',), None, None)),
-    ('HCD', (4, 4, 16), PartitionSpec(None, None, ('fsdp',))),
-    ('VD', (33, 16), PartitionSpec(None, ('fsdp',))),
+    ('BLD', (8, 4, 16), PartitionSpec(('replica', 'fsdp'), None, None)),
+    ('BLHC', (16, 4, 3, 5), PartitionSpec(('replica', 'fsdp'), None, ('tensor',), None)),
+    ('BLV', (8, 4, 33), PartitionSpec(('replica', 'fsdp'), None, ('tensor',))),
+    ('DF', (16, 24), PartitionSpec(('fsdp',), ('tensor',))),
+    ('FD', (24, 16), PartitionSpec(('tensor',), ('fsdp',))),
+    ('DHC', (16, 3, 4), PartitionSpec(('fsdp',), ('tensor',), None)),
+    ('DGC', (16, 1, 4), PartitionSpec(('fsdp',), None, None)),  # one head of keys serves all
+    ('HCD', (3, 4, 16), PartitionSpec(('tensor',), None, ('fsdp',))),
+    ('VD', (33, 16), PartitionSpec(('tensor',), ('fsdp',))),
     ('D', (2,), PartitionSpec(('fsdp',))),
-    ('WH', (7, 3), PartitionSpec(None, None)),
+    ('WH', (7, 3), PartitionSpec(None, ('tensor',))),
     ('BL', (1, 5), PartitionSpec(None, None)),  # a leading 1 is shared by all rows
-    ('DF', (3, 16, 24), PartitionSpec(None, ('fsdp',), None)),  # stacked by a scan over layers
+    ('DF', (3, 16, 24), PartitionSpec(None, ('fsdp',), ('tensor',))),  # stacked by a scan
     ('D', (3, 16), PartitionSpec(None, ('fsdp',))),
     ('', (), PartitionSpec()),
     ('', (5, 7), PartitionSpec(None, None)),
@@ -113,24 +119,27 @@ def named_leaves(tree):
   ],
 )
 def test_letters_lie_on_the_mesh_by_rule(letters, shape, expected):
-  assert sharding.spec(letters, shape, {'data': 4, 'fsdp': 2}, 'x') == expected
+  assert sharding.spec(letters, shape, {'replica': 4, 'fsdp': 2, 'tensor': 3}, 'x') == expected
 
 
 def test_axes_of_size_1_split_nothing():
-  assert sharding.spec('DF', (15, 9), {'data': 8, 'fsdp': 1}, 'x') == PartitionSpec(None, None)
+  mesh_shape = {'replica': 8, 'fsdp': 1, 'tensor': 1}
+
+  assert sharding.spec('DF', (15, 9), mesh_shape, 'x') == PartitionSpec(None, None)
 
 
 @pytest.mark.parametrize(
   ('letters', 'shape', 'message'),
   [
     ('DF', (15, 24), 'w_in has D=15, which mesh axes fsdp=2 do not divide'),
-    ('BLD', (12, 4, 16), 'w_in has B=12, which mesh axes data=4 x fsdp=2 do not divide'),
+    ('BLD', (12, 4, 16), 'w_in has B=12, which mesh axes replica=4 x fsdp=2 do not divide'),
     ('DF', (2, 7, 24), 'w_in has D=7, which mesh axes fsdp=2 do not divide'),
+    ('DGC', (16, 2, 4), 'w_in has G=2, which mesh axes tensor=3 do not divide'),
   ],
 )
 def test_a_dimension_that_the_mesh_does_not_divide_is_refused(letters, shape, message):
   with pytest.raises(errors.UserError, match=re.escape(message)):
-    sharding.spec(letters, shape, {'data': 4, 'fsdp': 2}, 'w_in')
+    sharding.spec(letters, shape, {'replica': 4, 'fsdp': 2, 'tensor': 3}, 'w_in')
 
 
 def test_the_suffix_of_a_name_is_its_shape():
@@ -145,7 +154,7 @@ def test_a_tree_is_laid_out_by_the_innermost_name():
 
   layout = sharding.of_tree(tree, mesh)
 
-  assert layout['block_0']['in_DF'].spec == PartitionSpec(('fsdp',), None)
+  assert layout['block_0']['in_DF'].spec == PartitionSpec(('fsdp',), None)  # tensor=1
   assert layout['block_0']['inner'][0].spec == PartitionSpec(None)
   assert layout['count'].spec == PartitionSpec()
   assert layout['count'].mesh == mesh
@@ -156,18 +165,26 @@ def test_a_tree_is_laid_out_by_the_innermost_name():
 
 @pytest.mark.parametrize(
   ('sizes', 'expected'),
-  [((8, 1), (8, 1)), ((-1, 2), (4, 2)), ((2, -1), (2, 4)), ((-1, 1), (8, 1)), ((-1, 8), (1, 8))],
+  [
+    ((8, 1, 1), (8, 1, 1)),
+    ((-1, 2, 1), (4, 2, 1)),
+    ((2, -1, 2), (2, 2, 2)),
+    ((1, 2, -1), (1, 2, 4)),
+    ((-1, 1, 1), (8, 1, 1)),
+  ],
 )
 def test_a_size_of_minus_1_takes_the_devices_that_are_left(sizes, expected):
   mesh = sharding.make_mesh(*sizes)
 
-  assert dict(mesh.shape) == dict(zip(('data', 'fsdp'), expected, strict=True))
+  assert dict(mesh.shape) == dict(zip(('replica', 'fsdp', 'tensor'), expected, strict=True))
   assert set(mesh.axis_types) == {jax.sharding.AxisType.Auto}
 
 
-@pytest.mark.parametrize('sizes', [(3, 1), (-1, 3), (-1, -1), (0, 8), (-1, 0), (16, 1), (-2, -4)])
+@pytest.mark.parametrize(
+  'sizes', [(3, 1, 1), (-1, 3, 1), (-1, -1, 1), (0, 8, 1), (-1, 0, 1), (8, 1, 2), (-2, -4, 1)]
+)
 def test_sizes_that_do_not_fit_the_devices_are_refused(sizes):
-  message = f'mesh data={sizes[0]}, fsdp={sizes[1]} does not fit 8 devices'
+  message = 'mesh replica={}, fsdp={}, tensor={} does not fit 8 devices'.format(*sizes)
 
   with pytest.raises(errors.UserError, match=message):
     sharding.make_mesh(*sizes)
@@ -179,7 +196,7 @@ def test_sizes_that_do_not_fit_the_devices_are_refused(sizes):
 @every_mesh
 @pytest.mark.parametrize('name', RUNS)
 def test_a_step_on_a_mesh_is_the_step_on_one_device(name, sizes):
-  state, values = one_step(name, (1, 1))
+  state, values = one_step(name, ONE)
 
   other_state, other_values = one_step(name, sizes)
 
@@ -207,15 +224,16 @@ def test_a_run_starts_from_the_same_state_on_any_mesh():
 
 
 @every_mesh
-def test_parameters_and_moments_are_split_over_fsdp(sizes):
-  """Whatever has a dimension D is held in parts, and stays so after a step."""
+def test_parameters_and_moments_are_split_over_fsdp_and_tensor(sizes):
+  """Whatever has a dimension D, or one of heads, width or words, stays in parts after a step."""
   state, _ = one_step('fire', sizes)
 
   split = 0
   for path, leaf in named_leaves(state):
     letters = re.search(r'(?:_([A-Z]+))?$', path)[1] or ''
     whole = dict(zip(letters, leaf.shape, strict=True))
-    expected = tuple(n // sizes[1] if letter == 'D' else n for letter, n in whole.items())
+    ways = {'D': sizes[1], **dict.fromkeys('FGHV', sizes[2])}
+    expected = tuple(n // ways.get(letter, 1) for letter, n in whole.items())
     assert {shard.data.shape for shard in leaf.addressable_shards} == {expected}, path
     assert len(leaf.addressable_shards) == 8, path
     split += 'D' in letters
@@ -234,16 +252,23 @@ def lowered(sizes, computation, **shape):
 
 
 def activation_constraints(text):
-  """Returns the ranks of the arrays whose rows are asked to lie on data and fsdp, in order."""
-  constraint = r'sdy\.sharding_constraint .*\[\{"data", "fsdp"\}, .*: tensor<16x([0-9x]+)xf32>'
-  return [1 + len(sizes.split('x')) for sizes in re.findall(constraint, text)]
+  """Returns the ranks of arrays whose rows are asked to lie on replica and fsdp, in order.
+
+  Those of which something lies on tensor have a T.
+  """
+  constraint = (
+    r'sdy\.sharding_constraint .*\[\{"replica", "fsdp"\}, (.*)\].*: tensor<16x([0-9x]+)xf32>'
+  )
+  found = re.findall(constraint, text)
+  return [f'{1 + len(sizes.split("x"))}{"T" * ("tensor" in rest)}' for rest, sizes in found]
 
 
 @every_mesh
 def test_the_lowered_step_asks_for_the_layout_of_every_activation(sizes):
   """A constraint outside of `jax.set_mesh` would be dropped without a word."""
-  embedded, query_key_value, hidden, block = [3], [4, 4, 4], [3], [3]
-  forward = embedded + NUM_LAYERS * (query_key_value + hidden + block)
+  t = 'T' if sizes[2] > 1 else ''
+  layer = ['4' + t] * 3 + ['3' + t, '3']  # query, key, value; the hidden layer; the block
+  forward = ['3', *NUM_LAYERS * layer, '3' + t]  # the embedding first, logits last
 
   assert activation_constraints(lowered(sizes, 'loss_sums')) == forward
   # Each has its transpose in the backward pass.
@@ -253,12 +278,12 @@ def test_the_lowered_step_asks_for_the_layout_of_every_activation(sizes):
 def test_scanned_and_rematerialized_layers_ask_for_it_too():
   text = lowered((4, 2), 'step', scan_layers=True, remat=True)
 
-  # The embedding and the five of a layer, forward and backward; the last is not computed again.
-  assert len(activation_constraints(text)) >= 2 * (1 + 5) + 4
+  # Embedding, logits and the five of a layer, and backward; the last of a layer is not made again.
+  assert len(activation_constraints(text)) >= 2 * (2 + 5) + 4
 
 
 def test_one_device_asks_for_nothing():
-  assert 'sharding_constraint' not in lowered((1, 1), 'loss_sums')
+  assert 'sharding_constraint' not in lowered(ONE, 'loss_sums')
 
 
 def test_a_constraint_off_any_mesh_changes_nothing():
@@ -270,7 +295,7 @@ def test_a_constraint_off_any_mesh_changes_nothing():
 def test_a_constraint_that_the_mesh_does_not_divide_is_refused():
   with (
     jax.set_mesh(make_mesh(8, 1)),
-    pytest.raises(errors.UserError, match='an activation BLD has B=3, .* data=8 x fsdp=1'),
+    pytest.raises(errors.UserError, match='an activation BLD has B=3, .* replica=8 x fsdp=1'),
   ):
     jax.eval_shape(lambda x_BLD: sharding.constrain(x_BLD, 'BLD'), jnp.ones((3, 2, 5)))
 
@@ -278,7 +303,7 @@ def test_a_constraint_that_the_mesh_does_not_divide_is_refused():
 @pytest.mark.parametrize(
   ('changes', 'message'),
   [
-    ({'batch_size': 12}, r'batch_size / train.accumulation has B=12, .* data=4 x fsdp=2'),
+    ({'batch_size': 12}, r'batch_size / train.accumulation has B=12, .* replica=4 x fsdp=2'),
     ({'batch_size': 16, 'accumulation': 4}, 'batch_size / train.accumulation has B=4, '),
     ({'d_model': 15}, '_D[A-Z]* has D=15, which mesh axes fsdp=2'),
   ],
@@ -306,35 +331,40 @@ def test_a_batch_is_split_by_rows_over_all_devices():
 
 
 @every_mesh
-def test_rows_split_over_devices_give_the_values_and_gradients_of_one(sizes):
-  encoding = encodings.get('fire')
+@pytest.mark.parametrize('name', ['fire', 'alibi', 'kerple_log', 't5', 'sandwich', 'xpos'])
+def test_kernels_on_rows_and_heads_of_a_device_give_the_values_and_gradients_of_one(
+  name, sizes, monkeypatch
+):
+  """What a kernel would be given: tiles stand in for it, and each device's share is asked of."""
+  encoding = encodings.get(name)
   params = encoding.init(jax.random.key(0), num_heads=4, head_dim=4, d_model=16)
   keys = jax.random.split(jax.random.key(1), 3)
   query_BQHC = jax.random.normal(keys[0], (16, LENGTH, 4, 4))
   key_BKGC, value_BKGC = (jax.random.normal(key, (16, LENGTH, 2, 4)) for key in keys[1:])
   batch = make_batch(packed=True)
-  batch['position_BL'] = batch['position_BL'][:1]  # which rows share, and devices have whole
+  position_1L = batch['position_BL'][:1]  # which rows share, and devices have whole
   seen = []
 
-  def attend(params, query_BQHC, **arrays):
+  def kernel(query_BQHC, **rest):
     seen.append(query_BQHC.shape)
-    return chunked.attention(
-      query_BQHC, **arrays, params=params, encoding=encoding, mask=kernels.Mask()
-    )
+    return chunked.attention(query_BQHC, **rest)
+
+  monkeypatch.setitem(kernels.IMPLEMENTATIONS, 'kernel', kernel)
+  monkeypatch.setitem(kernels.PLATFORM, 'kernel', 'cpu')
 
   def total(params, query_BQHC, key_BKGC, value_BKGC):
-    out_BQHC = sharding.split_rows(
-      attend,
-      params,
-      {
-        'query_BQHC': query_BQHC,
-        'key_BKGC': key_BKGC,
-        'value_BKGC': value_BKGC,
-        'query_position_BQ': batch['position_BL'],
-        'key_position_BK': batch['position_BL'],
-        'query_segment_BQ': batch['segment_ids_BL'],
-        'key_segment_BK': batch['segment_ids_BL'],
-      },
+    out_BQHC = kernels.attention(
+      query_BQHC,
+      key_BKGC,
+      value_BKGC,
+      encoding=encoding,
+      params=params,
+      query_position_BQ=position_1L,
+      key_position_BK=position_1L,
+      query_segment_BQ=batch['segment_ids_BL'],
+      key_segment_BK=batch['segment_ids_BL'],
+      implementation='kernel',
+      split=sharding.split,
     )
     return (out_BQHC * jnp.arange(4.0)[None, None, None]).sum(), out_BQHC
 
@@ -344,6 +374,8 @@ def test_rows_split_over_devices_give_the_values_and_gradients_of_one(sizes):
   with jax.set_mesh(make_mesh(*sizes)):
     found = jax.jit(gradient)(*arrays)
 
-  assert seen == [(16, LENGTH, 4, 4), (2, LENGTH, 4, 4)]
+  share = (16 // (sizes[0] * sizes[1]), LENGTH, 4 // sizes[2], 4)
+  assert seen == [(16, LENGTH, 4, 4), share]
   for one, other in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
-    np.testing.assert_allclose(one, other, rtol=1e-5, atol=1e-5)
+    # Gradients are sums over all rows, of which a device has a share.
+    np.testing.assert_allclose(one, other, rtol=1e-5, atol=3e-5)

@@ -86,27 +86,43 @@ def test_the_manifest_says_what_the_stream_is_and_what_its_parts_are(tmp_path):
   }
   little_endian = [b'\5\0\1\0\6\0\7\0\1\0', b'\x08\0\1\0']
   assert hashes == [hashlib.sha256(content).hexdigest() for content in little_endian]
-  assert whole == hashlib.sha256(b''.join(little_endian)).hexdigest()
+  assert whole == hashlib.sha256(''.join(hashes).encode()).hexdigest()
 
 
-def test_the_hash_is_of_the_tokens(tmp_path):
-  path = write(tmp_path, [document(5)])
+def test_the_hash_of_a_part_is_of_its_tokens_and_that_of_the_whole_is_of_its_parts(tmp_path):
+  path = write(tmp_path, [document(5)], [document(6)])
 
-  # $ printf '\5\0\1\0' | sha256sum
-  expected = 'aeb6173737ae1c3b6a1c89ffa5a3d560dfde74f48bf9763d2b882515e61da20c'
-  assert stream.read(path).manifest['sha256'] == expected
-  assert stream.read(path).manifest['parts'][0]['sha256'] == expected
+  # $ printf '\5\0\1\0' | sha256sum; printf '\6\0\1\0' | sha256sum
+  first = 'aeb6173737ae1c3b6a1c89ffa5a3d560dfde74f48bf9763d2b882515e61da20c'
+  second = '1e80e1e3912c9d30fb9db697be3f2fe5128fccc97672412556868cef723f8813'
+  # $ printf FIRSTSECOND | sha256sum
+  whole = 'da3e74d988a0d33de15c6f52aa336f7e8c6b469c1962eeda98b659f010ee52bb'
+  assert [part['sha256'] for part in stream.read(path).manifest['parts']] == [first, second]
+  assert stream.read(path).manifest['sha256'] == whole
 
 
-def test_the_hash_of_the_whole_does_not_depend_on_the_parts(tmp_path):
-  documents = [document(5), document(6, 7), document(8)]
-  (tmp_path / 'one').mkdir()
-  (tmp_path / 'two').mkdir()
+def test_the_hash_of_the_whole_tells_the_order_of_parts_and_where_questions_end(tmp_path):
+  long, short = question([10, 11], [3], [20]), question([10], [3, 3], [20])
+  streams = [
+    [[document(5)], [document(6)]],
+    [[document(6)], [document(5)]],
+    [[long]],
+    [[short._replace(tokens_L=long.tokens_L)]],
+  ]
+  hashes = []
+  for number, parts in enumerate(streams):
+    (tmp_path / str(number)).mkdir()
+    path = write(tmp_path / str(number), *parts)
+    hashes.append(stream.read(path).manifest['sha256'])
 
-  one = write(tmp_path / 'one', documents)
-  two = write(tmp_path / 'two', documents[:1], documents[1:])
+  assert len(set(hashes)) == 4
 
-  assert stream.read(one).manifest['sha256'] == stream.read(two).manifest['sha256']
+
+def test_a_stream_is_finished_without_reading_its_parts_again(tmp_path, monkeypatch):
+  monkeypatch.setattr(np, 'load', None)
+  monkeypatch.setattr(stream, '_sha256', None)
+
+  assert write(tmp_path, [document(5)], [document(6)]).exists()
 
 
 @pytest.mark.parametrize(('size', 'dtype'), [(2**16, np.uint16), (2**16 + 1, np.uint32)])
@@ -335,3 +351,11 @@ def test_a_full_disk_is_said_and_loses_no_finished_part(tmp_path, monkeypatch):
     stream.write_part(tmp_path, 1, SIZE, documents())
 
   assert contents(tmp_path) == before
+
+
+def test_a_stream_that_cannot_be_moved_to_its_place_is_said(tmp_path):
+  (tmp_path / 's').mkdir()
+  (tmp_path / 's' / 'other').touch()
+
+  with pytest.raises(errors.UserError, match=f"cannot write in '{tmp_path}': Directory not empty"):
+    write(tmp_path, [document(5)])

@@ -141,7 +141,7 @@ def test_a_run_killed_again_and_again_equals_an_unbroken_one_bit_for_bit(whole, 
 
 def test_a_checkpoint_restores_to_another_mesh_bit_for_bit(whole, data):
   workdir, state = whole
-  config = tiny.config(data, mesh={'data': 2, 'fsdp': 4})
+  config = tiny.config(data, mesh={'replica': 2, 'fsdp': 2, 'tensor': 2})
   program = train.Program(config, train.sharding.make_mesh(2, 4))
   checkpoints = checkpoint.Checkpoints(workdir)
 
@@ -183,6 +183,22 @@ def test_a_run_older_than_a_field_of_the_config_has_its_default(tmp_path):
   (tmp_path / 'config.json').write_text(json.dumps(values))
 
   assert checkpoint.read_config(tmp_path) == config
+
+
+def test_a_run_whose_config_calls_an_axis_by_its_old_name_is_read(tmp_path):
+  values = presets.make('tiny', 'fire')
+  config = config_lib.Config.from_dict({**values, 'mesh': {**values['mesh'], 'replica': 4}})
+  (tmp_path / 'config.json').write_text(json.dumps({**values, 'mesh': {'data': 4, 'fsdp': 1}}))
+
+  assert checkpoint.read_config(tmp_path) == config
+
+
+def test_a_run_may_go_on_on_another_mesh(whole, data):
+  workdir, state = whole
+
+  again = train.train(tiny.config(data, mesh={'replica': 2, 'fsdp': 4}), workdir)
+
+  assert_equal_bits(again, state)
 
 
 def test_a_config_that_is_no_json_is_refused(tmp_path):

@@ -20,7 +20,17 @@ import jax.numpy as jnp
 from absl import flags
 
 from configs import quickstart
-from lex_fire import checkpoint, cli, comparison, encodings, evaluate, kernels, train, zoo
+from lex_fire import (
+  checkpoint,
+  cli,
+  command,
+  documents,
+  encodings,
+  evaluate,
+  kernels,
+  train,
+  zoo,
+)
 from lex_fire import config as config_lib
 from lex_fire import report as report_lib
 
@@ -48,7 +58,9 @@ def reports_of(name: str, runs: pathlib.Path) -> list[dict]:
   train.train(config(name), workdir)
   texts = ('as_trained', *OF_ROPE.values()) if name == 'rope' else ('as_trained',)
   request = dataclasses.replace(config(name).evaluate, lengths=LENGTHS, encodings=texts)
-  return evaluate.evaluate(workdir, request, comparison.Progress(len(texts), request))
+  asked = dataclasses.replace(config(name), evaluate=request)
+  progress = command.Progress(len(texts), documents.windows(asked))
+  return evaluate.evaluate(workdir, request, progress)
 
 
 def costs() -> dict[str, float]:

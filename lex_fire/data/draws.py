@@ -12,7 +12,7 @@ import numpy as np
 
 JUDGE = 2**32  # the seed of validation and evaluation, the same for all runs; training's are below
 # The first index of an address: what the number decides. So no two decisions share one.
-CHOICE, CHANGE, TOKEN, POSITION = range(4)
+CHOICE, CHANGE, TOKEN, POSITION, PART, WINDOW = range(6)
 _GAMMA = 0x9E3779B97F4A7C15  # the odd number nearest to 2^64 over the golden ratio
 
 

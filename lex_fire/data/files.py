@@ -15,7 +15,7 @@ import os
 import pathlib
 import tokenize
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, BinaryIO
 
 from lex_fire import errors
@@ -164,6 +164,28 @@ def write_whole(path: pathlib.Path, write: Callable[[pathlib.Path], Any]) -> Any
   finally:
     temporary.unlink(missing_ok=True)
   return found
+
+
+def write_texts(directory: str | pathlib.Path, contents: Mapping[str, str]) -> None:
+  """Writes files in UTF-8, each whole or not at all.
+
+  Args:
+    directory: made if it is not there.
+    contents: {name of a file: its text}; what is there is replaced.
+
+  Raises:
+    errors.UserError: if they cannot be written.
+  """
+  directory = pathlib.Path(directory)
+  try:
+    directory.mkdir(parents=True, exist_ok=True)
+    for name, content in contents.items():
+      path = directory / name
+      write_whole(path, lambda path, content=content: path.write_bytes(content.encode()))
+  except OSError as error:
+    raise errors.UserError(
+      f'cannot write in {str(directory)!r}: {error.strerror}; use another directory'
+    ) from error
 
 
 def _decoded(content: bytes, name: str) -> str:

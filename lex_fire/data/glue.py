@@ -40,7 +40,7 @@ class Template(NamedTuple):
     fields: features of text, in the order in which the question has them.
     words: the answer for each label; () where the label is a number from 0 to 5.
     metrics: of the benchmark.
-    splits: of the dataset.
+    splits: {split: its name in TFDS}.
     spans: pairs (NAME, sign): the field 'text' gets the sign on both sides of the words NAME_text,
       which begin at its word NAME_index.
   """
@@ -48,7 +48,7 @@ class Template(NamedTuple):
   fields: tuple[str, ...]
   words: tuple[str, ...]
   metrics: tuple[scores.Metric, ...]
-  splits: tuple[str, ...] = examples_lib.SPLITS
+  splits: Mapping[str, str] = {split: split for split in examples_lib.SPLITS}
   spans: tuple[tuple[str, str], ...] = ()
 
 
@@ -56,9 +56,14 @@ _PAIR = ('sentence1', 'sentence2')
 _INFERENCE = ('hypothesis', 'premise')
 _ACCURACY = (scores.accuracy,)
 _TRUTH = ('False', 'True')
-_MNLI_SPLITS = (
-  'train', 'validation_matched', 'validation_mismatched', 'test_matched', 'test_mismatched'
-)  # fmt: skip
+# Of the genres of training, unless the name says otherwise.
+_MNLI_SPLITS = {
+  'train': 'train',
+  'validation': 'validation_matched',
+  'validation_mismatched': 'validation_mismatched',
+  'test': 'test_matched',
+  'test_mismatched': 'test_mismatched',
+}
 
 
 def _f1_and_accuracy(positive: str) -> tuple[scores.Metric, ...]:
@@ -100,11 +105,16 @@ _NAMES = {
 }
 
 
+def template(name: str) -> Template:
+  """Returns the template of a task by its name, a key of TASKS."""
+  benchmark, config = _NAMES[name]
+  return BENCHMARKS[benchmark][config]
+
+
 def question(spec: Spec) -> questions.Question:
   """Returns what the questions of a task have in common."""
-  benchmark, config = _NAMES[spec.base]
-  template = BENCHMARKS[benchmark][config]
-  return questions.Question(template.metrics, max(map(len, template.words or ('0.0',))))
+  metrics, words = template(spec.base).metrics, template(spec.base).words
+  return questions.Question(metrics, max(map(len, words or ('0.0',))))
 
 
 def task(spec: Spec) -> seqio.Task:
@@ -116,13 +126,11 @@ def task(spec: Spec) -> seqio.Task:
   spec.refuse_files()
   spec.options()
   benchmark, config = _NAMES[spec.base]
-  template = BENCHMARKS[benchmark][config]
+  own = template(spec.base)
   dataset = f'{benchmark}/{config}:{_VERSIONS[benchmark]}'
-  source = functools.partial(language.tfds_source, dataset, template.splits, spec)
+  source = functools.partial(language.tfds_source, dataset, own.splits, spec)
   name = f'{dataset}_{spec.tfds_directory}'
-  return questions.add(
-    name, spec, question(spec), source, functools.partial(render, config, template)
-  )
+  return questions.add(name, spec, question(spec), source, functools.partial(render, config, own))
 
 
 def render(config: str, template: Template, example: Mapping[str, Any]) -> questions.Tensors:

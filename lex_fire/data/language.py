@@ -7,6 +7,7 @@ that is named: C4 (Raffel et al. 2020, arXiv:1910.10683), PG-19 (Rae et al. 2019
 from __future__ import annotations
 
 import functools
+from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from lex_fire.data import corpora, lazy, vocabularies
@@ -65,12 +66,28 @@ def public_task(spec: Spec) -> seqio.Task:
   return _add(f'{public.dataset}_{spec.tfds_directory}', source, public.field, spec)
 
 
-def tfds_source(dataset: str, splits: tuple[str, ...], spec: Spec) -> seqio.TfdsDataSource:
-  """Returns a dataset of TFDS as a source that never tries to make it."""
-  directory = spec.tfds_directory or None
-  return lazy.seqio().TfdsDataSource(
-    tfds_name=dataset, tfds_data_dir=directory, splits=splits, read_only=True
+def tfds_source(
+  dataset: str, splits: Iterable[str] | Mapping[str, str], spec: Spec
+) -> seqio.TfdsDataSource:
+  """Returns a dataset of TFDS as a source that never tries to make it.
+
+  Args:
+    dataset: its name there, with configuration and version.
+    splits: of the dataset; a mapping from other names gives them these.
+    spec: says where datasets are.
+
+  Returns:
+    the source, with an attribute split_names: {split: its name in TFDS}.
+  """
+  names = dict(splits) if isinstance(splits, Mapping) else {split: split for split in splits}
+  source = lazy.seqio().TfdsDataSource(
+    tfds_name=dataset,
+    tfds_data_dir=spec.tfds_directory or None,
+    splits=names,
+    read_only=True,
   )
+  source.split_names = names
+  return source
 
 
 def _add(name: str, source: Any, field: str, spec: Spec) -> seqio.Task:

@@ -6,15 +6,18 @@ They cost seconds and 800 MB, so nothing imports them before a Task is asked for
 from __future__ import annotations
 
 import contextlib
+import functools
+import importlib
 import os
 import sys
 import types
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 from lex_fire import errors
 
 
+@functools.cache
 def seqio() -> types.ModuleType:
   """Imports seqio and keeps TensorFlow off the GPUs, whose memory it would take from JAX."""
   # What its C++ code says of an error stands in the exception too.
@@ -27,6 +30,25 @@ def seqio() -> types.ModuleType:
     with contextlib.suppress(RuntimeError):
       tf.config.set_visible_devices([], 'GPU')
   return module
+
+
+def import_modules(names: Iterable[str]) -> None:
+  """Imports modules that register seqio Tasks of the user's.
+
+  Args:
+    names: of modules, as in `import NAME`.
+
+  Raises:
+    errors.UserError: if one cannot be imported.
+  """
+  for name in names:
+    seqio()  # first, and in its way
+    try:
+      importlib.import_module(name)
+    except ImportError as error:
+      raise errors.UserError(
+        f'cannot import module {name!r}: {error}; start where it is, or say where by PYTHONPATH'
+      ) from error
 
 
 @contextlib.contextmanager

@@ -48,8 +48,8 @@ def corrupt(
 
 def corrupt_windows(
   windows: protocols.EvaluationWindows, *, rate: float, vocabulary_size: int
-) -> tuple[protocols.EvaluationWindows, np.ndarray]:
-  """Returns windows for a bidirectional model, and scored_WL: which targets are to be scored.
+) -> protocols.EvaluationWindows:
+  """Returns windows for a bidirectional model, which score but those of their targets it restores.
 
   A token is chosen, and changed, by its document and its index there: at every length of a window,
   and for every model, the same tokens are asked for. Each is chosen by itself, so that their number
@@ -65,13 +65,15 @@ def corrupt_windows(
   """
   index_WL = windows.offset_W[:, None] + np.arange(windows.targets_WL.shape[1])[None]
   address = (windows.document_W[:, None], index_WL)
-  scored_WL = draws.uniform(draws.JUDGE, draws.CHOICE, *address) < rate
+  chosen_WL = draws.uniform(draws.JUDGE, draws.CHOICE, *address) < rate
+  scored_WL = windows.scored_WL & chosen_WL
   if not scored_WL.any():
     raise errors.UserError(
-      f'a mask {rate=} chooses none of {scored_WL.size} tokens; raise it or evaluate more tokens'
+      f'a mask {rate=} chooses none of {windows.scored_WL.sum()} tokens; raise it or evaluate more '
+      'tokens'
     )
-  inputs_WL = _corrupted(windows.targets_WL, scored_WL, draws.JUDGE, address, vocabulary_size)
-  return windows._replace(inputs_WL=inputs_WL), scored_WL
+  inputs_WL = _corrupted(windows.targets_WL, chosen_WL, draws.JUDGE, address, vocabulary_size)
+  return windows._replace(inputs_WL=inputs_WL, scored_WL=scored_WL)
 
 
 def _corrupted(tokens_BL, chosen_BL, seed, address, vocabulary_size):

@@ -8,6 +8,8 @@ and facts, numbers or texts by which scores are broken down. The answer is '' wh
 as in the test split of a benchmark. Examples with one 'id' are one question with several right
 answers. What a decoder reads between a question and its answer is reading.SEPARATOR.
 
+A Task that the user has registered without `add` needs no 'id' and no texts, but metrics.
+
 The metrics of `scores` are those of the Task too, so that seqio.Evaluator can judge by them; it
 knows of one answer each.
 """
@@ -18,7 +20,9 @@ import collections
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from lex_fire import scores
+import numpy as np
+
+from lex_fire import errors, scores
 from lex_fire.data import examples as examples_lib
 from lex_fire.data import language, lazy, reading, vocabularies
 from lex_fire.data.spec import Spec
@@ -47,6 +51,9 @@ class Question(NamedTuple):
   answer_bytes: int
   facts: tuple[str, ...] = ()
   split: str = 'validation'
+
+
+_ADDED: dict[str, Question] = {}  # by the name that a Task has in seqio.TaskRegistry
 
 
 def add(
@@ -88,7 +95,48 @@ def add(
       metric_fns=list(question.metrics),
       postprocess_fn=_as_metrics_want,
     )
+  _ADDED[name] = question
   return seqio.TaskRegistry.get(name)
+
+
+def of_registered(task: seqio.Task, split: str) -> Question:
+  """Returns what the questions of a Task have in common that the user has registered.
+
+  Of one that `add` has made it is what that was told. Of any other each example is a question with
+  one answer; its metrics are its own, of targets and predictions after its postprocess_fn, which is
+  given no example, and should be in percent; and answers may be as long as the longest right one of
+  the split.
+
+  Args:
+    task: with inputs.
+    split: to be asked.
+
+  Raises:
+    errors.UserError: if the Task has no such metric, the split no right answer, or as
+      reading.examples does.
+  """
+  if task.name in _ADDED:
+    return _ADDED[task.name]
+  if not task.predict_metric_fns:
+    raise errors.UserError(
+      f'registered task {task.name!r} has no metric of targets and predictions; give it one in '
+      'metric_fns'
+    )
+  found = (_text(task, example, 'targets') for example in reading.examples(task, split))
+  longest = max((len(answer.encode()) for answer in found), default=0)
+  if not longest:
+    raise errors.UserError(
+      f'split {split!r} of registered task {task.name!r} has no right answer; use another'
+    )
+
+  def metric(targets: scores.Targets, predictions: scores.Predictions) -> dict[str, float]:
+    right = [task.postprocess_fn(answers[0], example=None, is_target=True) for answers in targets]
+    made = [task.postprocess_fn(text, example=None, is_target=False) for text in predictions]
+    values: list[Any] = [function(right, made) for function in task.predict_metric_fns]
+    # A number, or a seqio.metrics.Scalar of one.
+    return {name: float(getattr(x, 'value', x)) for found in values for name, x in found.items()}
+
+  return Question((metric,), longest, split=split)
 
 
 def examples(task: seqio.Task, split: str) -> Iterator[examples_lib.Example]:
@@ -105,15 +153,32 @@ def examples(task: seqio.Task, split: str) -> Iterator[examples_lib.Example]:
     errors.UserError: as reading.examples does.
   """
   references: dict[str, list[str]] = collections.defaultdict(list)
-  for example in reading.examples(task, split):
-    answer = example['targets_pretokenized'].decode()
-    references[example['id'].decode()] += [answer] if answer else []
-  for example in reading.examples(task, split):
-    name = example['id'].decode()
+  for name, example in _named(task, split):
+    answer = _text(task, example, 'targets')
+    references[name] += [answer] if answer else []
+  for name, example in _named(task, split):
     if name in references:
-      inputs, answers = example['inputs_pretokenized'].decode(), tuple(references.pop(name))
-      facts = {key: _plain(value) for key, value in example.items() if key not in _NOT_FACTS}
+      facts = {
+        key: _plain(value)
+        for key, value in example.items()
+        if key not in _NOT_FACTS and np.ndim(value) == 0
+      }
+      inputs, answers = _text(task, example, 'inputs'), tuple(references.pop(name))
       yield examples_lib.Example(name, inputs, answers, facts)
+
+
+def _named(task: seqio.Task, split: str) -> Iterator[tuple[str, dict[str, Any]]]:
+  """Yields examples with their ids; those of a Task that has none in our sense are numbered."""
+  for index, example in enumerate(reading.examples(task, split)):
+    yield example['id'].decode() if task.name in _ADDED else str(index), example
+
+
+def _text(task: seqio.Task, example: dict[str, Any], feature: str) -> str:
+  """Returns the text of 'inputs' or 'targets', of their tokens if the Task has not kept it."""
+  kept = example.get(f'{feature}_pretokenized')
+  if kept is None:
+    return task.output_features[feature].vocabulary.decode(example[feature].tolist())
+  return kept.decode()
 
 
 def _as_metrics_want(text: str, is_target: bool = False, **_: Any) -> str | tuple[str, ...]:

@@ -5,6 +5,7 @@ A document of a Task of questions is its inputs, a separator and the answer.
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
@@ -32,7 +33,7 @@ def vocabulary_of(task: seqio.Task) -> vocabularies.Vocabulary:
 
 
 def documents(
-  task: seqio.Task, split: str, part: int = 0, num_parts: int = 1
+  task: seqio.Task, split: str, part: int = 0, num_parts: int = 1, start: int = 0
 ) -> Iterator[stream.Document]:
   """Yields the documents of a split, or of a part of it, in a fixed order.
 
@@ -41,17 +42,19 @@ def documents(
     split: of the Task's.
     part: which part, from 0.
     num_parts: in all, as `parts` says.
+    start: how many of its first documents to pass over, which of the Tasks of `language` are not
+      tokenized.
 
   Raises:
     errors.UserError: if the split is unknown; on the way, if a document lacks its EOS, or as the
       corpus does.
   """
   if task.name in language.FIELDS:
-    yield from _tokenized(task, texts(task, split, part, num_parts))
+    yield from _tokenized(task, texts(task, split, part, num_parts, start))
     return
   separator = encode(task, SEPARATOR) if is_of_questions(task) else None
   eos_id = task.output_features['targets'].vocabulary.eos_id
-  for example in examples(task, split, part, num_parts):
+  for example in examples(task, split, part, num_parts, start):
     tokens_L = example['targets'].astype(np.int32)
     if not tokens_L.size or tokens_L[-1] != eos_id:
       raise errors.UserError(
@@ -64,6 +67,8 @@ def documents(
       yield stream.Document(tokens_L, size)
     else:
       inputs_L = example['inputs'].astype(np.int32)
+      if inputs_L.size and inputs_L[-1] == eos_id:  # the answer comes before the end
+        inputs_L = inputs_L[:-1]
       ends = (len(inputs_L), len(inputs_L) + len(separator))
       yield stream.Document(np.concatenate([inputs_L, separator, tokens_L]), size, ends)
 
@@ -80,7 +85,9 @@ def _tokenized(task: seqio.Task, texts: Iterator[bytes]) -> Iterator[stream.Docu
     yield stream.Document(np.append(tokens_L, np.int32(vocabulary.eos_id)), len(text))
 
 
-def texts(task: seqio.Task, split: str, part: int = 0, num_parts: int = 1) -> Iterator[bytes]:
+def texts(
+  task: seqio.Task, split: str, part: int = 0, num_parts: int = 1, start: int = 0
+) -> Iterator[bytes]:
   """Yields the texts of a split, or of a part of it, as they are before they become tokens.
 
   Those of a Task of questions are inputs and targets by turns. Arguments and errors are those of
@@ -89,17 +96,18 @@ def texts(task: seqio.Task, split: str, part: int = 0, num_parts: int = 1) -> It
   check_split(task, split)
   corpus: corpora.Corpus | None = getattr(task.source, 'corpus', None)
   if corpus is not None:
-    yield from (text.encode() for text in corpus.texts(split, part, num_parts))
+    found = corpus.texts(split, part, num_parts)
+    yield from (text.encode() for text in itertools.islice(found, start, None))
   elif task.name in language.FIELDS:
     field = language.FIELDS[task.name]
     shard = lazy.seqio().ShardInfo(part, num_parts)
     with lazy.source_errors(task.source):
       dataset = task.source.get_dataset(split, shuffle=False, shard_info=shard)
-      dataset = dataset.map(lambda example: example[field]).batch(_AT_ONCE)
+      dataset = dataset.skip(start).map(lambda example: example[field]).batch(_AT_ONCE)
       for batch in dataset.as_numpy_iterator():
         yield from batch
   else:
-    for example in examples(task, split, part, num_parts):
+    for example in examples(task, split, part, num_parts, start):
       names = ('inputs_pretokenized', 'targets_pretokenized')
       yield from (example[name] for name in names if name in example)
 
@@ -115,7 +123,7 @@ def encode(task: seqio.Task, text: str) -> np.ndarray:
 
 
 def examples(
-  task: seqio.Task, split: str, part: int = 0, num_parts: int = 1
+  task: seqio.Task, split: str, part: int = 0, num_parts: int = 1, start: int = 0
 ) -> Iterator[dict[str, Any]]:
   """Yields the examples of a split, or of a part of it, as a Task has them, in a fixed order.
 
@@ -124,6 +132,7 @@ def examples(
     split: of the Task's.
     part: which part, from 0.
     num_parts: in all.
+    start: how many of its first examples to pass over.
 
   Raises:
     errors.UserError: if the split is unknown or not there; on the way, as the corpus does.
@@ -132,6 +141,7 @@ def examples(
   shard = lazy.seqio().ShardInfo(part, num_parts)
   with lazy.source_errors(task.source):
     dataset = task.get_dataset(split=split, shuffle=False, shard_info=shard, try_in_mem_cache=False)
+    dataset = dataset.skip(start)
     # TensorFlow takes a millisecond to hand one over, or thirty-two.
     for batch in dataset.ragged_batch(_AT_ONCE).as_numpy_iterator():
       for index in range(len(next(iter(batch.values())))):
@@ -163,20 +173,18 @@ def parts(task: seqio.Task, split: str) -> int:
 
 
 def check_hosts(task: seqio.Task, split: str, process_count: int) -> None:
-  """Checks that each host has a file of its own to read.
+  """Checks that each host has a part of its own to read.
 
-  Without one seqio has each host read them all, and keep but its share of the examples.
+  Without one seqio has each host read all of them, and keep but its share of the examples.
 
   Raises:
-    errors.UserError: if there are more hosts than files, or the split is unknown or not there.
+    errors.UserError: if there are more hosts than parts, or the split is unknown or not there.
   """
-  check_split(task, split)
-  with lazy.source_errors(task.source):
-    files = len(task.source.list_shards(split))
-  if process_count > files:
+  count = parts(task, split)
+  if process_count > count:
     raise errors.UserError(
-      f'split {split!r} of task {task.name!r} has {files} files, too few for {process_count=}; use '
-      f'{files} hosts at most, or prepare it'
+      f'split {split!r} of task {task.name!r} is read in {count} parts of whole files, too few for '
+      f'{process_count=}; use {count} hosts at most, or prepare it (data.streaming=False)'
     )
 
 
@@ -202,8 +210,9 @@ def fingerprint(task: seqio.Task, split: str) -> str:
   dataset = getattr(task.source, 'tfds_dataset', None)
   if dataset is None:
     return task.name
+  names: dict[str, str] = getattr(task.source, 'split_names', {})
   with lazy.source_errors(task.source):
-    info = dataset.info.splits[split]
+    info = dataset.info.splits[names.get(split, split)]
   return f'{dataset.name}-{info.num_shards}-{info.num_examples}-{int(info.num_bytes)}'
 
 

@@ -95,19 +95,10 @@ def write_submission(
     for config in CONFIGS
     if config in predictions
   }
-  directory = pathlib.Path(directory)
   contents = {f'{config}.json': json.dumps(ordered[config], indent=2) for config in ordered}
   contents[FILE] = _csv(ordered)
-  try:
-    directory.mkdir(parents=True, exist_ok=True)
-    for name, content in contents.items():
-      path = directory / name
-      files.write_whole(path, lambda path, content=content: path.write_bytes(content.encode()))
-  except OSError as error:
-    raise errors.UserError(
-      f'cannot write in {str(directory)!r}: {error.strerror}; use another directory'
-    ) from error
-  return directory / FILE
+  files.write_texts(directory, contents)
+  return pathlib.Path(directory) / FILE
 
 
 def _csv(ordered: Mapping[str, Mapping[str, str]]) -> str:

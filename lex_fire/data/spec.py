@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 from lex_fire import errors
+from lex_fire.data import lazy
 
 
 class Spec(NamedTuple):
@@ -71,13 +72,24 @@ def define_arguments(parser: argparse.ArgumentParser) -> None:
   parser.add_argument(
     '--task', required=True, help='stdlib, text, jsonl, c4, pg19, ... or a registered seqio Task'
   )
+  parser.add_argument(
+    '--module_import',
+    action='append',
+    default=[],
+    help='a module that registers seqio Tasks; may be given several times',
+  )
   parser.add_argument('--tfds_directory', default='', help='where TensorFlow Datasets are')
   for split in SPLITS_OF_FILES:
     parser.add_argument(f'--{split}_files', help=f'for text and jsonl: glob of split {split!r}')
 
 
 def of_arguments(arguments: argparse.Namespace, vocabulary: str = 'bytes') -> Spec:
-  """Returns what the arguments of a command specify."""
+  """Returns what the arguments of a command specify, once the modules they name are imported.
+
+  Raises:
+    errors.UserError: if one cannot be imported.
+  """
+  lazy.import_modules(arguments.module_import)
   globs = {split: getattr(arguments, f'{split}_files') for split in SPLITS_OF_FILES}
   files = {split: pattern for split, pattern in globs.items() if pattern is not None}
   return Spec(arguments.task, vocabulary, files or None, arguments.tfds_directory)

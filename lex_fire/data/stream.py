@@ -10,19 +10,20 @@ not there; parts that a killed writer had finished are not written again.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
 import pathlib
-from collections.abc import Iterable, Mapping
-from typing import Any, BinaryIO, NamedTuple
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from lex_fire import errors
-from lex_fire.data import files
+from lex_fire.data import arrays, files
 
-_MANIFEST = 'manifest.json'
+MANIFEST = 'manifest.json'
 _COUNTS = ('documents', 'tokens', 'text_bytes')
 
 
@@ -48,8 +49,9 @@ class Stream(NamedTuple):
     parts: their tokens_L, memory-mapped.
     ends: of questions, [E, 3] of each part: in its tokens, where the inputs end, where the answer
       begins, and where it ends; None for documents.
-    manifest: the identity it was written with; documents, tokens, text_bytes and sha256 (of all
-      tokens' little-endian bytes); and in `parts` those of each, its file's name and file_bytes.
+    manifest: the identity it was written with; documents, tokens and text_bytes; in `parts` those
+      of each, its file's name and file_bytes, and sha256 of its tokens' little-endian bytes; and
+      sha256 of the hashes of the parts, in hexadecimal, end to end.
   """
 
   parts: list[np.ndarray]
@@ -60,6 +62,23 @@ class Stream(NamedTuple):
 def _ends_name(name: str) -> str:
   """Returns the name of the file of ends beside a part's."""
   return f'{name.removesuffix(".npy")}.ends.npy'
+
+
+def record_of(part: int) -> str:
+  """Returns the name of the file that says a part is finished, and what a manifest says of it."""
+  return f'.part-{part:05d}.npy.json'
+
+
+@contextlib.contextmanager
+def writing(directory: object) -> Iterator[None]:
+  """Makes one sentence of what the operating system says when a directory cannot be written in."""
+  try:
+    yield
+  except OSError as error:
+    raise errors.UserError(
+      f'cannot write in {str(directory)!r}: {error.strerror or error}; make room, or use another '
+      'directory'
+    ) from error
 
 
 def write_part(
@@ -79,23 +98,39 @@ def write_part(
     errors.UserError: if it cannot be written.
   """
   name = f'part-{part:05d}.npy'
-  record = directory / f'.{name}.json'
+  record = directory / record_of(part)
   if record.exists():
     return json.loads(record.read_text())
-  try:
+  with writing(directory):
     counts, ends = files.write_whole(
-      directory / name, lambda path: _write_tokens(path, vocabulary_size, documents)
+      directory / name, lambda path: arrays.write_tokens(path, vocabulary_size, documents)
     )
     if ends:
-      files.write_whole(directory / _ends_name(name), lambda path: _save(path, ends))
+      files.write_whole(directory / _ends_name(name), lambda path: arrays.write_ends(path, ends))
       counts |= {'ends_bytes': 128 + 24 * len(ends), 'ends_sha256': _sha256(np.array(ends))}
     counts = {'file': name, **counts}
     files.write_whole(record, lambda path: path.write_text(json.dumps(counts)))
-  except OSError as error:
-    raise errors.UserError(
-      f'cannot write in {str(directory)!r}: {error.strerror}; make room, or use another directory'
-    ) from error
   return counts
+
+
+def manifest_of(name: str, identity: Mapping[str, Any], parts: list[dict[str, Any]]) -> str:
+  """Returns the content of the manifest of a stream.
+
+  Args:
+    name: the stream's.
+    identity: JSON values that say what the tokens are.
+    parts: what `write_part` returned, in order.
+
+  Raises:
+    errors.UserError: if there is no document.
+  """
+  totals = {name: sum(part[name] for part in parts) for name in _COUNTS}
+  if not totals['documents']:
+    raise errors.UserError(f'stream {name!r} would have no document; use another split')
+  hashes = (part['sha256'] + part.get('ends_sha256', '') for part in parts)
+  sha256 = hashlib.sha256(''.join(hashes).encode()).hexdigest()
+  manifest = {**identity, **totals, 'sha256': sha256, 'parts': parts}
+  return json.dumps(manifest, indent=2) + '\n'
 
 
 def finish(
@@ -110,20 +145,14 @@ def finish(
     parts: what `write_part` returned, in order.
 
   Raises:
-    errors.UserError: if there is no document.
+    errors.UserError: if there is no document, or its place cannot be written in.
   """
-  totals = {name: sum(part[name] for part in parts) for name in _COUNTS}
-  if not totals['documents']:
-    raise errors.UserError(f'stream {path.name!r} would have no document; use another split')
-  sha256 = hashlib.sha256()
-  for part in parts:
-    sha256.update(np.load(work / part['file'], mmap_mode='r').data)
-  manifest = {**identity, **totals, 'sha256': sha256.hexdigest(), 'parts': parts}
-  content = json.dumps(manifest, indent=2) + '\n'
-  files.write_whole(work / _MANIFEST, lambda path: path.write_text(content))
-  os.replace(work, path)
-  for record in path.glob('.*'):  # last: until the move they are what a restart goes by
-    record.unlink()
+  content = manifest_of(path.name, identity, parts)
+  with writing(path.parent):
+    files.write_whole(work / MANIFEST, lambda path: path.write_text(content))
+    os.replace(work, path)
+    for record in path.glob('.*'):  # last: until the move they are what a restart goes by
+      record.unlink()
 
 
 def read(path: pathlib.Path) -> Stream:
@@ -137,7 +166,7 @@ def read(path: pathlib.Path) -> Stream:
   """
   manifest = _read_manifest(path)
   if not manifest.get('parts'):
-    raise _damage(path / _MANIFEST, 'names no parts')
+    raise _damage(path / MANIFEST, 'names no parts')
   parts, ends = [], []
   for part in manifest['parts']:
     parts.append(_load(path / part['file'], part['file_bytes']))
@@ -175,7 +204,7 @@ def check(path: pathlib.Path, identity: Mapping[str, Any]) -> None:
   manifest = read(path).manifest
   for key, value in identity.items():
     if manifest.get(key) != value:
-      raise _damage(path / _MANIFEST, f'has {key}={manifest.get(key)!r}, not {value!r}')
+      raise _damage(path / MANIFEST, f'has {key}={manifest.get(key)!r}, not {value!r}')
 
 
 def verify(path: pathlib.Path) -> None:
@@ -198,57 +227,17 @@ def _sha256(array: np.ndarray) -> str:
 
 def _read_manifest(path: pathlib.Path) -> dict[str, Any]:
   try:
-    manifest = json.loads((path / _MANIFEST).read_text())
+    manifest = json.loads((path / MANIFEST).read_text())
     if not all(part['file'] and part['file_bytes'] for part in manifest.get('parts', ())):
       raise KeyError
     return manifest
   except OSError as error:
-    raise _damage(path / _MANIFEST, f'is unreadable: {error.strerror}') from error
+    raise _damage(path / MANIFEST, f'is unreadable: {error.strerror}') from error
   except ValueError as error:
-    raise _damage(path / _MANIFEST, f'is not JSON: {error}') from error
+    raise _damage(path / MANIFEST, f'is not JSON: {error}') from error
   except (AttributeError, KeyError, TypeError) as error:
-    raise _damage(path / _MANIFEST, 'is not a manifest of a stream') from error
+    raise _damage(path / MANIFEST, 'is not a manifest of a stream') from error
 
 
 def _damage(file: pathlib.Path, what: str) -> errors.UserError:
   return errors.UserError(f'{str(file)!r} {what}; delete its directory to have it prepared anew')
-
-
-def _save(path: pathlib.Path, ends: list[tuple[int, int, int]]) -> None:
-  with path.open('wb') as file:
-    np.save(file, np.array(ends, np.int64))
-
-
-def _write_tokens(
-  path: pathlib.Path, vocabulary_size: int, documents: Iterable[Document]
-) -> tuple[dict[str, Any], list[tuple[int, int, int]]]:
-  """Writes an .npy file document by document; returns its counts, and the ends of questions."""
-  dtype = np.dtype('<u2' if vocabulary_size <= 2**16 else '<u4')
-  sha256, ends = hashlib.sha256(), []
-  count = tokens = text_bytes = 0
-  with path.open('wb') as file:
-    _write_header(file, dtype, tokens)
-    for document in documents:
-      content = document.tokens_L.astype(dtype).tobytes()
-      file.write(content)
-      sha256.update(content)
-      if document.ends is not None:
-        ends.append((*(tokens + end for end in document.ends), tokens + len(document.tokens_L)))
-      count += 1
-      tokens += len(document.tokens_L)
-      text_bytes += document.text_bytes
-    _write_header(file, dtype, tokens)
-  return {
-    'documents': count,
-    'tokens': tokens,
-    'text_bytes': text_bytes,
-    'sha256': sha256.hexdigest(),
-    'file_bytes': path.stat().st_size,
-  }, ends
-
-
-def _write_header(file: BinaryIO, dtype: np.dtype, tokens: int) -> None:
-  """Writes the header of an .npy file; NumPy pads it to one size for any number of tokens."""
-  file.seek(0)
-  header = {'descr': dtype.str, 'fortran_order': False, 'shape': (tokens,)}
-  np.lib.format.write_array_header_1_0(file, header)

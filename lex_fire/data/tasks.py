@@ -10,7 +10,16 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from lex_fire import errors
-from lex_fire.data import algorithm_tasks, glue, language, lazy, needle_tasks, questions, scrolls
+from lex_fire.data import (
+  algorithm_tasks,
+  glue,
+  language,
+  lazy,
+  needle_tasks,
+  questions,
+  reading,
+  scrolls,
+)
 from lex_fire.data.spec import Spec
 
 if TYPE_CHECKING:
@@ -32,6 +41,30 @@ QUESTIONS: dict[str, Callable[[Spec], questions.Question]] = {
 }
 
 
+def asks_questions(name: str) -> bool:
+  """Returns whether there is a Task of this name, with options or without, and it has inputs."""
+  spec = Spec(name)
+  if spec.base in TASKS:
+    return spec.base in QUESTIONS
+  registry = lazy.seqio().TaskRegistry
+  return name in registry.names() and reading.is_of_questions(registry.get(name))
+
+
+def question(spec: Spec, split: str = '') -> questions.Question:
+  """Returns what the questions of a Task have in common.
+
+  Args:
+    spec: of a Task that asks questions.
+    split: to be asked; '': the one that the Task says.
+
+  Raises:
+    errors.UserError: as the function in QUESTIONS or questions.of_registered does.
+  """
+  if spec.base in QUESTIONS:
+    return QUESTIONS[spec.base](spec)
+  return questions.of_registered(get_task(spec), split or 'validation')
+
+
 def get_task(spec: Spec) -> seqio.Task:
   """Returns the Task of a specification, made and registered on the first call.
 
@@ -44,8 +77,8 @@ def get_task(spec: Spec) -> seqio.Task:
   registered = seqio.TaskRegistry.names()
   if spec.name not in registered:
     raise errors.UserError(
-      f'unknown task {spec.name!r}; known: {", ".join(TASKS)}; import the module that registers '
-      'any other'
+      f'unknown task {spec.name!r}; known: {", ".join(TASKS)}; name the module that '
+      'registers any other by --module_import'
     )
   spec.refuse_files()
   return seqio.TaskRegistry.get(spec.name)

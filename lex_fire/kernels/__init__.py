@@ -1,12 +1,13 @@
 """Attention by several implementations of one contract, chosen by name."""
 
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 
 from lex_fire import errors
-from lex_fire.encodings import base
+from lex_fire.encodings import base, piecewise
 from lex_fire.kernels import chunked, mosaic_tpu, mosaic_tpu_size, reference
 from lex_fire.kernels.mask import Mask
 
@@ -127,8 +128,8 @@ def attention(
     key_segment_BK: likewise.
     mask: which keys a query may see, by position.
     implementation: a key of IMPLEMENTATIONS, or 'auto': see `choose`.
-    split: (function, params, arrays by name) -> out_BQHC: runs a kernel that the compiler cannot
-      divide on each device's own rows. None: all is on one device.
+    split: (function, table, arrays by name) -> out_BQHC: runs a kernel that the compiler cannot
+      divide on each device's own rows and heads. None: all is on one device.
 
   Returns:
     out_BQHC in the value's dtype. Logits, bias and softmax are float32.
@@ -141,9 +142,6 @@ def attention(
     raise errors.UserError(f'{num_kv_heads=} must divide {num_heads=}')
   name = choose(implementation, encoding, mask, query_BQHC, key_BKGC).implementation
 
-  def attend(params, **arrays):
-    return IMPLEMENTATIONS[name](**arrays, params=params, encoding=encoding, mask=mask)
-
   arrays = {
     'query_BQHC': query_BQHC,
     'key_BKGC': key_BKGC,
@@ -153,6 +151,23 @@ def attention(
     'query_segment_BQ': query_segment_BQ,
     'key_segment_BK': key_segment_BK,
   }
-  if name in PLATFORM and split is not None:
-    return split(attend, params, arrays)
-  return attend(params, **arrays)
+  attend = functools.partial(IMPLEMENTATIONS[name], mask=mask)
+  if name not in PLATFORM or split is None:
+    return attend(**arrays, params=params, encoding=encoding)
+  if encoding.table is None:
+    return split(lambda _, **own: attend(**own, params={}, encoding=encoding), {}, arrays)
+  # Of all heads, for a device does not know which of them are its own.
+  table, given = encoding.table(params, num_heads), _of_its_table(encoding)
+  return split(lambda table, **own: attend(**own, params=table, encoding=given), table, arrays)
+
+
+@functools.lru_cache(maxsize=256)
+def _of_its_table(encoding: base.Encoding) -> base.Encoding:
+  """Returns the encoding with its tables as parameters, too."""
+  of_params = encoding.table
+  assert of_params is not None
+
+  def table(params, num_heads):
+    return params if isinstance(params, piecewise.Table) else of_params(params, num_heads)
+
+  return encoding._replace(table=table)

@@ -6,6 +6,7 @@ of a learned bias is summed over tiles, in a fixed order, and no [Q, K] array ev
 """
 
 import functools
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -33,8 +34,27 @@ def attention(
   key_segment_BK: jax.Array | None,
   mask: mask_lib.Mask,
   block: int = BLOCK,
+  stretches: int = 1,
+  make_flash: Callable[..., Any] | None = None,
 ) -> jax.Array:
-  """Returns out_BQHC like `reference.attention`, in tiles of `block` queries by `block` keys."""
+  """Returns out_BQHC like `reference.attention`, in tiles of `block` queries by `block` keys.
+
+  Args:
+    query_BQHC: see `kernels.attention`, as for all that is not said here.
+    key_BKGC: likewise.
+    value_BKGC: likewise.
+    encoding: likewise.
+    params: likewise.
+    query_position_BQ: likewise.
+    key_position_BK: likewise.
+    query_segment_BQ: likewise.
+    key_segment_BK: likewise.
+    mask: likewise.
+    block: of queries and of keys, at most [tokens].
+    stretches: equal parts of a row, of queries and of keys, that follow one another in the array
+      and not in the text: no tile reaches from one into the next.
+    make_flash: (encoding, mask) -> what computes the blocks, as `flash` makes it; None: `flash`.
+  """
   query_BQHC, key_BKGC = tile.prepare(
     query_BQHC,
     key_BKGC,
@@ -49,25 +69,28 @@ def attention(
     encoding = encoding._replace(bias=bias)
   if encoding.log_decay is not None:
     block = min(block, max(1, decay.widest(encoding.log_decay(query_BQHC.shape[3]))))
-  num_queries, num_keys = query_BQHC.shape[1], key_BKGC.shape[1]
+  num_queries, num_keys = query_BQHC.shape[1] // stretches, key_BKGC.shape[1] // stretches
   query_block, key_block = min(block, num_queries), min(block, num_keys)
   if query_segment_BQ is None and (num_queries % query_block or num_keys % key_block):
-    query_segment_BQ = jnp.zeros((1, num_queries), jnp.int32)
-    key_segment_BK = jnp.zeros((1, num_keys), jnp.int32)
+    query_segment_BQ = jnp.zeros((1, query_BQHC.shape[1]), jnp.int32)
+    key_segment_BK = jnp.zeros((1, key_BKGC.shape[1]), jnp.int32)
+  of_queries = functools.partial(_blocks, block=query_block, stretches=stretches)
+  of_keys = functools.partial(_blocks, block=key_block, stretches=stretches)
   queries = Queries(
-    _heads_first(_blocks(query_BQHC, query_block, 0)),
-    _blocks(query_position_BQ, query_block, 'last'),
-    None if query_segment_BQ is None else _blocks(query_segment_BQ, query_block, plan.PAD_QUERY),
+    _heads_first(of_queries(query_BQHC, fill=0)),
+    of_queries(query_position_BQ, fill='last'),
+    None if query_segment_BQ is None else of_queries(query_segment_BQ, fill=plan.PAD_QUERY),
   )
   keys = Keys(
-    _heads_first(_blocks(key_BKGC, key_block, 0)),
-    _heads_first(_blocks(value_BKGC, key_block, 0)),
-    _blocks(key_position_BK, key_block, 'last'),
-    None if key_segment_BK is None else _blocks(key_segment_BK, key_block, plan.PAD_KEY),
+    _heads_first(of_keys(key_BKGC, fill=0)),
+    _heads_first(of_keys(value_BKGC, fill=0)),
+    of_keys(key_position_BK, fill='last'),
+    None if key_segment_BK is None else of_keys(key_segment_BK, fill=plan.PAD_KEY),
   )
-  out_IBHQC = _flash(encoding, mask)(params, queries, keys)
+  out_IBHQC = (make_flash or flash)(encoding, mask)(params, queries, keys)
   out_BIQHC = out_IBHQC.transpose(1, 0, 3, 2, 4)
-  return out_BIQHC.reshape(query_BQHC.shape[0], -1, *query_BQHC.shape[2:])[:, :num_queries]
+  out_BIQHC = out_BIQHC.reshape(len(query_BQHC), stretches, -1, *query_BQHC.shape[2:])
+  return out_BIQHC[:, :, :num_queries].reshape(query_BQHC.shape)
 
 
 class Queries(NamedTuple):
@@ -91,16 +114,17 @@ def _heads_first(x_IBLHC):
   return jnp.swapaxes(x_IBLHC, 2, 3)
 
 
-def _blocks(array, block, fill):
-  """Cuts axis 1 into blocks, padded with fill, and puts them first.
+def _blocks(array, *, block, stretches, fill):
+  """Cuts each stretch of axis 1 into blocks, padded with fill, and puts the blocks first.
 
-  [B, L, ...] -> [L / block, B, block, ...]
+  [B, L, ...] -> [I, B, block, ...]
   """
-  pad = [(0, 0), (0, -array.shape[1] % block)] + [(0, 0)] * (array.ndim - 2)
+  rows, length, *rest = array.shape
+  array = array.reshape(rows, stretches, length // stretches, *rest)
+  pad = [(0, 0), (0, 0), (0, -array.shape[2] % block)] + [(0, 0)] * len(rest)
   # Padding repeats the last position, so that it does not widen the range a tile seems to span.
   options = {'mode': 'edge'} if fill == 'last' else {'constant_values': fill}
-  padded = jnp.pad(array, pad, **options)
-  cut = padded.reshape(array.shape[0], -1, block, *array.shape[2:])
+  cut = jnp.pad(array, pad, **options).reshape(rows, -1, block, *rest)
   return jnp.moveaxis(cut, 1, 0)
 
 
@@ -119,104 +143,136 @@ def tiles_to_visit(mask: mask_lib.Mask, queries: Queries, keys: Keys) -> jax.Arr
   )
 
 
-def _flash(encoding, mask):
+def flash(encoding, mask):
   """Makes (params, Queries, Keys) -> out_IBHQC with flash attention's own gradient."""
 
-  def logits(params, query_BHQC, key_BGKC, queries, keys):
-    return tile.logits(
-      query_BHQC,
-      key_BGKC,
-      encoding=encoding,
-      params=params,
-      query_position_BQ=queries.position_IBQ,
-      key_position_BK=keys.position_JBK,
-      query_segment_BQ=queries.segment_IBQ,
-      key_segment_BK=keys.segment_JBK,
-      causal=mask.causal,
-    )
-
-  def hide(logits_BHQK, queries, keys):
-    visible_BQK = mask_lib.visible(
-      mask, queries.position_IBQ, keys.position_JBK, queries.segment_IBQ, keys.segment_JBK
-    )
-    return jnp.where(visible_BQK[:, None], logits_BHQK, mask_lib.HIDDEN_LOGIT)
-
-  def for_each_tile(queries, keys, visit, start):
-    """Folds visit(carry, i, j, queries of block i, keys of block j) over the tiles to visit.
-
-    Row by row. Only these are steps, and a step changes its blocks of the carry in place: sums over
-    whole rows of tiles, hidden ones too, took a sixth of the time.
-    """
-    visit_IJ = tiles_to_visit(mask, queries, keys)
-    i_Z, j_Z = jnp.nonzero(visit_IJ, size=visit_IJ.size)
-
-    def step(z, carry):
-      i, j = i_Z[z], j_Z[z]
-      return visit(carry, i, j, _take(queries, i), _take(keys, j))
-
-    return jax.lax.fori_loop(0, visit_IJ.sum(), step, start)
-
   def forward(params, queries, keys):
-    def visit(carry, i, j, block, key_block):
-      del j
-      logits_BHQK = logits(params, block.query_IBHQC, key_block.key_JBGKC, block, key_block)
-      of_block = _softmax_step(
-        _take(carry, i), hide(logits_BHQK, block, key_block), key_block.value_JBGKC
-      )
-      return jax.tree.map(lambda all_I, one: all_I.at[i].set(one), carry, of_block)
-
-    start = _softmax_start(queries.query_IBHQC)
-    out_IBHQC, log_norm_IBHQ = _softmax_end(for_each_tile(queries, keys, visit, start))
+    carry = add_keys(encoding, mask, params, queries, keys, softmax_start(queries))
+    out_IBHQC, log_norm_IBHQ = softmax_end(carry)
     out_IBHQC = out_IBHQC.astype(keys.value_JBGKC.dtype)
     return out_IBHQC, (params, queries, keys, out_IBHQC, log_norm_IBHQ)
 
   def backward(saved, d_out_IBHQC):
     params, queries, keys, out_IBHQC, log_norm_IBHQ = saved
-    # sum_k p_k dp_k of each query, which the softmax's gradient subtracts
-    delta_IBHQ = (d_out_IBHQC.astype(jnp.float32) * out_IBHQC.astype(jnp.float32)).sum(axis=-1)
-
-    def visit(sums, i, j, block, key_block):
-      """Adds the tile's share of the gradients of params, query, key and value."""
-      d_out_BHQC, delta_BHQ, log_norm_BHQ = _take((d_out_IBHQC, delta_IBHQ, log_norm_IBHQ), i)
-      logits_BHQK, vjp = jax.vjp(
-        lambda params, query, key: logits(params, query, key, block, key_block),
-        params,
-        block.query_IBHQC,
-        key_block.key_JBGKC,
-      )
-      weights_BHQK = jnp.exp(hide(logits_BHQK, block, key_block) - log_norm_BHQ[..., None])
-      value_BGKC = key_block.value_JBGKC
-      d_weights_BHQK = tile.per_group('BGQC,BGKC->BGQK', d_out_BHQC, value_BGKC)
-      of_params, of_query, of_key = vjp(weights_BHQK * (d_weights_BHQK - delta_BHQ[..., None]))
-      of_value = _value_gradient(weights_BHQK.astype(d_out_BHQC.dtype), d_out_BHQC, value_BGKC)
-      d_params, d_query_IBHQC, d_key_JBGKC, d_value_JBGKC = sums
-      return (
-        jax.tree.map(jnp.add, d_params, of_params),
-        d_query_IBHQC.at[i].add(of_query.astype(jnp.float32)),
-        d_key_JBGKC.at[j].add(of_key.astype(jnp.float32)),
-        d_value_JBGKC.at[j].add(of_value),
-      )
-
-    start = _zeros((params, queries.query_IBHQC, *keys[:2]))
-    d_params, d_query, d_key, d_value = for_each_tile(queries, keys, visit, start)
-    d_query = d_query.astype(queries.query_IBHQC.dtype)
-    d_key, d_value = d_key.astype(keys.key_JBGKC.dtype), d_value.astype(keys.value_JBGKC.dtype)
-    # None: positions and segments are integers and have no gradient.
-    d_queries = queries._replace(query_IBHQC=d_query, position_IBQ=None, segment_IBQ=None)
-    d_keys = keys._replace(
-      key_JBGKC=d_key, value_JBGKC=d_value, position_JBK=None, segment_JBK=None
-    )
-    return d_params, d_queries, d_keys
+    of_out = (d_out_IBHQC, delta(d_out_IBHQC, out_IBHQC), log_norm_IBHQ)
+    sums = gradients(encoding, mask, params, queries, keys, of_out)
+    return cotangents(sums, queries, keys)
 
   @jax.custom_vjp
-  def flash(params, queries, keys):
+  def attend(params, queries, keys):
     return forward(params, queries, keys)[0]
 
-  flash.defvjp(forward, backward)
-  return flash
+  attend.defvjp(forward, backward)
+  return attend
 
 
-def _zeros(tree):
+def add_keys(encoding, mask, params, queries: Queries, keys: Keys, carry):
+  """Returns the running softmax of the queries with these keys too, a tile at a time."""
+
+  def visit(carry, i, j, block, key_block):
+    del j
+    logits_BHQK = _logits(
+      encoding, mask, params, block.query_IBHQC, key_block.key_JBGKC, block, key_block
+    )
+    logits_BHQK = _hide(mask, logits_BHQK, block, key_block)
+    of_block = _softmax_step(_take(carry, i), logits_BHQK, key_block.value_JBGKC)
+    return jax.tree.map(lambda all_I, one: all_I.at[i].set(one), carry, of_block)
+
+  return _for_each_tile(mask, queries, keys, visit, carry)
+
+
+def delta(d_out_IBHQC, out_IBHQC):
+  """Returns sum_k p_k dp_k of each query, which the softmax's gradient subtracts, float32."""
+  return (d_out_IBHQC.astype(jnp.float32) * out_IBHQC.astype(jnp.float32)).sum(axis=-1)
+
+
+def gradients(encoding, mask, params, queries: Queries, keys: Keys, of_out):
+  """Returns the gradients of params, query, key and value that these keys have a part in, float32.
+
+  Args:
+    encoding: see `attention`.
+    mask: likewise.
+    params: likewise.
+    queries: all that `of_out` is of.
+    keys: some of those, or all, that the queries attended to.
+    of_out: d_out_IBHQC, its `delta`, and the log of the softmax's normaliser over all keys.
+  """
+
+  def visit(sums, i, j, block, key_block):
+    """Adds the tile's share."""
+    d_out_BHQC, delta_BHQ, log_norm_BHQ = _take(of_out, i)
+    logits_BHQK, vjp = jax.vjp(
+      lambda params, query, key: _logits(encoding, mask, params, query, key, block, key_block),
+      params,
+      block.query_IBHQC,
+      key_block.key_JBGKC,
+    )
+    hidden_BHQK = _hide(mask, logits_BHQK, block, key_block)
+    weights_BHQK = jnp.exp(hidden_BHQK - log_norm_BHQ[..., None])
+    value_BGKC = key_block.value_JBGKC
+    d_weights_BHQK = tile.per_group('BGQC,BGKC->BGQK', d_out_BHQC, value_BGKC)
+    of_params, of_query, of_key = vjp(weights_BHQK * (d_weights_BHQK - delta_BHQ[..., None]))
+    of_value = _value_gradient(weights_BHQK.astype(d_out_BHQC.dtype), d_out_BHQC, value_BGKC)
+    d_params, d_query_IBHQC, d_key_JBGKC, d_value_JBGKC = sums
+    return (
+      jax.tree.map(jnp.add, d_params, of_params),
+      d_query_IBHQC.at[i].add(of_query.astype(jnp.float32)),
+      d_key_JBGKC.at[j].add(of_key.astype(jnp.float32)),
+      d_value_JBGKC.at[j].add(of_value),
+    )
+
+  start = zeros((params, queries.query_IBHQC, *keys[:2]))
+  return _for_each_tile(mask, queries, keys, visit, start)
+
+
+def cotangents(sums, queries: Queries, keys: Keys):
+  """Returns gradients as a backward pass of (params, queries, keys) gives them."""
+  d_params, d_query, d_key, d_value = sums
+  d_query = d_query.astype(queries.query_IBHQC.dtype)
+  d_key, d_value = d_key.astype(keys.key_JBGKC.dtype), d_value.astype(keys.value_JBGKC.dtype)
+  # None: positions and segments are integers and have no gradient.
+  return d_params, Queries(d_query, None, None), Keys(d_key, d_value, None, None)
+
+
+def _logits(encoding, mask, params, query_BHQC, key_BGKC, queries, keys):
+  return tile.logits(
+    query_BHQC,
+    key_BGKC,
+    encoding=encoding,
+    params=params,
+    query_position_BQ=queries.position_IBQ,
+    key_position_BK=keys.position_JBK,
+    query_segment_BQ=queries.segment_IBQ,
+    key_segment_BK=keys.segment_JBK,
+    causal=mask.causal,
+  )
+
+
+def _hide(mask, logits_BHQK, queries, keys):
+  visible_BQK = mask_lib.visible(
+    mask, queries.position_IBQ, keys.position_JBK, queries.segment_IBQ, keys.segment_JBK
+  )
+  return jnp.where(visible_BQK[:, None], logits_BHQK, mask_lib.HIDDEN_LOGIT)
+
+
+def _for_each_tile(mask, queries, keys, visit, start):
+  """Folds visit(carry, i, j, queries of block i, keys of block j) over the tiles to visit.
+
+  Row by row. Only these are steps, and a step changes its blocks of the carry in place: sums over
+  whole rows of tiles, hidden ones too, took a sixth of the time.
+  """
+  visit_IJ = tiles_to_visit(mask, queries, keys)
+  i_Z, j_Z = jnp.nonzero(visit_IJ, size=visit_IJ.size)
+
+  def step(z, carry):
+    i, j = i_Z[z], j_Z[z]
+    return visit(carry, i, j, _take(queries, i), _take(keys, j))
+
+  return jax.lax.fori_loop(0, visit_IJ.sum(), step, start)
+
+
+def zeros(tree):
+  """Returns the start of a sum of such arrays, float32."""
   return jax.tree.map(lambda array: jnp.zeros(array.shape, jnp.float32), tree)
 
 
@@ -225,9 +281,9 @@ def _take(tree, index):
   return jax.tree.map(lambda array_I: array_I[index], tree)
 
 
-def _softmax_start(query_IBHQC):
-  """The running softmax of no keys: (weighted sum of values, maximum, sum of weights)."""
-  shape = query_IBHQC.shape
+def softmax_start(queries: Queries):
+  """Returns the running softmax of no keys: (weighted sum of values, maximum, sum of weights)."""
+  shape = queries.query_IBHQC.shape
   return (
     jnp.zeros(shape, jnp.float32),
     jnp.full(shape[:-1], 2 * mask_lib.HIDDEN_LOGIT, jnp.float32),
@@ -246,7 +302,7 @@ def _softmax_step(carry, logits_BHQK, value_BGKC):
   return sum_BHQC, new_max_BHQ, norm_BHQ * shrink_BHQ + weights_BHQK.sum(axis=-1)
 
 
-def _softmax_end(carry):
+def softmax_end(carry):
   """Returns out_IBHQC and the log of the softmax's normaliser.
 
   A query that saw no key gets 0 and +inf. With +inf, every weight exp(logit - inf) of the backward

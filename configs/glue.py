@@ -1,0 +1,39 @@
+"""Finetunes a model on a task of GLUE or SuperGLUE: does it still read short texts?
+
+    python -m lex_fire.train --config=configs/glue.py:task=glue_sst2,checkpoint=runs/c4/fire \
+      --workdir=runs/sst2/fire --config.data.tfds_directory=TFDS_DIR
+    python -m lex_fire.evaluate --workdir=runs/sst2/fire --tasks=glue_sst2 --lengths=512
+
+TFDS_DIR is where TFDS has made glue/sst2 (`tfds build glue/sst2 --data_dir=TFDS_DIR`, which loads
+it from the web). Li et al. 2023 ask the same of FIRE. Length and batch are those of T5's finetuning
+(Raffel et al. 2020, section 3.1.2); learning rate and steps are our own: 256,000 rows, under one
+pass over MNLI and a thousand over CB, for which --config.train.steps may be less.
+
+Arguments: task (a name for `evaluate --tasks`: glue_sst2, super_glue_boolq ...), length, checkpoint
+(the workdir of a run: its model, encoding and vocabulary are taken, and its newest parameters to
+start from); or, to learn from nothing, size (a preset), encoding and vocabulary.
+"""
+
+from ml_collections import config_dict
+
+from lex_fire import config, errors, finetuning
+from lex_fire.data import glue
+
+
+def get_config(arg: str = '') -> config_dict.ConfigDict:
+  """Returns the config of finetuning on a task of GLUE or SuperGLUE."""
+  args = config.parse_arg(arg, task='glue_sst2', length='512', **finetuning.ARGUMENTS)
+  if args['task'] not in glue.TASKS:
+    known = ', '.join(glue.TASKS)
+    raise errors.UserError(f'unknown task={args["task"]!r} of GLUE and SuperGLUE; known: {known}')
+  values = finetuning.make(
+    args,
+    data={
+      'task': args['task'],
+      'length': config.whole('length', args['length']),
+      'batch_size': 128,
+    },
+    optimizer={'learning_rate': 1e-4, 'warmup_steps': 100, 'final_fraction': 0.1},
+    train={'steps': 2000, 'log_every': 20, 'checkpoint_every': 200},
+  )
+  return config_dict.ConfigDict(values)

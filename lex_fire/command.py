@@ -1,0 +1,242 @@
+"""A command that compares runs: what its flags ask, how far it is, and the files it writes.
+
+It first finds out all that is asked of it, then works for minutes or hours, then writes.
+"""
+
+import dataclasses
+import operator
+import os
+import pathlib
+import re
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import NamedTuple
+
+from absl import flags
+
+from lex_fire import benchmark, checkpoint, cli, comparison, errors, kernels, metrics, train
+from lex_fire import config as config_lib
+from lex_fire.data import protocols
+from lex_fire.data import spec as spec_lib
+
+# Flags of one value that are fields of config.EvaluateConfig by their names.
+_FIELDS = (
+  *('protocol', 'stride', 'max_tokens', 'attention'),
+  *('documents', 'split', 'files', 'tfds_directory'),
+)
+
+
+class Progress:
+  """Prints, as windows are read, the case, the length, tokens/s and the time left."""
+
+  def __init__(self, num_cases: int, windows: Mapping[int, protocols.EvaluationWindows]):
+    """Expects the windows of each length to be read for so many cases, of all runs."""
+    self._total = num_cases * sum(cut.inputs_WL.size for cut in windows.values())
+    self._done, self._start = 0, time.monotonic()
+    self._shown = self._start
+
+  def __call__(self, case: str, length: int, tokens: int) -> None:
+    """Takes note of `tokens` more."""
+    self._done += tokens
+    now = time.monotonic()
+    if now - self._shown > 2.0:
+      rate = self._done / (now - self._start)
+      left = max(self._total - self._done, 0) / rate
+      train.say(f'{case} at {length}: {rate:,.0f} tokens/s, ETA {metrics.clock(left)}')
+      self._shown = now
+
+
+def _request(config: config_lib.Config) -> config_lib.EvaluateConfig:
+  """Returns the request of the flags, completed by the first run's config."""
+  values = {
+    'lengths': cli.whole_numbers('lengths'),
+    'masks': flags.FLAGS['mask'].value,
+    'encodings': flags.FLAGS['encoding'].value,
+    **{name: flags.FLAGS[name].value for name in _FIELDS},
+  }
+  given = {field: value for field, value in values.items() if value is not None}
+  return dataclasses.replace(
+    config.evaluate,
+    **{field: tuple(value) if isinstance(value, list) else value for field, value in given.items()},
+  )
+
+
+def same_tokens(request: config_lib.EvaluateConfig) -> tuple[str, ...]:
+  """Returns in which fields runs must be alike for their losses to be of the same tokens."""
+  own = ('data.task', f'data.{request.split}_files')
+  if request.documents:
+    own = ()
+  elif request.split not in spec_lib.SPLITS_OF_FILES:
+    own = own[:1]
+  return (*own, 'data.vocabulary', 'model.causal')
+
+
+def _check_alike(workdirs, configs, fields) -> None:
+  """Refuses runs whose configs differ in some fields, in which they must agree to be compared."""
+  for workdir, config in zip(workdirs, configs, strict=True):
+    for field in [*fields, *([] if config.model.causal else ['data.mask_rate'])]:
+      first, other = (operator.attrgetter(field)(c) for c in (configs[0], config))
+      if first != other:
+        raise errors.UserError(
+          f'{str(workdir)!r} has {field}={other!r}, not {first!r} as {str(workdirs[0])!r}; '
+          'evaluate it alone'
+        )
+
+
+def _file_name(runs: Sequence[str], request: config_lib.EvaluateConfig, about: str) -> str:
+  """Names files after what they compare, and what is not as trained: none replaces another's."""
+  parts = list(runs) if len(runs) > 1 else []
+  for texts in (request.encodings, request.masks):
+    parts += texts if set(texts) != {config_lib.AS_TRAINED} else ()
+  return '_'.join(re.sub(r'[^\w.]+', '-', part) for part in (*parts, about))
+
+
+def _how(request: config_lib.EvaluateConfig) -> str:
+  """Says which tokens are scored, and how."""
+  documents = [request.documents] if request.documents else []
+  documents += [] if request.split == config_lib.EvaluateConfig.split else [request.split]
+  documents += [request.files] if request.files else []
+  parts = [benchmark.file_name(' '.join(documents))] if documents else []
+  parts += [request.protocol, *([f'stride-{request.stride}'] if request.stride else [])]
+  return '_'.join(parts)
+
+
+def output_directory(directory: pathlib.Path, name: str) -> pathlib.Path:
+  """Makes a directory, before hours are spent on what could not be written there.
+
+  Raises:
+    errors.UserError: if files of that name cannot be written into it.
+  """
+  temporary = _temporary(directory / f'{name}.json')
+  try:
+    directory.mkdir(parents=True, exist_ok=True)
+    temporary.touch()
+    temporary.unlink()
+  except OSError as error:
+    raise errors.UserError(
+      f'cannot write {name!r} into {str(directory)!r}: {error.strerror}; '
+      'give another --output or --name'
+    ) from error
+  return directory
+
+
+class Asked(NamedTuple):
+  """What the flags ask for, checked.
+
+  Attributes:
+    workdirs: of the runs.
+    runs: their names.
+    configs: of the runs, with the request in `evaluate`.
+    request: the same for all.
+    num_cases: of all runs together.
+    directory: of the files, which can be written.
+    name: of the files.
+  """
+
+  workdirs: list[pathlib.Path]
+  runs: list[str]
+  configs: list[config_lib.Config]
+  request: config_lib.EvaluateConfig
+  num_cases: int
+  directory: pathlib.Path
+  name: str
+
+
+def asked(prefix: str = '', about: str | None = None, alike: Sequence[str] | None = None) -> Asked:
+  """Reads the flags, and the configs of the runs, and refuses what cannot be done.
+
+  Args:
+    prefix: of the files' name, unless the flags give it.
+    about: which ends that name; by default the documents, the protocol and the stride.
+    alike: fields in which the runs' configs must agree; by default those of `same_tokens`.
+
+  Raises:
+    errors.UserError: for a mistake in the flags.
+  """
+  workdirs = [pathlib.Path(workdir) for workdir in flags.FLAGS.workdir or ()]
+  if not workdirs:
+    raise errors.UserError('--workdir is missing: the run or runs (DIR,DIR) to evaluate')
+  if len({workdir.resolve() for workdir in workdirs}) < len(workdirs):
+    raise errors.UserError(f'--workdir={",".join(map(str, workdirs))} names a run twice')
+  configs = [checkpoint.read_config(workdir) for workdir in workdirs]
+  request = _request(configs[0])
+  _check_alike(workdirs, configs, same_tokens(request) if alike is None else alike)
+  configs = [dataclasses.replace(config, evaluate=request) for config in configs]
+  num_cases = sum(len(comparison.cases(config)) for config in configs)
+  runs = comparison.names(workdirs)
+  name = flags.FLAGS.name or prefix + _file_name(runs, request, about or _how(request))
+  default = os.path.join(os.path.commonpath([path.absolute() for path in workdirs]), 'evaluations')
+  directory = pathlib.Path(flags.FLAGS.output or os.path.relpath(default))
+  output_directory(directory, name)
+  return Asked(workdirs, runs, configs, request, num_cases, directory, name)
+
+
+def write_files(
+  directory: pathlib.Path, writers: Mapping[str, Callable[[pathlib.Path], None]]
+) -> list[pathlib.Path]:
+  """Writes files into a directory, each whole or not at all.
+
+  Args:
+    directory: where.
+    writers: {file name: writes the file of a path}.
+
+  Returns:
+    The paths.
+  """
+  paths = []
+  for name, write_file in writers.items():
+    path = directory / name
+    write_file(_temporary(path))
+    os.replace(_temporary(path), path)
+    paths.append(path)
+  return paths
+
+
+def _temporary(path):
+  return path.with_name(f'.{path.stem}.partial{path.suffix}')
+
+
+def define_flags() -> None:
+  """Declares the flags that `asked` reads."""
+  flags.DEFINE_list('workdir', None, 'the run or runs to evaluate, DIR or DIR,DIR')
+  flags.DEFINE_list('lengths', None, "of the windows, in tokens (default: the run's config)")
+  flags.DEFINE_list(
+    'mask',
+    None,
+    'one or more to compare: as_trained, causal, blockwise (blocks of half the training length), '
+    "blockwise:N, window:N, or full for a bidirectional model (default: the run's config)",
+  )
+  flags.DEFINE_multi_string(
+    'encoding',
+    None,
+    'in the place of the one trained with, NAME or NAME:OPTION=VALUE,OPTION=VALUE; repeat the flag '
+    'to compare several, as_trained among them; options that are not given stay as trained where '
+    'both have them (base_period and pairing of a rotation), and train_length is that of the run '
+    "(default: the run's config)",
+  )
+  known = ', '.join(('auto', *kernels.IMPLEMENTATIONS))
+  flags.DEFINE_string('attention', None, f"one of {known} (default: the run's config)")
+  known = ', '.join(protocols.PROTOCOLS)
+  flags.DEFINE_string('protocol', None, f"one of {known} (default: the run's config)")
+  flags.DEFINE_integer(
+    'stride',
+    None,
+    'targets by which a window moves on, of which it scores that many and the first window of a '
+    "document all; divides every length; 0: windows end to end (default: the run's config)",
+  )
+  flags.DEFINE_integer('max_tokens', None, "scored at each length (default: the run's config)")
+  flags.DEFINE_string('output', None, 'a directory (default: evaluations/ where the runs are)')
+  flags.DEFINE_string('name', None, 'of the files there (default: what is compared, protocol)')
+  flags.DEFINE_string(
+    'documents',
+    None,
+    'a task of documents that takes the place of the one trained on: stdlib, text, jsonl, c4, '
+    "pg19, or a registered seqio Task (default: the run's own)",
+  )
+  flags.DEFINE_string(
+    'split', None, 'of the documents or tasks (default: test of algorithms, else validation)'
+  )
+  flags.DEFINE_string(
+    'files', None, "a glob of that split's files, for documents=text and jsonl and around needles"
+  )
+  flags.DEFINE_string('tfds_directory', None, "of TensorFlow Datasets (default: the run's config)")

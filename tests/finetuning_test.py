@@ -1,0 +1,60 @@
+"""Tests `../lex_fire/finetuning.py` and its configs: a run's model goes on to answer questions."""
+
+import runpy
+
+import pytest
+import tiny
+
+from lex_fire import asking, benchmark, benchmark_plots, checkpoint, errors, train
+from lex_fire import config as config_lib
+
+pytest.importorskip('seqio')
+
+
+def get_config(file, arg):
+  return runpy.run_path(f'configs/{file}.py')['get_config'](arg)
+
+
+@pytest.mark.parametrize('file, task', [('glue', 'super_glue_cb'), ('scrolls', 'qasper')])
+def test_a_run_goes_on_with_its_own_model_and_vocabulary_on_other_data(file, task, fire_run):
+  workdir, _ = fire_run
+  before = checkpoint.read_config(workdir)
+
+  values = get_config(file, f'task={task},length=99,checkpoint={workdir}')
+  found = config_lib.Config.from_dict(values.to_dict())
+
+  assert (found.model, found.encoding) == (before.model, before.encoding)
+  assert found.data.task.endswith(task) and found.data.train_files == ''
+  assert (found.data.length, found.evaluate.lengths) == (99, (99,))
+  assert (found.data.vocabulary, found.data.directory) == ('bytes', before.data.directory)
+  assert found.train.start_from == str(workdir)
+
+
+def test_what_is_no_run_is_refused(tmp_path):
+  with pytest.raises(errors.UserError, match=f"no run in workdir '{tmp_path}"):
+    get_config('glue', f'checkpoint={tmp_path}')
+
+
+def test_a_model_learns_a_task_of_glue_and_its_accuracy_is_reported(glue_directory, tmp_path):
+  """The sentences are 'good' and 'bad', so that a few steps are enough."""
+  values = get_config('glue', 'task=glue_sst2,size=tiny,encoding=rope,vocabulary=bytes,length=64')
+  values = values.to_dict()
+  data = {'batch_size': 8, 'directory': str(tmp_path), 'tfds_directory': str(glue_directory)}
+  for section, fields in {
+    'model': tiny.MODEL,
+    'data': data,
+    'optimizer': {'learning_rate': 0.03, 'warmup_steps': 2},
+    'train': {'steps': 40, 'checkpoint_every': 40},
+  }.items():
+    values[section].update(fields)
+
+  config = config_lib.Config.from_dict(values)
+  train.train(config, tmp_path / 'run')
+  asked = asking.Asked(('glue_sst2',))
+  (plan,) = benchmark.plan([tmp_path / 'run'], asked, config.evaluate)
+  (report,) = benchmark.run(plan, tmp_path / 'answers')
+
+  (entry,) = report['tasks']
+  assert (entry['split'], entry['length'], entry['questions']) == ('validation', 64, 4)
+  assert entry['scores'] == {'accuracy': 100.0}
+  assert 'glue_sst2 at 64 [accuracy, %]' in benchmark_plots.table([report])

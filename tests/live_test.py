@@ -1,0 +1,283 @@
+"""Tests of `lex_fire/data/live.py`: windows of a Task read as a run goes, and its places."""
+
+import collections
+import json
+import re
+import shutil
+
+import jax
+import numpy as np
+import pytest
+import seqio
+import tensorflow as tf
+import tiny
+from language_test import TEXTS, c4_directory  # noqa: F401
+
+from lex_fire import errors, train
+from lex_fire.data import live, reading, tasks
+from lex_fire.data.spec import Spec
+
+LENGTH, ROWS = 8, 2
+TRAIN = TEXTS[:9]  # of which the fixture makes split train, in three files
+
+
+@pytest.fixture(autouse=True)
+def block_tokens(monkeypatch):
+  """Makes blocks of four batches."""
+  monkeypatch.setattr(live, 'BLOCK_TOKENS', 4 * ROWS * LENGTH)
+
+
+@pytest.fixture
+def in_order(monkeypatch):
+  """Makes blocks of one batch, so that of one row a batch none changes places."""
+  monkeypatch.setattr(live, 'BLOCK_TOKENS', 1)
+
+
+@pytest.fixture
+def c4(c4_directory):  # noqa: F811
+  return tasks.get_task(Spec('c4', tfds_directory=c4_directory))
+
+
+def write_lines(path, texts):
+  path.write_text(''.join(json.dumps({'text': text}) + '\n' for text in texts))
+  return {'train': str(path)}
+
+
+@pytest.fixture
+def lines(tmp_path):
+  """A Task over one file, and so of one part."""
+  return tasks.get_task(Spec('jsonl', files=write_lines(tmp_path / 'train.jsonl', TRAIN)))
+
+
+def opened(task, process_index=0, process_count=1, seed=3, rows=ROWS):
+  return live.Live(
+    task,
+    LENGTH,
+    rows,
+    seed=seed,
+    isolate_documents=False,
+    process_index=process_index,
+    process_count=process_count,
+  )
+
+
+def windows(source, steps, start=0):
+  """Returns [W, L + 1]: the inputs of windows, and the last target of each."""
+  found = [source.batch(start + step) for step in range(steps)]
+  return np.concatenate(
+    [np.append(batch['inputs_BL'], batch['targets_BL'][:, -1:], axis=1) for batch in found]
+  )
+
+
+def tokens_of(text):
+  return (*(byte + 3 for byte in text.encode()), 1)
+
+
+def documents_of(targets_L):
+  """The documents of a text of tokens, but the last, which may be cut."""
+  ends = [index + 1 for index, token in enumerate(targets_L) if token == 1]
+  return [tuple(targets_L[start:end]) for start, end in zip([0, *ends[:-1]], ends, strict=True)]
+
+
+def test_documents_of_a_part_come_end_to_end_epoch_after_epoch(lines, in_order):
+  found = windows(opened(lines, rows=1), 150)
+
+  text = np.concatenate([[1], found[:, 1:].ravel()])  # each window begins where one ended
+  assert (found[:, 0] == text[:-1:LENGTH]).all()
+  assert len(text) > 2 * sum(len(tokens_of(text)) for text in TRAIN)
+  expected = [token for text in 3 * TRAIN for token in tokens_of(text)]
+  assert text[1:].tolist() == expected[: len(text) - 1]
+
+
+def test_parts_are_read_by_turns_each_document_once_an_epoch(c4, in_order):
+  found = windows(opened(c4, rows=1), 300)
+
+  # One of three parts each, so that every chain of windows is a text of its own.
+  chains = [documents_of(found[first::3, 1:].ravel().tolist()) for first in range(3)]
+  counts = collections.Counter(document for chain in chains for document in chain)
+  assert set(counts) == set(map(tokens_of, TRAIN))
+  assert max(counts.values()) - min(counts.values()) <= 3  # parts are not equally long
+  assert min(counts.values()) >= 2
+
+
+def test_windows_are_shuffled_in_their_block_and_none_leaves_it(lines, monkeypatch):
+  shuffled = windows(opened(lines), 8).reshape(2, 8, LENGTH + 1)
+  monkeypatch.setattr(live, 'BLOCK_TOKENS', 1)
+  straight = windows(opened(lines, rows=1), 16).reshape(2, 8, LENGTH + 1)
+
+  for block, expected in zip(shuffled.tolist(), straight.tolist(), strict=True):
+    assert block != expected
+    assert sorted(block) == sorted(expected)
+
+
+@pytest.mark.parametrize('step', [1, 4, 43])
+@pytest.mark.parametrize('name', ['c4', 'lines'])
+def test_a_restored_place_goes_on_with_the_very_next_batch(name, request, step, tmp_path):
+  task = request.getfixturevalue(name)
+  source = opened(task)
+  windows(source, step)
+  source.save(tmp_path, keep=[])
+  expected = windows(source, 30, start=step)
+
+  resumed = opened(task)
+  resumed.restore(tmp_path, step)
+
+  assert windows(resumed, 30, start=step).tolist() == expected.tolist()
+
+
+def test_what_is_passed_over_is_not_read_again(c4, tmp_path, monkeypatch):
+  source = opened(c4)
+  windows(source, 43)
+  source.save(tmp_path, keep=[])
+  read = []
+
+  def documents(task, split, part, num_parts, start):
+    read.append(start)
+    return reading_documents(task, split, part, num_parts, start)
+
+  reading_documents = reading.documents
+  monkeypatch.setattr(reading, 'documents', documents)
+  opened(c4).restore(tmp_path, 43)
+
+  assert any(read[:3])
+
+
+def test_a_place_is_small_whatever_was_read(c4, tmp_path):
+  source = opened(c4)
+  windows(source, 100)
+  source.save(tmp_path, keep=[])
+
+  assert (tmp_path / 'places' / '100' / 'host-0-of-1.json').stat().st_size < 300
+
+
+def test_places_that_no_checkpoint_needs_are_removed(c4, tmp_path):
+  source = opened(c4)
+  for step in range(3):
+    source.batch(step)
+    source.save(tmp_path, keep=[1])
+
+  assert sorted(path.name for path in (tmp_path / 'places').iterdir()) == ['1', '3']
+
+
+def test_hosts_read_different_documents(c4, in_order):
+  found = [windows(opened(c4, index, 2), 60)[:, 1:] for index in range(2)]
+
+  # The first of two hosts has two of the three parts.
+  chains = [found[0][::2], found[0][1::2], found[1]]
+  read = [set(documents_of(chain.ravel().tolist())) for chain in chains]
+  assert all(read)
+  assert (read[0] | read[1]) | read[2] == set(map(tokens_of, TRAIN))
+  assert not (read[0] | read[1]) & read[2]
+
+
+def test_a_seed_is_another_order(c4):
+  first, second = (windows(opened(c4, seed=seed), 4).tolist() for seed in (1, 2))
+
+  assert first != second
+
+
+@pytest.fixture
+def run(tmp_path):
+  """The config of a run over lines."""
+  texts = [9 * text for text in TEXTS]
+  data = {
+    'task': 'jsonl',
+    'directory': str(tmp_path / 'prepared'),
+    'train_files': write_lines(tmp_path / 'train.jsonl', texts)['train'],
+    'validation_files': write_lines(tmp_path / 'validation.jsonl', texts)['train'],
+  }
+  steps = {'steps': 4, 'checkpoint_every': 2, 'keep_latest': 2}
+  return tiny.config(data, data={'streaming': True, 'length': 16}, train=steps)
+
+
+def test_a_resumed_run_ends_as_an_unbroken_one(run, tmp_path):
+  unbroken = train.train(run, tmp_path / 'run')
+
+  shutil.rmtree(tmp_path / 'run' / 'checkpoints' / '4')  # as if killed after step 2
+  resumed = train.train(run, tmp_path / 'run')
+
+  for kept, again in zip(*map(jax.tree.leaves, (unbroken, resumed)), strict=True):
+    assert np.array_equal(kept, again)
+  assert not list((tmp_path / 'prepared').glob('*train*'))
+  # From data that have changed it does not go on.
+  write_lines(tmp_path / 'train.jsonl', TEXTS)
+  with pytest.raises(errors.UserError, match='the train data have changed'):
+    train.train(run, tmp_path / 'run')
+
+
+def test_a_place_that_was_not_saved_is_refused(c4, tmp_path):
+  source = opened(c4)
+  windows(source, 1)
+  source.save(tmp_path, keep=[])
+
+  with pytest.raises(errors.UserError, match="places/7' has no place .* of: no host"):
+    opened(c4).restore(tmp_path, 7)
+  with pytest.raises(errors.UserError, match='of host-0-of-2, but of: host-0-of-1; go on with as'):
+    opened(c4, 0, 2).restore(tmp_path, 1)
+
+
+@pytest.mark.parametrize('content', ['{', '[]', '{"place": {}, "taken": 0}', '{"taken": 0}'])
+def test_a_damaged_place_is_refused(c4, tmp_path, content):
+  path = tmp_path / 'places' / '1' / 'host-0-of-1.json'
+  path.parent.mkdir(parents=True)
+  path.write_text(content)
+
+  with pytest.raises(errors.UserError, match='is not a place in the data.* delete the checkpoint'):
+    opened(c4).restore(tmp_path, 1)
+
+
+def test_a_place_that_cannot_be_written_is_a_users_error(c4, tmp_path):
+  source = opened(c4)
+  windows(source, 1)
+  (tmp_path / 'places').touch()
+
+  with pytest.raises(errors.UserError, match="cannot write '.*/places/1/host-0-of-1.json': "):
+    source.save(tmp_path, keep=[])
+
+
+def test_more_hosts_than_parts_are_refused(c4):
+  with pytest.raises(errors.UserError, match='in 3 parts.* too few for process_count=64'):
+    opened(c4, 0, 64, rows=64)
+
+
+def test_questions_are_refused():
+  with pytest.raises(errors.UserError, match="'copy.*' asks questions, a row each"):
+    opened(tasks.get_task(Spec('copy')))
+
+
+def test_a_line_that_is_wrong_is_told_to_who_reads(tmp_path):
+  files = write_lines(tmp_path / 'bad.jsonl', TRAIN)
+  with (tmp_path / 'bad.jsonl').open('a') as file:
+    file.write('{"text": 3}\n')
+
+  with pytest.raises(errors.UserError, match=r'bad\.jsonl. line 10'):
+    windows(opened(tasks.get_task(Spec('jsonl', files=files))), 100)
+
+
+def test_a_split_without_documents_is_refused():
+  name = 'no_documents'
+  if name not in seqio.TaskRegistry.names():
+    seqio.TaskRegistry.add(
+      name,
+      source=seqio.FunctionDataSource(
+        lambda split, shuffle_files, seed=None: tf.data.Dataset.from_tensors({'targets': [1]}).take(
+          0
+        ),
+        splits=('train',),
+      ),
+      preprocessors=[],
+      output_features={'targets': seqio.Feature(seqio.ByteVocabulary(), add_eos=True)},
+    )
+
+  with pytest.raises(errors.UserError, match='no document in any of 1 parts; '):
+    windows(opened(tasks.get_task(Spec(name))), 1)
+
+
+def test_a_step_out_of_turn_is_a_defect(c4):
+  with pytest.raises(ValueError, match=re.escape('step=1 does not follow -1')):
+    opened(c4).batch(1)
+
+
+def test_a_place_before_the_first_batch_is_a_defect(c4, tmp_path):
+  with pytest.raises(ValueError, match='nothing was read'):
+    opened(c4).save(tmp_path, keep=[])
