@@ -1,5 +1,5 @@
 # Two commands: `make quickstart` trains, evaluates and plots; `make test` lints, checks types and tests.
-# A third, `make test-tpu`, compiles the kernels for TPUs, in an environment of its own, without one.
+# A third, `make test-tpu`, compiles kernels and steps for TPUs, in an environment of its own, without one.
 # A fourth, `make test-beam`, prepares streams by Apache Beam, in one of its own as well.
 # The first two make .venv from PYTHON (3.11 or newer) first; another PYTHON makes it anew.
 
@@ -31,7 +31,7 @@ test: .venv/tested-$(VERSION)
 
 # Of the files that it imports, none needs what requirements.txt has besides.
 test-tpu: .venv-tpu/installed-$(VERSION)
-	JAX_PLATFORMS=cpu .venv-tpu/bin/python -m pytest -q tests/compile_tpu_test.py
+	JAX_PLATFORMS=cpu .venv-tpu/bin/python -m pytest -q tests/compile_tpu_test.py tests/compile_command_tpu_test.py
 
 test-beam: .venv-beam/installed-$(VERSION)
 	JAX_PLATFORMS=cpu .venv-beam/bin/python -m pytest -q tests/prepare_beam_test.py

@@ -7,7 +7,8 @@ C4 must have been made in TFDS_DIR (tensorflow.org/datasets/catalog/c4); its str
 prepared when a run first needs it, or before by `python -m lex_fire.data.prepare --task=c4`.
 
 Arguments: size (a preset of lex_fire.presets), encoding, vocabulary (t5, bytes, or the path of a
-SentencePiece model).
+SentencePiece model), mesh (of presets.MESHES: any, chip, host, 8-gpus, v5e-256, v5p-512 or
+two-slices-v5e-256). `python -m lex_fire.compile` says whether a size fits a mesh.
 """
 
 from ml_collections import config_dict
@@ -17,6 +18,8 @@ from lex_fire import config, presets
 
 def get_config(arg: str = '') -> config_dict.ConfigDict:
   """Returns the config of a preset on C4."""
-  args = config.parse_arg(arg, size='base', encoding='fire', vocabulary='t5')
+  args = config.parse_arg(arg, size='base', encoding='fire', vocabulary='t5', mesh='any')
   data = {'task': 'c4', 'vocabulary': args['vocabulary']}
-  return config_dict.ConfigDict(presets.make(args['size'], args['encoding'], data=data))
+  mesh = presets.mesh(args['mesh'])
+  values = presets.make(args['size'], args['encoding'], data=data, mesh=mesh)
+  return config_dict.ConfigDict(values)

@@ -4,7 +4,8 @@
       --config.data.train_files='books/train/*.txt.gz' \
       --config.data.validation_files='books/validation/*.txt.gz'
 
-Arguments: size (a preset of lex_fire.presets, as published), encoding.
+Arguments: size (a preset of lex_fire.presets, as published), encoding, mesh (of presets.MESHES:
+any, chip, host, 8-gpus, v5e-256, v5p-512 or two-slices-v5e-256).
 """
 
 from ml_collections import config_dict
@@ -14,6 +15,7 @@ from lex_fire import config, presets
 
 def get_config(arg: str = '') -> config_dict.ConfigDict:
   """Returns the config of a preset on local text files."""
-  args = config.parse_arg(arg, size='tiny', encoding='fire')
-  values = presets.make(args['size'], args['encoding'], data={'task': 'text'})
+  args = config.parse_arg(arg, size='tiny', encoding='fire', mesh='any')
+  mesh = presets.mesh(args['mesh'])
+  values = presets.make(args['size'], args['encoding'], data={'task': 'text'}, mesh=mesh)
   return config_dict.ConfigDict(values)

@@ -123,6 +123,11 @@ def _check(workdir, config):
       f'stride={config.evaluate.stride} is of losses, and attention is measured at all tokens of a '
       'window; use stride=0'
     )
+  if config.evaluate.sequence > 1:
+    raise errors.UserError(
+      f'sequence={config.evaluate.sequence} is of losses, and attention is measured on whole '
+      'windows; use sequence=1'
+    )
 
 
 def _layers(transformer, params):

@@ -124,6 +124,7 @@ class Attention(nn.Module):
       mask=self.mask,
       implementation=c.attention,
       split=sharding.split,
+      sequence_axis=sharding.sequence_axis(query_BLHC.shape[1]),
     )
     return jnp.einsum('BLHC,HCD->BLD', out_BLHC, out_HCD)
 
@@ -144,14 +145,18 @@ class Attention(nn.Module):
 
 
 def choice(transformer: Any, length: int) -> kernels.Choice:
-  """Returns by what implementation a `model.Transformer` attends at a length, and why."""
+  """Returns by what implementation a `model.Transformer` attends at a length, and why.
+
+  On the mesh of `jax.set_mesh`, if any.
+  """
   c = transformer.config
   query, key = (
     jax.ShapeDtypeStruct((1, length, heads, c.head_dim), jnp.dtype(c.dtype))
     for heads in (c.num_heads, c.num_kv_heads)
   )
   mask = transformer.mask or kernels.Mask(causal=c.causal)
-  return kernels.choose(c.attention, transformer.encoding, mask, query, key)
+  axis = sharding.sequence_axis(length)
+  return kernels.choose(c.attention, transformer.encoding, mask, query, key, axis)
 
 
 def encoding_params(module: nn.Module, encoding: encodings.Encoding, c: config_lib.ModelConfig):

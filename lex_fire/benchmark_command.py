@@ -8,12 +8,12 @@ from collections.abc import Callable, Iterable, Sequence
 
 from absl import flags
 
-from lex_fire import answers, asking, benchmark, command, errors, metrics, submission, train
+from lex_fire import answers, asking, benchmark, command, errors, metrics, reporting, submission
 from lex_fire import benchmark_plots as plots
 from lex_fire.data import tasks
 
 _SECONDS_BETWEEN_REPORTS = 2.0
-_OF_LOSSES = ('protocol', 'stride', 'max_tokens', 'documents')
+_OF_LOSSES = ('protocol', 'stride', 'max_tokens', 'sequence', 'documents')
 
 
 class Progress:
@@ -33,11 +33,11 @@ class Progress:
     self._left -= tokens
     self._read += tokens * are_new
     if prompts and not are_new:
-      train.say(f'{case}: {len(prompts)} answers are there already')
+      reporting.say(f'{case}: {len(prompts)} answers are there already')
     now = time.monotonic()
     if self._read and now - self._shown > _SECONDS_BETWEEN_REPORTS:
       left = self._left * (now - self._start) / self._read
-      train.say(f'{case}: {self._done} of {self._total} answers, ETA {metrics.clock(left)}')
+      reporting.say(f'{case}: {self._done} of {self._total} answers, ETA {metrics.clock(left)}')
       self._shown = now
 
 

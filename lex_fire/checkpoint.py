@@ -4,21 +4,30 @@ import contextlib
 import json
 import os
 import pathlib
+import time
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
 import orbax.checkpoint as ocp
+from jax.experimental import multihost_utils
 from orbax.checkpoint.checkpoint_managers import preservation_policy
 
 from lex_fire import config as config_lib
 from lex_fire import errors
 
 _CONFIG = 'config.json'
+_DATA = 'data.json'
+VOCABULARY = 'vocabulary'  # beside the splits, in _DATA
 _METRIC = 'validation_loss'
 
 
 def _loss(metrics: dict[str, float]) -> float:
   return metrics[_METRIC]
+
+
+class Damaged(errors.UserError):
+  """A checkpoint that cannot be read."""
 
 
 class Checkpoints:
@@ -48,40 +57,131 @@ class Checkpoints:
       item_names=('params', 'optimizer'),
     )
 
-  def save(self, step: int, state: dict[str, Any], validation_loss: float) -> None:
-    """Saves the state after `step` steps: returns once it is copied, writes in the background."""
+  def save(self, step: int, state: dict[str, Any], validation_loss: float | None) -> None:
+    """Saves the state after `step` steps: returns once it is copied, writes in the background.
+
+    Args:
+      step: steps so far.
+      state: as `train.State`.
+      validation_loss: by which the best are kept; None: not measured, and it is never one of them.
+
+    Raises:
+      errors.UserError: if this or the save before cannot be written, as on a full disk.
+    """
     items = {name: ocp.args.StandardSave(state[name]) for name in ('params', 'optimizer')}
-    metrics = {_METRIC: validation_loss}
-    self._manager.save(step, args=ocp.args.Composite(**items), metrics=metrics)
+    metrics = None if validation_loss is None else {_METRIC: validation_loss}
+    with self._writing():
+      self._manager.save(step, args=ocp.args.Composite(**items), metrics=metrics)
+
+  @contextlib.contextmanager
+  def _writing(self) -> Iterator[None]:
+    """Makes users' mistakes of what Orbax and TensorStore raise when they cannot write."""
+    try:
+      yield
+    except (OSError, ValueError) as error:
+      reason = ' '.join(str(error).split())[:200]
+      raise errors.UserError(
+        f'a checkpoint cannot be written into {str(self._manager.directory)!r}: {reason}; '
+        'make room, and run the same command again, which goes on from the one before'
+      ) from error
 
   def steps(self) -> list[int]:
-    """Returns the steps of all checkpoints that are kept."""
-    return list(self._manager.all_steps())
+    """Returns the steps of all whole checkpoints that are there, in order.
+
+    Orbax's own list has one that is being written, and lacks those that go once it is.
+    """
+    directory = pathlib.Path(self._manager.directory)
+    return sorted(int(path.name) for path in directory.iterdir() if path.name.isdecimal())
 
   def latest(self) -> int | None:
     """Returns the newest whole checkpoint's step, or None."""
     return self._manager.latest_step()
 
+  def restore_newest(
+    self, abstract: dict[str, Any], say: Callable[[str], None]
+  ) -> tuple[int, dict[str, Any]] | None:
+    """Reads the newest checkpoint that is whole, as `restore`; None if there is no checkpoint.
+
+    One that is damaged is moved to `damaged` in the workdir, and the one before is read.
+
+    Args:
+      abstract: as for restore.
+      say: is told of damage.
+
+    Raises:
+      errors.UserError: if it is of another model, or there are checkpoints and none is whole.
+    """
+    damaged: list[tuple[int, Damaged]] = []
+    for step in reversed(self.steps()):
+      try:
+        restored = self.restore(step, abstract)
+      except Damaged as error:
+        damaged.append((step, error))
+        continue
+      for of_damaged, error in damaged:
+        place = self._put_away(of_damaged)
+        say(f'{error}; it is now {str(place)!r}, and the run goes on from step {step}')
+      return step, restored
+    if damaged:
+      raise errors.UserError(
+        f'{damaged[0][1]}; there is no other that is whole: restore one, or use another --workdir'
+      )
+    return None
+
+  def _put_away(self, step: int) -> pathlib.Path:
+    """Moves a checkpoint out of the way of those to come; returns where it is now."""
+    directory = pathlib.Path(self._manager.directory)
+    place = directory.parent / 'damaged' / f'{step}-{int(time.time())}'
+    if jax.process_index() == 0:
+      place.parent.mkdir(exist_ok=True)
+      os.replace(directory / str(step), place)
+    if jax.process_count() > 1:
+      multihost_utils.sync_global_devices('a damaged checkpoint is put away')
+    self._manager.reload()
+    return place
+
+  def _check_model(self, step: int, abstract_params: Any) -> None:
+    """Raises errors.UserError for the first parameter that differs from a model's, if any."""
+    # Orbax wants a path of its own kind; any will do.
+    folder: Any = pathlib.Path(self._manager.directory) / str(step) / 'params'
+    try:
+      metadata: Any = ocp.StandardCheckpointHandler().metadata(folder)
+      found = shapes(metadata.tree)
+    except Exception:  # damaged, which reading tells better; Orbax raises errors of all kinds
+      return
+    asked = shapes(abstract_params)
+    for name in sorted({**found, **asked}):
+      if found.get(name) != asked.get(name):
+        raise errors.UserError(
+          f'checkpoint {str(folder.parent)!r} is of another model: its {name} has shape '
+          f'{found.get(name)}, and that of the config {asked.get(name)}; restore config.json, or '
+          'use another --workdir'
+        )
+
   def restore(self, step: int, abstract: dict[str, Any]) -> dict[str, Any]:
     """Reads the items that `abstract` (of ShapeDtypeStructs with shardings) names, bit for bit.
 
     Raises:
-      errors.UserError: if the checkpoint is damaged, or of another model.
+      errors.UserError: if the checkpoint is of another model, by the first parameter that differs.
+      Damaged: if it cannot be read.
     """
+    self._check_model(step, abstract['params'])
     items = {name: ocp.args.StandardRestore(tree) for name, tree in abstract.items()}
     try:
       return dict(self._manager.restore(step, args=ocp.args.Composite(**items)).items())
     except (ValueError, KeyError, OSError) as error:
       path = pathlib.Path(self._manager.directory) / str(step)
       reason = ' '.join(str(error).split())[:200]
-      raise errors.UserError(
-        f'checkpoint {str(path)!r} is damaged or of another model: {reason}; '
-        'delete that directory to go on from the one before'
-      ) from error
+      raise Damaged(f'checkpoint {str(path)!r} is damaged: {reason}') from error
 
   def close(self) -> None:
-    """Waits for the saves and frees the manager's threads."""
-    self._manager.close()
+    """Waits for the saves and frees the manager's threads.
+
+    Raises:
+      errors.UserError: if a save cannot be written.
+    """
+    with self._writing():
+      self._manager.close()
 
 
 def claim_workdir(workdir: pathlib.Path, config: config_lib.Config) -> None:
@@ -114,21 +214,40 @@ def claim_workdir(workdir: pathlib.Path, config: config_lib.Config) -> None:
     )
 
 
+def check_vocabulary(workdir: pathlib.Path, name: str) -> None:
+  """Checks that the vocabulary at hand is that which a run began with, if the run says which.
+
+  Args:
+    workdir: of the run.
+    name: of the vocabulary that its config leads to now, with the hash of its model.
+
+  Raises:
+    errors.UserError: if it is another.
+  """
+  path = workdir / _DATA
+  began = json.loads(path.read_text()).get(VOCABULARY, name) if path.exists() else name
+  if began != name:
+    raise errors.UserError(
+      f'the vocabulary of the run in {str(workdir)!r} is {name!r} now and was {began!r} when it '
+      'began; restore its file'
+    )
+
+
 def claim_data(workdir: pathlib.Path, hashes: dict[str, str]) -> None:
   """Writes the hash of each split's tokens into a new workdir; in one that has them, compares.
 
   Raises:
     errors.UserError: if the data are no longer those that the run began with.
   """
-  path = workdir / 'data.json'
+  path = workdir / _DATA
   if not path.exists():
     _write_json(path, hashes)
     return
   for split, value in json.loads(path.read_text()).items():
     if hashes.get(split) != value:
       raise errors.UserError(
-        f'the {split} data have changed since the run in {str(workdir)!r} began (sha256 '
-        f'{str(hashes.get(split))[:12]}, then {value[:12]}); restore them, or use another --workdir'
+        f'the {split} data have changed since the run in {str(workdir)!r} began (now '
+        f'{str(hashes.get(split))[:40]}, then {value[:40]}); restore them, or use another --workdir'
       )
 
 
@@ -167,7 +286,8 @@ def restore_params(workdir: pathlib.Path, abstract_params: Any) -> tuple[int, An
   """Returns the newest checkpoint's step and its parameters.
 
   Raises:
-    errors.UserError: if the workdir has no checkpoint.
+    errors.UserError: if the workdir has no checkpoint, or the newest is damaged or of another
+      model.
   """
   with contextlib.closing(Checkpoints(workdir)) as checkpoints:
     step = checkpoints.latest()
@@ -175,7 +295,18 @@ def restore_params(workdir: pathlib.Path, abstract_params: Any) -> tuple[int, An
       raise errors.UserError(
         f'no checkpoint in {str(workdir)!r}; train first, or give another --workdir'
       )
-    return step, checkpoints.restore(step, {'params': abstract_params})['params']
+    try:
+      return step, checkpoints.restore(step, {'params': abstract_params})['params']
+    except Damaged as error:
+      raise errors.UserError(f'{error}; delete that directory to use the one before') from error
+
+
+def shapes(params: Any) -> dict[str, tuple[int, ...]]:
+  """Returns {the name of each array: its shape}."""
+  leaves = jax.tree_util.tree_leaves_with_path(params)
+  return {
+    jax.tree_util.keystr(path, simple=True, separator='.'): tuple(x.shape) for path, x in leaves
+  }
 
 
 def _flat(values: dict[str, Any]) -> dict[str, Any]:

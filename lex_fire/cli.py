@@ -54,8 +54,8 @@ def run(main: Callable[[], None], interrupted: str = 'interrupted') -> None:
       os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for the flush at the end
       sys.exit(141)
 
-  # Libraries' notes on how they save and compile are not for our users.
-  logging.set_verbosity(logging.ERROR)
+  # Libraries' notes on how they save and compile are not for our users; what goes wrong they raise.
+  logging.set_verbosity(logging.FATAL)
   os.environ.setdefault('TF_CPP_MIN_LOG_LEVEL', '2')
   app.run(guarded, flags_parser=parse)
 

@@ -14,14 +14,14 @@ from typing import NamedTuple
 
 from absl import flags
 
-from lex_fire import benchmark, checkpoint, cli, comparison, errors, kernels, metrics, train
+from lex_fire import benchmark, checkpoint, cli, comparison, errors, kernels, metrics, reporting
 from lex_fire import config as config_lib
 from lex_fire.data import protocols
 from lex_fire.data import spec as spec_lib
 
 # Flags of one value that are fields of config.EvaluateConfig by their names.
 _FIELDS = (
-  *('protocol', 'stride', 'max_tokens', 'attention'),
+  *('protocol', 'stride', 'max_tokens', 'attention', 'sequence'),
   *('documents', 'split', 'files', 'tfds_directory'),
 )
 
@@ -42,7 +42,7 @@ class Progress:
     if now - self._shown > 2.0:
       rate = self._done / (now - self._start)
       left = max(self._total - self._done, 0) / rate
-      train.say(f'{case} at {length}: {rate:,.0f} tokens/s, ETA {metrics.clock(left)}')
+      reporting.say(f'{case} at {length}: {rate:,.0f} tokens/s, ETA {metrics.clock(left)}')
       self._shown = now
 
 
@@ -225,6 +225,12 @@ def define_flags() -> None:
     "document all; divides every length; 0: windows end to end (default: the run's config)",
   )
   flags.DEFINE_integer('max_tokens', None, "scored at each length (default: the run's config)")
+  flags.DEFINE_integer(
+    'sequence',
+    None,
+    'devices that share the tokens of each window, for lengths that one cannot hold; twice as many '
+    "divide every length (default: the run's config)",
+  )
   flags.DEFINE_string('output', None, 'a directory (default: evaluations/ where the runs are)')
   flags.DEFINE_string('name', None, 'of the files there (default: what is compared, protocol)')
   flags.DEFINE_string(

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 
 from lex_fire import checkpoint, errors, kernels, model, sharding, train
 from lex_fire import config as config_lib
+from lex_fire.data import text as text_lib
 from lex_fire.data import vocabularies
 
 
@@ -97,8 +98,12 @@ def check_vocabulary(config: config_lib.Config, vocabulary: vocabularies.Vocabul
 
 def _abstract(transformer):
   """Returns the parameters as ShapeDtypeStructs."""
-  tokens_BL = jnp.zeros((1, 1), jnp.int32)  # parameters do not depend on the length
-  return jax.eval_shape(transformer.init, jax.random.key(0), tokens_BL)['params']
+
+  def init():
+    tokens_BL = jnp.zeros((1, 1), jnp.int32)  # parameters do not depend on the length
+    return transformer.init(jax.random.key(0), tokens_BL)['params']
+
+  return jax.eval_shape(init)
 
 
 def restore(
@@ -107,15 +112,21 @@ def restore(
   """Returns the newest checkpoint's step and its parameters, laid out on a mesh.
 
   Raises:
-    errors.UserError: if the workdir has no checkpoint, or a damaged one.
+    errors.UserError: if the workdir has no checkpoint, a damaged one or one of another model, or
+      the vocabulary has changed since the run began.
   """
+  checkpoint.check_vocabulary(workdir, text_lib.codec(config.data.spec()).vocabulary.name)
+  return checkpoint.restore_params(workdir, abstract_params(config, mesh))
+
+
+def abstract_params(config: config_lib.Config, mesh: jax.sharding.Mesh) -> Any:
+  """Returns the parameters of a run as ShapeDtypeStructs, laid out on a mesh."""
   abstract = _abstract(train.make_model(config))
-  abstract = jax.tree.map(
+  return jax.tree.map(
     lambda x, layout: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=layout),
     abstract,
     sharding.of_tree(abstract, mesh),
   )
-  return checkpoint.restore_params(workdir, abstract)
 
 
 def names(workdirs: Sequence[pathlib.Path]) -> list[str]:

@@ -12,7 +12,7 @@ from typing import Any
 from lex_fire import encodings, errors, kernels
 from lex_fire.data import protocols
 from lex_fire.data import spec as spec_lib
-from lex_fire.kernels import decay
+from lex_fire.kernels import decay, ring
 from lex_fire.kernels import mask as mask_lib
 
 ACTIVATIONS = ('gelu', 'swiglu')
@@ -197,6 +197,7 @@ class MeshConfig:
 
   replica: int = -1  # devices that share a batch and hold all parameters each; -1: all others
   fsdp: int = 1  # devices that share both a batch and the parameters
+  sequence: int = 1  # devices that share the tokens of each window
   tensor: int = 1  # devices that share heads, the width of MLPs and the vocabulary
 
 
@@ -208,6 +209,7 @@ class TrainConfig:
   accumulation: int = 1  # parts that a batch is computed in, one after another; divides batch_size
   seed: int = 0  # of parameters and of the order of windows
   start_from: str = ''  # the workdir of a run whose newest parameters are the first; '': drawn
+  non_finite: str = 'stop'  # what a step does whose loss or gradient is not; or 'skip': nothing
   log_every: int = 10  # steps
   checkpoint_every: int = 100  # steps; the validation loss is measured and the state saved
   validation_windows: int = 64  # at most this many, the same each time
@@ -215,9 +217,10 @@ class TrainConfig:
   keep_best: int = 1  # checkpoints, by validation loss
 
   def __post_init__(self):
-    names = [
-      field.name for field in dataclasses.fields(self) if field.name not in ('seed', 'start_from')
-    ]
+    others = ('seed', 'start_from', 'non_finite')
+    names = [field.name for field in dataclasses.fields(self) if field.name not in others]
+    if self.non_finite not in ('stop', 'skip'):
+      raise errors.UserError(f"train.non_finite={self.non_finite!r} must be 'stop' or 'skip'")
     _at_least(0, **{'train.seed': self.seed})
     _at_least(1, **{f'train.{name}': getattr(self, name) for name in names})
 
@@ -237,16 +240,19 @@ class EvaluateConfig:
   split: str = 'validation'  # of it
   files: str = ''  # glob of that split's files, for documents of text and jsonl
   tfds_directory: str = ''  # where TensorFlow Datasets are; '': data.tfds_directory
+  sequence: int = 1  # devices that share the tokens of each window, for lengths too long for one
 
   def __post_init__(self):
     protocols.get(self.protocol)
     _at_least(0, **{'evaluate.stride': self.stride})
-    _at_least(1, **{'evaluate.max_tokens': self.max_tokens})
+    _at_least(1, **{'evaluate.max_tokens': self.max_tokens, 'evaluate.sequence': self.sequence})
     whole = all(type(length) is int and length > 0 for length in self.lengths)
     if not whole or len(set(self.lengths)) != len(self.lengths) or not self.lengths:
       raise errors.UserError(
         f'evaluate.lengths={self.lengths} must be one or more different whole numbers above 0'
       )
+    for length in self.lengths:
+      ring.check_length(length, self.sequence, 'evaluate.lengths')
     for name in ('masks', 'encodings'):
       texts = getattr(self, name)
       if not texts or not all(isinstance(text, str) for text in texts):

@@ -13,6 +13,7 @@ import functools
 import json
 import pathlib
 from collections.abc import Callable, Sequence
+from typing import Any, cast
 
 import jax
 import numpy as np
@@ -26,16 +27,16 @@ from lex_fire import (
   command,
   comparison,
   documents,
-  loss,
+  model,
   plot,
   sharding,
 )
 from lex_fire import config as config_lib
 from lex_fire import report as report_lib
 from lex_fire.data import draws, masking, positions, protocols, reading
+from lex_fire.kernels import ring
 
 TOKENS_PER_BATCH = 32_768  # a device, of whole rows: at least one
-LOGITS_PER_BATCH = 2**29  # likewise: 2 GiB of float32
 
 
 def evaluate(
@@ -70,14 +71,14 @@ def evaluate(
   config = dataclasses.replace(config, evaluate=request or config.evaluate)
   found, common = comparison.cases(config), of_config(config)
   task, windows = documents.get_task(config), _windows(config)
-  mesh = sharding.make_mesh()
+  mesh = sharding.make_mesh(sequence=config.evaluate.sequence)
   reports = []
   with jax.set_mesh(mesh):
-    step, params = comparison.restore(config, workdir, mesh)
+    checkpoint_step, params = comparison.restore(config, workdir, mesh)
     for case in found:
       report = {
         'run': run or comparison.names([workdir])[0],
-        'checkpoint_step': step,
+        'checkpoint_step': checkpoint_step,
         **comparison.of_case(config, case),
         **common,
         'implementations': {
@@ -109,7 +110,7 @@ def _numbers(losses, task):
   """Returns the numbers of a report; a Task if the losses are of all its text."""
   rows = []
   for of_length in losses.values():
-    text_bytes = task and reading.text_bytes(task, of_length.targets_L)
+    text_bytes = task and _text_bytes(task, of_length)
     rows.append(report_lib.of_length(of_length, text_bytes))
   return {
     'documents': rows[-1]['documents'],
@@ -117,6 +118,12 @@ def _numbers(losses, task):
     'change': report_lib.change(losses),
     'positions': report_lib.by_position(losses[max(losses)]),
   }
+
+
+def _text_bytes(task, losses):
+  """Counts the bytes of the text that losses are of: that of each document, by itself."""
+  firsts = np.flatnonzero(np.diff(losses.document_L)) + 1
+  return sum(reading.text_bytes(task, tokens_L) for tokens_L in np.split(losses.targets_L, firsts))
 
 
 def _windows(config) -> dict[int, protocols.EvaluationWindows]:
@@ -132,31 +139,60 @@ def _windows(config) -> dict[int, protocols.EvaluationWindows]:
   }
 
 
+def step(
+  transformer: model.Transformer,
+  params: Any,
+  inputs_BL: jax.Array,
+  targets_BL: jax.Array,
+  position_BL: jax.Array,
+) -> jax.Array:
+  """Returns loss_BL [nats] of windows; jitted on the mesh of `jax.set_mesh`, all that is computed.
+
+  Args:
+    transformer: a case's.
+    params: the run's.
+    inputs_BL: int32.
+    targets_BL: likewise.
+    position_BL: likewise; a leading 1 broadcasts.
+  """
+  inputs_BL = sharding.constrain(inputs_BL, 'BL')
+  # Flax returns a pair only if asked by `mutable`.
+  return cast(
+    jax.Array, transformer.apply({'params': params}, inputs_BL, position_BL, None, targets_BL)
+  )
+
+
+def rows_at_once(length: int, count: int, devices: int) -> int:
+  """Returns how many of `count` windows are computed at once.
+
+  Args:
+    length: of the part of a window that a device has [tokens].
+    count: of windows.
+    devices: that share the windows, and not the tokens of one.
+  """
+  return devices * max(1, min(TOKENS_PER_BATCH // length, -(-count // devices)))
+
+
 def _losses(config, transformer, params, windows, progress):
   """Returns the Losses of windows of one length."""
-
-  @jax.jit
-  def losses(params, inputs_BL, targets_BL, position_BL):
-    inputs_BL = sharding.constrain(inputs_BL, 'BL')
-    logits_BLV = transformer.apply({'params': params}, inputs_BL, position_BL)
-    return loss.token_losses(logits_BLV, targets_BL)
-
+  losses = jax.jit(functools.partial(step, transformer))
   count, length = windows.inputs_WL.shape
-  devices = jax.device_count()
-  budget = min(TOKENS_PER_BATCH, LOGITS_PER_BATCH // transformer.config.vocab_size)
-  rows = devices * max(1, min(budget // length, -(-count // devices)))
+  shared = sharding.ways('L')
+  rows = rows_at_once(length // shared, count, sharding.ways('B'))
+  order_L = ring.zigzag(length, shared, 'a window')
   parts = []
   for start in range(0, count, rows):
     # The last batch is filled up with its last window again, which is then dropped.
     index_B = np.minimum(start + np.arange(rows), count - 1)
     loss_BL = losses(
       params,
-      windows.inputs_WL[index_B],
-      windows.targets_WL[index_B],
-      _position(length, config.data.position_range, start // rows),
+      windows.inputs_WL[index_B][:, order_L],
+      windows.targets_WL[index_B][:, order_L],
+      _position(length, config.data.position_range, start // rows)[:, order_L],
     )
+    loss_BL = np.asarray(loss_BL)[:, np.argsort(order_L)]
     scored_BL = windows.scored_WL[start : start + rows]
-    parts.append(np.asarray(loss_BL)[: len(scored_BL)][scored_BL])
+    parts.append(loss_BL[: len(scored_BL)][scored_BL])
     progress(scored_BL.size)
   index_L, position_L = np.nonzero(windows.scored_WL)
   return report_lib.Losses(
@@ -165,6 +201,7 @@ def _losses(config, transformer, params, windows, progress):
     windows.targets_WL[windows.scored_WL],
     position_L,
     windows.document_W[index_L],
+    windows.too_short,
   )
 
 

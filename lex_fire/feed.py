@@ -6,8 +6,8 @@ from collections.abc import Callable, Collection, Iterator
 
 import jax
 
+from lex_fire import checkpoint, errors
 from lex_fire import config as config_lib
-from lex_fire import errors
 from lex_fire.data import (
   batches,
   draws,
@@ -51,7 +51,11 @@ class Data:
       seed = config.train.seed
       self._drawn = batches.TrainSampler(rows, c.batch_size, seed=seed, **self._process)
       train_hash = manifest['sha256']
-    self.hashes = {'train': train_hash, 'validation': self.validation_manifest['sha256']}
+    self.hashes = {
+      'train': train_hash,
+      'validation': self.validation_manifest['sha256'],
+      checkpoint.VOCABULARY: self.validation_manifest['vocabulary']['name'],
+    }
 
   def _check_ids(self):
     c = self._config.model

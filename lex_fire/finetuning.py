@@ -22,7 +22,8 @@ def make(args: Mapping[str, str], data: dict[str, Any], **recipe: dict[str, Any]
     **recipe: fields of `optimizer` and `train`.
 
   Raises:
-    errors.UserError: if there is no such run, what it has is given again, or as presets.make does.
+    errors.UserError: if there is no such run, it has another encoding, vocabulary or size than is
+      given, or as presets.make does.
   """
   if args['checkpoint']:
     values = _of_checkpoint(args, data, recipe)
@@ -38,12 +39,14 @@ def make(args: Mapping[str, str], data: dict[str, Any], **recipe: dict[str, Any]
 
 def _of_checkpoint(args, data, recipe):
   """Returns the config of a run with other data, to be started from its parameters."""
-  for name in _FROM_NOTHING:
-    if args[name]:
-      raise errors.UserError(
-        f'{name}={args[name]!r} is that of checkpoint={args["checkpoint"]!r}; leave it out'
-      )
   values = checkpoint.read_config(pathlib.Path(args['checkpoint']).expanduser()).to_dict()
+  own = {'encoding': values['encoding']['name'], 'vocabulary': values['data']['vocabulary']}
+  for name in _FROM_NOTHING:
+    if args[name] and args[name] != own.get(name):
+      raise errors.UserError(
+        f'{name}={args[name]!r} is not that of checkpoint={args["checkpoint"]!r}, which counts; '
+        'leave it out'
+      )
   kept = {name: values['data'][name] for name in ('vocabulary', 'directory', 'tfds_directory')}
   values['data'] = config.Config().to_dict()['data'] | kept | data
   values['optimizer'] |= recipe['optimizer']

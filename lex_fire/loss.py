@@ -1,5 +1,7 @@
 """Cross entropy over the tokens that count."""
 
+import math
+
 import jax
 import jax.numpy as jnp
 
@@ -55,9 +57,11 @@ def chunked_losses(x_BLD: jax.Array, output_VD: jax.Array, targets_BL: jax.Array
 
 def _chunks(rows: int, length: int, vocabulary: int) -> int:
   """Returns how many chunks of equal length keep to LOGITS_AT_ONCE, if tokens are that many."""
-  of_device = rows * length * vocabulary // (sharding.ways('B') * sharding.ways('V'))
+  shared = math.prod(sharding.ways(letter) for letter in 'BLV')
+  of_device = rows * length * vocabulary // shared
+  least = math.gcd(length, sharding.ways('L'))  # a chunk has a token of each part of a sequence
   return next(
     n
     for n in range(1, length + 1)
-    if length % n == 0 and (of_device <= n * LOGITS_AT_ONCE or n == length)
+    if length % (n * least) == 0 and (of_device <= n * LOGITS_AT_ONCE or n * least == length)
   )

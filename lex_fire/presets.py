@@ -55,6 +55,34 @@ PRESETS: dict[str, dict[str, dict[str, Any]]] = {
 }
 
 
+# How devices share a run, for batches of 256 and more. Names with a number are Cloud TPU's: v5e-256
+# has 256 chips, v5p-512 has 512 cores, two a chip (docs.cloud.google.com/tpu/docs/v5e and v5p).
+MESHES: dict[str, dict[str, int]] = {
+  'any': {},  # each of all devices there are has all parameters: the default of `config`
+  'chip': {'replica': 1},
+  'host': {'replica': 1, 'fsdp': 8},
+  '8-gpus': {'replica': 1, 'fsdp': 8},
+  'v5e-256': {'replica': 16, 'fsdp': 16},
+  'v5p-512': {'replica': 32, 'fsdp': 8},
+  # 512 chips, more than rows: two share the heads of each. `replica` goes over the slices.
+  'two-slices-v5e-256': {'replica': 32, 'fsdp': 8, 'tensor': 2},
+}
+
+
+def mesh(name: str) -> dict[str, int]:
+  """Returns the section `mesh` of a config.
+
+  Args:
+    name: a key of MESHES.
+
+  Raises:
+    errors.UserError: for another.
+  """
+  if name not in MESHES:
+    raise errors.UserError(f'unknown preset mesh={name!r}; known: {", ".join(MESHES)}')
+  return dict(MESHES[name])
+
+
 def make(size: str, encoding_name: str, **sections: dict[str, Any]) -> dict[str, Any]:
   """Returns the config of a preset as nested dicts, for `config.Config.from_dict` or a ConfigDict.
 

@@ -22,6 +22,7 @@ class Losses(NamedTuple):
     targets_L: int32, the tokens.
     position_L: of each in its window.
     document_L: index of the document that each is from.
+    too_short: how many documents were read that have no window of the length.
   """
 
   length: int
@@ -29,6 +30,7 @@ class Losses(NamedTuple):
   targets_L: np.ndarray
   position_L: np.ndarray
   document_L: np.ndarray
+  too_short: int
 
 
 def _mean(loss_L) -> float:
@@ -67,6 +69,7 @@ def of_length(losses: Losses, text_bytes: int | None) -> Report:
     'length': losses.length,
     'tokens': tokens,
     'documents': documents,
+    'documents_too_short': losses.too_short,
     'nats_per_token': mean,
     'standard_error': error,
     'perplexity': math.exp(mean),
@@ -125,6 +128,8 @@ def heading(report: Report) -> str:
   """Says what a table of a report and others on the same documents shows."""
   last = report['lengths'][-1]
   tokens = f'{last["tokens"]:,} tokens of {last["documents"]} documents'
+  if last['documents_too_short']:
+    tokens += f'; {last["documents_too_short"]} have no window of {last["length"]}'
   return f'{unit(report)} by length ({how(report)}, {tokens}), {documents(report)}'
 
 

@@ -17,16 +17,20 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from lex_fire import errors
 
-AXES = ('replica', 'fsdp', 'tensor')
+AXES = ('replica', 'fsdp', 'sequence', 'tensor')
 
 # Letter of a dimension -> mesh axes that split it. An array uses an axis once: the first letter
-# takes it, so an activation [B, L, D] is split by batch, and a parameter [D, F] by both.
+# takes it, so an activation [B, L, D] is split by batch, and a parameter [D, F] by both. Only
+# activations and batches have letters of a sequence.
 RULES = {
   'B': ('replica', 'fsdp'),
   'D': ('fsdp',),
   'F': ('tensor',),
   'G': ('tensor',),
   'H': ('tensor',),
+  'K': ('sequence',),
+  'L': ('sequence',),
+  'Q': ('sequence',),
   'V': ('tensor',),
 }
 
@@ -34,6 +38,7 @@ RULES = {
 def make_mesh(
   replica: int = -1,
   fsdp: int = 1,
+  sequence: int = 1,
   tensor: int = 1,
   devices: Sequence[Any] | None = None,
 ) -> Mesh:
@@ -46,6 +51,7 @@ def make_mesh(
     replica: devices over which batches are split and parameters copied.
     fsdp: devices over which both batches and parameters are split (Zhao et al. 2023,
       arXiv:2304.11277).
+    sequence: devices over which the tokens of each row are split, see `kernels.ring`.
     tensor: devices over which heads, the MLP's width and the vocabulary are split (Shoeybi et al.
       2019, arXiv:1909.08053).
     devices: the devices to use; all of them by default.
@@ -55,19 +61,24 @@ def make_mesh(
       divide `replica`.
   """
   devices = jax.devices() if devices is None else devices
-  sizes = _sizes({'replica': replica, 'fsdp': fsdp, 'tensor': tensor}, len(devices))
+  asked = {'replica': replica, 'fsdp': fsdp, 'sequence': sequence, 'tensor': tensor}
+  sizes = _sizes(asked, len(devices))
   # Auto axes: the compiler places what no rule names (Explicit, the default, refuses constraints).
   types = (AxisType.Auto,) * len(AXES)
   slices = len({getattr(device, 'slice_index', 0) for device in devices})
+  # An axis may be but a part of a side of a slice's torus.
   if slices == 1:
-    return jax.make_mesh(sizes, AXES, axis_types=types, devices=devices)
+    grid = mesh_utils.create_device_mesh(sizes, devices, allow_split_physical_axes=True)
+    return Mesh(grid, AXES, axis_types=types)
   if sizes[0] % slices:
     raise errors.UserError(
       f'mesh replica={sizes[0]} is not a multiple of the {slices} slices; use one'
     )
   within = (sizes[0] // slices, *sizes[1:])
   across = (slices, *[1] * (len(AXES) - 1))
-  grid = mesh_utils.create_hybrid_device_mesh(within, across, devices)
+  grid = mesh_utils.create_hybrid_device_mesh(
+    within, across, devices, allow_split_physical_axes=True
+  )
   return Mesh(grid, AXES, axis_types=types)
 
 
@@ -147,10 +158,19 @@ def ways(letter: str) -> int:
   return math.prod(mesh_shape.get(axis, 1) for axis in RULES[letter])
 
 
-def split(function, table, arrays: dict[str, jax.Array | None]) -> jax.Array:
-  """Runs a function on each device's own rows and heads, on the mesh of `jax.set_mesh`, if any.
+def sequence_axis(length: int) -> str | None:
+  """Returns the axis that splits rows of a length on the mesh of `jax.set_mesh`; None: none does.
 
-  For what the compiler cannot divide by itself, as kernels. The gradient of an array is summed over
+  A row of one token is whole, as every dimension of 1 is.
+  """
+  return 'sequence' if ways('L') > 1 and length > 1 else None
+
+
+def split(function, table, arrays: dict[str, jax.Array | None]) -> jax.Array:
+  """Runs a function on each device's own share of arrays, on the mesh of `jax.set_mesh`, if any.
+
+  Its own rows, heads and tokens, that is: for what the compiler cannot divide by itself, as kernels
+  and the ring of devices that share a sequence. The gradient of an array is summed over
   the devices that share it.
 
   Args:

@@ -21,13 +21,15 @@ from lex_fire import (
   cli,
   errors,
   feed,
-  metrics,
   model,
   optimizer,
+  preemption,
+  reporting,
   sharding,
 )
 from lex_fire import config as config_lib
-from lex_fire.data import stream, text
+from lex_fire.data import text
+from lex_fire.kernels import ring
 
 State = dict[str, Any]  # {'params': pytree, 'optimizer': pytree}
 Batch = feed.Batch
@@ -60,7 +62,8 @@ def step(
   """Takes one optimizer step; the batch is computed in config.train.accumulation parts.
 
   Returns:
-    The next state, and the scalars `loss` [nats per token] and `gradient_norm` (before clipping).
+    The next state, or the same one if `loss` or `gradient_norm` is not finite; and these scalars,
+    in nats per token and before clipping.
   """
   transformer = make_model(config)
 
@@ -80,11 +83,14 @@ def step(
   updates, optimizer_state = optimizer.make(config).update(
     gradients, state['optimizer'], state['params']
   )
-  state = {
+  values = {'loss': loss_sum / weight_sum, 'gradient_norm': optax.tree.norm(gradients)}
+  following = {
     'params': optax.apply_updates(state['params'], updates),
     'optimizer': optimizer_state,
   }
-  return state, {'loss': loss_sum / weight_sum, 'gradient_norm': optax.tree.norm(gradients)}
+  is_finite = jnp.isfinite(values['loss']) & jnp.isfinite(values['gradient_norm'])
+  state = jax.tree.map(lambda new, old: jnp.where(is_finite, new, old), following, state)
+  return state, values
 
 
 def _split(x, parts):
@@ -133,9 +139,10 @@ class Program:
     """Lays the state and the batches out on the mesh; nothing is computed yet.
 
     Raises:
-      errors.UserError: if the mesh does not divide the batch or a parameter.
+      errors.UserError: if the mesh does not divide the batch, a window or a parameter.
     """
     self.mesh = mesh
+    ring.zigzag(config.data.length, mesh.shape['sequence'], 'data.length')  # refuses other lengths
     rows = config.data.batch_size // config.train.accumulation
     sharding.spec('B', (rows,), dict(mesh.shape), 'data.batch_size / train.accumulation')
     abstract = jax.eval_shape(functools.partial(init, config))
@@ -164,122 +171,29 @@ class Program:
     )
 
   def put(self, batch: Batch) -> Batch:
-    """Makes this process's rows a part of the global batch on the mesh."""
-    rows = batch['inputs_BL'].shape[0]
+    """Makes this process's rows a part of the global batch on the mesh.
+
+    If devices share the tokens of a row, these lie in the order of `ring.zigzag`. Each takes its
+    target, weight, position and segment along, and where it lies in the array means nothing to its
+    loss: so every loss is what it was, at another place, and so is their sum.
+    """
+    rows, length = batch['inputs_BL'].shape
+    order_L = ring.zigzag(length, self.mesh.shape['sequence'], 'the batch')
 
     def put_leaf(name, x):
       if x is None:
         return None
       shared = x.shape[0] != rows  # a leading 1: the same for all rows of all processes
       shape = (x.shape[0] if shared else rows * jax.process_count(), *x.shape[1:])
-      spec = sharding.spec(sharding.suffix(name), shape, dict(self.mesh.shape), name)
-      layout = jax.sharding.NamedSharding(self.mesh, spec)
-      return jax.make_array_from_process_local_data(layout, x, shape)
+      layout = self.layout(name, shape)
+      return jax.make_array_from_process_local_data(layout, x[:, order_L], shape)
 
     return {name: put_leaf(name, x) for name, x in batch.items()}
 
-
-class Reporter:
-  """Writes and prints a step's numbers once the next is under way, so that none waits for it."""
-
-  def __init__(self, config: config_lib.Config, workdir: pathlib.Path, first_step: int, manifest):
-    """Opens the logs; `manifest` says how many bytes a token stands for."""
-    self._config, self._writer = config, metrics.Writer(workdir, first_step)
-    tokens = config.data.batch_size * config.data.length
-    self._pace = metrics.Pace(first_step, config.train.steps, tokens)
-    self._flops = metrics.train_flops_per_token(config.model, config.data.length)
-    self._schedule = optimizer.schedule(config)
-    # Of questions only the answers are scored, which code no text.
-    self._codes_text = config.model.causal and not stream.is_of_questions(manifest)
-    self._tokens_per_byte = manifest['tokens'] / max(manifest['text_bytes'], 1)
-    self._pending: tuple[int, dict[str, jax.Array]] | None = None
-
-  def after(self, done: int, values: dict[str, jax.Array]) -> None:
-    """Takes the values of the step that made it `done` steps; reports those it took before.
-
-    Raises:
-      errors.UserError: if a loss is not finite.
-    """
-    self.flush()
-    c = self._config.train
-    if done % c.log_every == 0 or done == c.steps:
-      self._pending = (done, values)
-
-  def warm(self, done: int) -> None:
-    """Says that the first step of this process is done: pace is measured from here."""
-    self._pace.warm(done)
-
-  def resume(self, done: int) -> None:
-    """Says that a pause after `done` steps is over: tokens/s leave it out, the ETA does not."""
-    self._pace.resume(done)
-
-  def flush(self) -> None:
-    """Reports what is pending."""
-    if self._pending is None:
-      return
-    done, arrays = self._pending
-    self._pending = None
-    values = {name: float(array) for name, array in arrays.items()}
-    rate, seconds_left = self._pace.measure(done)
-    values |= self._bits_per_byte('', values['loss'])
-    values |= {
-      # optax's type of a rate admits complex numbers
-      'learning_rate': float(cast(float, self._schedule(done - 1))),
-      'tokens_per_second': rate,
-      'model_flops_per_second': rate * self._flops,
-    }
-    utilization = metrics.utilization(rate * self._flops)
-    if utilization is not None:
-      values['model_flops_utilization'] = utilization
-    _check_finite('loss', values['loss'], done)
-    self._writer.write(done, values)
-    self._print(done, values, seconds_left)
-
-  def _bits_per_byte(self, prefix: str, nats: float) -> dict[str, float]:
-    """Returns {name: bits} for a loss per token; {} for that of some tokens, which code no text."""
-    if not self._codes_text:
-      return {}
-    return {f'{prefix}bits_per_byte': nats * self._tokens_per_byte / math.log(2)}
-
-  def _print(self, done, values, seconds_left):
-    bits = values.get('bits_per_byte')
-    utilization = values.get('model_flops_utilization')
-    say(
-      f'step {done:>{len(str(self._config.train.steps))}}/{self._config.train.steps}'
-      f'  loss {values["loss"]:.3f}'
-      + (f'  {bits:.3f} bits/byte' if bits is not None else '')
-      + f'  {values["tokens_per_second"]:,.0f} tokens/s'
-      + (f'  {utilization:.1%} of peak' if utilization is not None else '')
-      + f'  ETA {metrics.clock(seconds_left)}'
-    )
-
-  def validation(self, done: int, value: float) -> None:
-    """Reports the validation loss after `done` steps [nats per token]."""
-    _check_finite('validation loss', value, done)
-    bits = self._bits_per_byte('validation_', value)
-    self._writer.write(done, {'validation_loss': value, **bits})
-    line = f'step {done}: validation loss {value:.4f}'
-    say(line + ''.join(f', {number:.4f} bits/byte' for number in bits.values()))
-
-  def close(self) -> None:
-    """Reports what is pending and closes the logs."""
-    self.flush()
-    self._writer.close()
-
-
-def _check_finite(name: str, value: float, done: int) -> None:
-  """Stops a run before what has diverged is logged, saved and resumed from."""
-  if not math.isfinite(value):
-    raise errors.UserError(
-      f'{name}={value} at step {done}; checkpoints before it are kept; '
-      'lower optimizer.learning_rate or raise optimizer.warmup_steps, in another --workdir'
-    )
-
-
-def say(line: str) -> None:
-  """Prints a line, on the first process only."""
-  if jax.process_index() == 0:
-    print(line, flush=True)
+  def layout(self, name: str, shape: tuple[int, ...]) -> jax.sharding.NamedSharding:
+    """Returns how an array of the batch of all processes lies on the mesh."""
+    spec = sharding.spec(sharding.suffix(name), shape, dict(self.mesh.shape), name)
+    return jax.sharding.NamedSharding(self.mesh, spec)
 
 
 def validate(program: Program, params, data: feed.Data) -> float:
@@ -292,8 +206,9 @@ def validate(program: Program, params, data: feed.Data) -> float:
 def train(config: config_lib.Config, workdir: str | pathlib.Path) -> State:
   """Trains to config.train.steps, from the newest checkpoint of `workdir` if it has one.
 
-  A batch is a function of seed and step alone and the state is restored bit for bit, so a run that
-  was killed at any moment and started again ends as one that was not.
+  A batch is a function of seed and step alone, or of a place that is saved with a checkpoint, and
+  the state is restored bit for bit: so a run that was killed at any moment and started again ends
+  as one that was not.
 
   Args:
     config: of the run; a workdir belongs to one config.
@@ -304,25 +219,25 @@ def train(config: config_lib.Config, workdir: str | pathlib.Path) -> State:
 
   Raises:
     errors.UserError: if the workdir holds another config, the data cannot be read, the mesh does
-      not divide the batch or a parameter, the run to start from is of another model, or the loss is
-      not finite.
+      not divide the batch or a parameter, the run to start from is of another model, a checkpoint
+      cannot be written, or the loss is not finite.
   """
   workdir = pathlib.Path(workdir)
   mesh = sharding.make_mesh(**dataclasses.asdict(config.mesh))
   program = Program(config, mesh)
   if config.train.start_from and not (workdir / 'checkpoints').exists():
     _check_source(config)  # before data are prepared, and before the workdir is that of this config
-  data = feed.Data(config, say)
+  data = feed.Data(config, reporting.say)
   checkpoint.claim_workdir(workdir, config)
   checkpoint.claim_data(workdir, data.hashes)
   checkpoints = checkpoint.Checkpoints(workdir, config.train.keep_latest, config.train.keep_best)
   with contextlib.closing(checkpoints):
-    first = checkpoints.latest() or 0
-    _announce(config, program, workdir, first)
-    state = checkpoints.restore(first, program.abstract_state) if first else _first(config, program)
+    restored = checkpoints.restore_newest(program.abstract_state, reporting.say)
+    first, state = restored or (0, _first(config, program))
     if first:
       data.restore_place(workdir, first)
-    reporter = Reporter(config, workdir, first, data.validation_manifest)
+    _announce(config, program, workdir, first)
+    reporter = reporting.Reporter(config, workdir, first, data.validation_manifest)
     with contextlib.closing(reporter):
       return _loop(config, workdir, program, data, checkpoints, reporter, state, first)
 
@@ -333,7 +248,7 @@ def _first(config: config_lib.Config, program: Program) -> State:
     return program.init()
   source = _check_source(config)
   step, params = checkpoint.restore_params(source, program.abstract_state['params'])
-  say(f'starting from step {step} of {source}')
+  reporting.say(f'starting from step {step} of {source}')
   return {**program.init(), 'params': params}
 
 
@@ -353,7 +268,8 @@ def _check_source(config: config_lib.Config) -> pathlib.Path:
   pairs['encoding.name'] = (other.encoding.name, config.encoding.name)
   found, asked = (text.codec(c.data.spec()).vocabulary.name for c in (other, config))
   pairs['data.vocabulary'] = (found, asked)
-  found, asked = _shapes(other), _shapes(config)  # an encoding's options may decide them
+  # An encoding's options may decide them.
+  found, asked = (checkpoint.shapes(_abstract_params(c)) for c in (other, config))
   pairs |= {name: (found.get(name), asked.get(name)) for name in {**found, **asked}}
   for field, (found, asked) in pairs.items():
     if found != asked:
@@ -364,42 +280,51 @@ def _check_source(config: config_lib.Config) -> pathlib.Path:
   return source
 
 
-def _shapes(config):
-  """Returns {the name of an array of a run's parameters: its shape}."""
-  params = jax.eval_shape(functools.partial(init, config))['params']
-  leaves = jax.tree_util.tree_leaves_with_path(params)
-  return {jax.tree_util.keystr(path, simple=True, separator='.'): x.shape for path, x in leaves}
+def _abstract_params(config):
+  return jax.eval_shape(functools.partial(init, config))['params']
 
 
 def _announce(config, program, workdir, first):
   count = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(program.abstract_state['params']))
   if first >= config.train.steps:
-    say(f'{workdir}: done already, {first} steps; for more, raise train.steps in a new workdir')
+    reporting.say(
+      f'{workdir}: done already, {first} steps; for more, raise train.steps in a new workdir'
+    )
   else:
-    say(
+    reporting.say(
       f'{workdir}: {config.encoding.name}, {count:,} parameters, steps {first} to '
       f'{config.train.steps} of {config.data.batch_size} x {config.data.length} tokens, '
       f'on {jax.device_count()} {jax.devices()[0].device_kind}'
     )
-    choice = attention.choice(make_model(config), config.data.length)
-    say(f'attention: {choice.implementation}, {choice.reason}')
+    with jax.set_mesh(program.mesh):
+      choice = attention.choice(make_model(config), config.data.length)
+    reporting.say(f'attention: {choice.implementation}, {choice.reason}')
 
 
 def _loop(config, workdir, program, data, checkpoints, reporter, state, first):
-  for index in range(first, config.train.steps):
-    state, values = program.step(state, program.put(data.train_batch(index)))
-    done = index + 1
-    if index == first:
-      jax.block_until_ready(values)
-      reporter.warm(done)
-    reporter.after(done, values)
-    if done % config.train.checkpoint_every == 0 or done == config.train.steps:
-      reporter.flush()
-      value = validate(program, state['params'], data)
-      reporter.validation(done, value)
-      data.save_place(workdir, keep=checkpoints.steps())
-      checkpoints.save(done, state, value)
-      reporter.resume(done)
+  with preemption.Notice() as notice:
+    for index in range(first, config.train.steps):
+      batch = data.train_batch(index)
+      state, values = program.step(state, program.put(batch))
+      done = index + 1
+      if index == first:
+        jax.block_until_ready(values)
+        reporter.warm(done)
+      reporter.after(done, batch, values)
+      is_due = done % config.train.checkpoint_every == 0 or done == config.train.steps
+      came = notice.came(done)
+      if is_due or came:
+        reporter.flush()
+        # There is no time to judge it when the machine is about to go.
+        value = None if came else validate(program, state['params'], data)
+        if value is not None:
+          reporter.validation(done, value)
+        data.save_place(workdir, keep=checkpoints.steps())
+        checkpoints.save(done, state, value)
+        reporter.resume(done)
+      if came:
+        reporting.say(f'SIGTERM: saved after step {done}; the same command goes on from there')
+        return state
   return state
 
 

@@ -268,11 +268,12 @@ def test_runs_whose_distances_are_others_are_refused(data, tmp_path, section, ch
     analyze.analyze(tmp_path / 'run')
 
 
-def test_a_stride_is_refused(data, tmp_path):
-  config = tiny.config(data, 'alibi', evaluate={'stride': 8})
+@pytest.mark.parametrize(('field', 'value'), [('stride', 8), ('sequence', 2)])
+def test_what_is_of_losses_is_refused(field, value, data, tmp_path):
+  config = tiny.config(data, 'alibi', evaluate={field: value})
   checkpoint.claim_workdir(tmp_path / 'run', config)
 
-  with pytest.raises(errors.UserError, match='stride=8 is of losses, and attention is measured at'):
+  with pytest.raises(errors.UserError, match=f'{field}={value} is of losses, and attention is'):
     analyze.analyze(tmp_path / 'run')
 
 

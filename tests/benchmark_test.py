@@ -461,6 +461,7 @@ def test_files_are_named_by_what_is_asked_but_never_too_long(
     ({'tasks': 'copy', 'max_tokens': 5}, '--max_tokens=5 is of losses, not of --tasks'),
     ({'tasks': 'copy', 'protocol': 'windows'}, '--protocol=windows is of losses'),
     ({'tasks': 'copy', 'stride': 4}, '--stride=4 is of losses'),
+    ({'tasks': 'copy', 'sequence': 2}, '--sequence=2 is of losses'),
     ({'tasks': 'copy', 'documents': 'stdlib'}, '--documents=stdlib is of losses'),
     ({'max_examples': 3}, '--max_examples=3 is of --tasks, which are missing'),
   ],

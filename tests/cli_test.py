@@ -40,7 +40,7 @@ TRAIN_MISTAKES = {
   ),
   'mesh': (
     [QUICK, '--config.mesh.replica=3', '--workdir=WORKDIR'],
-    'mesh replica=3, fsdp=1, tensor=1 does not fit',
+    'mesh replica=3, fsdp=1, sequence=1, tensor=1 does not fit',
   ),
   'batch': (
     [QUICK, '--config.data.batch_size=12', '--workdir=WORKDIR'],

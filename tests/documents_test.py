@@ -17,7 +17,7 @@ from lex_fire import benchmark_command, checkpoint, comparison, documents, error
 from lex_fire import command as command_lib
 from lex_fire import config as config_lib
 from lex_fire import report as report_lib
-from lex_fire.data import vocabularies
+from lex_fire.data import reading, spec, tasks, vocabularies
 
 TEXTS = ('Ünö and twö, ' * 5, 'once upon a time ' * 9, 'short')  # two have a window of 32
 EOS = 1
@@ -368,3 +368,45 @@ def test_reports_of_before_there_were_strides_and_files_are_still_shown():
 
   assert report_lib.how(old) == 'windows'
   assert report_lib.documents(old) == 'validation of stdlib'
+
+
+# What the report says
+
+
+def test_documents_that_have_no_window_are_told(workdir, files):
+  (found,) = evaluate.evaluate(workdir, request((32, 64), documents='text', files=files))
+
+  lengths = [len(tokens_of(text)) for text in TEXTS]
+  assert [row['documents_too_short'] for row in found['lengths']] == [
+    sum(length < asked for length in lengths) for asked in (32, 64)
+  ]
+  short = found['lengths'][-1]['documents_too_short']
+  assert short and f'; {short} have no window of 64), ' in report_lib.heading(found)
+
+
+def test_the_text_of_each_document_is_counted_by_itself(tmp_path):
+  """SentencePiece writes a space before a word, which the first word of a document has not."""
+  texts = ['some words here', 'and other words', 'more of words']
+  words = [name for name in dir(str) if name.isalpha()]
+  text = [*texts, ' '.join(words), ' '.join(words[::-1])]
+  pieces = tiny.write_vocabulary(tmp_path / 'pieces.model', text)
+  path = tmp_path / 'text.jsonl'
+  path.write_text(''.join(json.dumps({'text': text}) + '\n' for text in texts))
+  task = tasks.get_task(spec.Spec('jsonl', pieces, {'train': str(path)}))
+  tokens = [document.tokens_L for document in reading.documents(task, 'train')]
+  document_L = np.repeat(np.arange(3), [len(tokens_L) for tokens_L in tokens])
+  tokens_L = np.concatenate(tokens)
+  losses = report_lib.Losses(8, np.ones(len(tokens_L)), tokens_L, tokens_L, document_L, 0)
+
+  assert evaluate._text_bytes(task, losses) == sum(map(len, texts))
+
+
+def test_a_vocabulary_that_has_changed_since_is_refused(workdir, tmp_path):
+  copy = tiny.as_if(workdir, tmp_path / 'run')
+  data = json.loads((copy / 'data.json').read_text())
+  assert data['vocabulary'] == 'bytes'
+  (copy / 'data.json').write_text(json.dumps({**data, 'vocabulary': 'sentencepiece-123'}))
+
+  message = "vocabulary of the run in '.*/run' is 'bytes' now and was 'sentencepiece-123' when"
+  with pytest.raises(errors.UserError, match=message):
+    evaluate.evaluate(copy, request())

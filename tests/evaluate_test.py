@@ -221,7 +221,7 @@ def test_losses_of_scored_tokens_are_weighed_alike_wherever_they_stand():
   loss_L = rng.uniform(1, 3, 60).astype(np.float32)
   position_L = rng.integers(16, 32, 60)
   document_L = rng.choice([3, 7], 60)
-  losses = report.Losses(40, loss_L, np.zeros(60, np.int32), position_L, document_L)
+  losses = report.Losses(40, loss_L, np.zeros(60, np.int32), position_L, document_L, 0)
 
   row = report.of_length(losses, None)
 
@@ -281,6 +281,18 @@ def test_the_losses_are_those_of_the_mask_that_the_report_names(
   expect_row(found['lengths'][1], by_hand)
 
 
+def test_windows_that_devices_share_have_the_losses_of_whole_ones(workdir, four):
+  asked = request((32, 64), masks=('causal', 'blockwise'), sequence=4)
+
+  for found, expected in zip(evaluated(workdir, asked), four[:2], strict=True):
+    assert {choice['implementation'] for choice in found['implementations'].values()} == {'ring'}
+    for row, other in zip(found['lengths'], expected['lengths'], strict=True):
+      assert row['tokens'] == other['tokens']
+      assert row['nats_per_token'] == pytest.approx(other['nats_per_token'], abs=1e-5)
+    for row, other in zip(found['positions'], expected['positions'], strict=True):
+      assert row == pytest.approx(other, abs=1e-4)
+
+
 def test_a_run_is_restored_once_and_cut_once_and_each_length_and_mask_is_compiled_once(
   workdir, rope_workdir, monkeypatch
 ):
@@ -292,7 +304,7 @@ def test_a_run_is_restored_once_and_cut_once_and_each_length_and_mask_is_compile
 
   count(evaluate.checkpoint, 'restore_params')
   count(documents.reading, 'documents')
-  count(evaluate.loss, 'token_losses')
+  count(evaluate, 'step')
   asked = request((32, 64), max_tokens=4096, masks=('causal', 'window:9'))  # several batches
   monkeypatch.setattr(evaluate, 'TOKENS_PER_BATCH', 64)
 
@@ -301,7 +313,7 @@ def test_a_run_is_restored_once_and_cut_once_and_each_length_and_mask_is_compile
 
   assert calls.count('restore_params') == 2
   assert calls.count('documents') == 1
-  assert calls.count('token_losses') == 2 * 2 * 2
+  assert calls.count('step') == 2 * 2 * 2
 
 
 # Encodings and attention in the place of those trained with

@@ -30,6 +30,16 @@ def test_a_run_goes_on_with_its_own_model_and_vocabulary_on_other_data(file, tas
   assert found.train.start_from == str(workdir)
 
 
+def test_what_a_checkpoint_has_may_be_said_again_and_nothing_else(fire_run):
+  arg = f'task=qmsum,length=99,checkpoint={fire_run[0]}'
+  same = get_config('scrolls', f'{arg},encoding=fire,vocabulary=bytes')
+
+  assert same.to_dict() == get_config('scrolls', arg).to_dict()
+  for other in ('encoding=rope', 'vocabulary=t5', 'size=base'):
+    with pytest.raises(errors.UserError, match='is not that of checkpoint=.*leave it out'):
+      get_config('scrolls', f'{arg},{other}')
+
+
 def test_what_is_no_run_is_refused(tmp_path):
   with pytest.raises(errors.UserError, match=f"no run in workdir '{tmp_path}"):
     get_config('glue', f'checkpoint={tmp_path}')

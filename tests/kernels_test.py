@@ -829,3 +829,16 @@ def test_token_by_token_over_cached_keys_equals_the_parallel_pass(case):
   whole = attend(query_BLHC, position_BL)
 
   np.testing.assert_allclose(jnp.concatenate(steps, axis=1), whole, atol=1e-5)
+
+
+def test_an_encoding_given_its_table_still_says_how_large_one_is():
+  """As kernels ask that have a device's own heads: what table they are given, they use."""
+  encoding = encodings.get('fire')
+  params = encoding.init(jax.random.key(0), num_heads=4, head_dim=64, d_model=256)
+  table = encoding.table(params, 4)
+  query = jax.ShapeDtypeStruct((1, 512, 4, 64), jnp.bfloat16)
+
+  given = kernels._of_its_table(encoding)
+
+  assert given.table(table, 4) is table
+  assert mosaic_tpu_size.why_not(given, kernels.Mask(), query, query) is None

@@ -1,6 +1,6 @@
 """Tests of `lex_fire/data/live.py`: windows of a Task read as a run goes, and its places."""
 
-import collections
+import dataclasses
 import json
 import re
 import shutil
@@ -13,8 +13,8 @@ import tensorflow as tf
 import tiny
 from language_test import TEXTS, c4_directory  # noqa: F401
 
-from lex_fire import errors, train
-from lex_fire.data import live, reading, tasks
+from lex_fire import checkpoint, errors, train
+from lex_fire.data import flow, live, reading, stream, tasks
 from lex_fire.data.spec import Spec
 
 LENGTH, ROWS = 8, 2
@@ -89,15 +89,74 @@ def test_documents_of_a_part_come_end_to_end_epoch_after_epoch(lines, in_order):
   assert text[1:].tolist() == expected[: len(text) - 1]
 
 
-def test_parts_are_read_by_turns_each_document_once_an_epoch(c4, in_order):
-  found = windows(opened(c4, rows=1), 300)
+def uneven(sizes):
+  """A function of documents, two tokens each: its part and number; of so many in each part."""
 
-  # One of three parts each, so that every chain of windows is a text of its own.
-  chains = [documents_of(found[first::3, 1:].ravel().tolist()) for first in range(3)]
-  counts = collections.Counter(document for chain in chains for document in chain)
-  assert set(counts) == set(map(tokens_of, TRAIN))
-  assert max(counts.values()) - min(counts.values()) <= 3  # parts are not equally long
-  assert min(counts.values()) >= 2
+  def read(part, first):
+    for number in range(first, sizes[part]):
+      yield stream.Document(np.array([100 * part + number, 1]), 2)
+
+  return read
+
+
+@pytest.mark.parametrize('sizes', [(3, 3, 3), (90, 2, 2, 2), (0, 5, 0), (1,), (*[1] * 40, 30)])
+def test_each_document_comes_once_an_epoch_however_uneven_the_parts_are(sizes):
+  documents = flow.Documents(uneven(sizes), len(sizes), seed=5, place=None)
+  expected = [100 * part + number for part, size in enumerate(sizes) for number in range(size)]
+
+  epochs = [[int(documents.next()[0]) for _ in expected] for _ in range(3)]
+
+  assert all(sorted(epoch) == expected for epoch in epochs)
+  if sum(size > 0 for size in sizes) > 1:
+    assert epochs[0] != epochs[1]  # parts in another order
+
+
+def test_open_parts_give_a_document_each_by_turns():
+  documents = flow.Documents(uneven((2, 2, 2)), 3, seed=5, place=None)
+
+  parts = [int(documents.next()[0]) // 100 for _ in range(6)]
+
+  assert parts[:3] == parts[3:] and set(parts) == {0, 1, 2}
+
+
+@pytest.mark.parametrize('sizes', [(7, 2, 0, 2), (0, 0, 1), (*[1] * 20, 30)])
+def test_documents_go_on_from_any_place(sizes):
+  documents = flow.Documents(uneven(sizes), len(sizes), seed=5, place=None)
+  places, found = [], []
+  for _ in range(3 * sum(sizes)):
+    places.append(json.loads(json.dumps(documents.place())))
+    found.append(int(documents.next()[0]))
+
+  for start in range(2 * sum(sizes)):
+    again = flow.Documents(uneven(sizes), len(sizes), seed=5, place=places[start])
+    assert [int(again.next()[0]) for _ in range(sum(sizes))] == found[start : start + sum(sizes)]
+
+
+def test_a_document_that_has_become_shorter_than_its_place_is_refused(c4, tmp_path, monkeypatch):
+  source = opened(c4)
+  windows(source, 1)
+  source.save(tmp_path, keep=[])
+  read = reading.documents
+
+  def first_tokens(*arguments):
+    return (document._replace(tokens_L=document.tokens_L[-1:]) for document in read(*arguments))
+
+  windows(source, 9, start=1)
+  source.save(tmp_path, keep=[])
+  monkeypatch.setattr(reading, 'documents', first_tokens)
+
+  with pytest.raises(errors.UserError, match='a document of 1 tokens was one of'):
+    opened(c4).restore(tmp_path, 10)
+
+
+def test_an_epoch_has_all_of_a_task_before_the_next_begins(c4, in_order):
+  total = sum(len(tokens_of(text)) for text in TRAIN)
+
+  found = windows(opened(c4, rows=1), 3 * total // LENGTH)[:, 1:].ravel().tolist()
+
+  for epoch in range(2):
+    of_epoch = documents_of(found[epoch * total : (epoch + 1) * total])
+    assert sorted(of_epoch) == sorted(map(tokens_of, TRAIN))
 
 
 def test_windows_are_shuffled_in_their_block_and_none_leaves_it(lines, monkeypatch):
@@ -147,27 +206,46 @@ def test_a_place_is_small_whatever_was_read(c4, tmp_path):
   windows(source, 100)
   source.save(tmp_path, keep=[])
 
-  assert (tmp_path / 'places' / '100' / 'host-0-of-1.json').stat().st_size < 300
+  assert (tmp_path / 'places' / '100' / 'host-0-of-1.json').stat().st_size < 400
 
 
 def test_places_that_no_checkpoint_needs_are_removed(c4, tmp_path):
   source = opened(c4)
-  for step in range(3):
+  for step in range(5):
     source.batch(step)
-    source.save(tmp_path, keep=[1])
+    source.save(tmp_path, keep=[1, 4] if step == 4 else [1])
 
-  assert sorted(path.name for path in (tmp_path / 'places').iterdir()) == ['1', '3']
+  # 4 may still be on its way when 5 is saved, and 5 is not there yet.
+  assert sorted(path.name for path in (tmp_path / 'places').iterdir()) == ['1', '4', '5']
+
+
+def test_the_place_of_a_checkpoint_that_is_on_its_way_stays(run, tmp_path, monkeypatch):
+  """A kill before the newest is whole leaves the one before, whose place must be there."""
+  seen = []
+
+  class Checkpoints(checkpoint.Checkpoints):
+    def save(self, step, state, validation_loss):
+      super().save(step, state, validation_loss)
+      whole = [int(path.name) for path in (tmp_path / 'run' / 'checkpoints').glob('[0-9]')]
+      places = [int(path.name) for path in (tmp_path / 'run' / 'places').iterdir()]
+      seen.append(set(whole) <= set(places))
+
+  monkeypatch.setattr(checkpoint, 'Checkpoints', Checkpoints)
+  steps = {'steps': 9, 'checkpoint_every': 1, 'keep_latest': 1}
+  config = dataclasses.replace(run, train=dataclasses.replace(run.train, **steps))
+  train.train(config, tmp_path / 'run')
+
+  assert seen == 9 * [True]
+  assert len(list((tmp_path / 'run' / 'places').iterdir())) <= 4
 
 
 def test_hosts_read_different_documents(c4, in_order):
   found = [windows(opened(c4, index, 2), 60)[:, 1:] for index in range(2)]
 
-  # The first of two hosts has two of the three parts.
-  chains = [found[0][::2], found[0][1::2], found[1]]
-  read = [set(documents_of(chain.ravel().tolist())) for chain in chains]
+  read = [set(documents_of(of_host.ravel().tolist())) for of_host in found]
   assert all(read)
-  assert (read[0] | read[1]) | read[2] == set(map(tokens_of, TRAIN))
-  assert not (read[0] | read[1]) & read[2]
+  assert read[0] | read[1] == set(map(tokens_of, TRAIN))
+  assert not read[0] & read[1]
 
 
 def test_a_seed_is_another_order(c4):
@@ -216,14 +294,36 @@ def test_a_place_that_was_not_saved_is_refused(c4, tmp_path):
     opened(c4, 0, 2).restore(tmp_path, 1)
 
 
-@pytest.mark.parametrize('content', ['{', '[]', '{"place": {}, "taken": 0}', '{"taken": 0}'])
-def test_a_damaged_place_is_refused(c4, tmp_path, content):
-  path = tmp_path / 'places' / '1' / 'host-0-of-1.json'
-  path.parent.mkdir(parents=True)
-  path.write_text(content)
+@pytest.fixture
+def saved(c4, tmp_path):
+  """The file of a place after a batch."""
+  source = opened(c4)
+  windows(source, 1)
+  source.save(tmp_path, keep=[])
+  return tmp_path / 'places' / '1' / 'host-0-of-1.json'
 
-  with pytest.raises(errors.UserError, match='is not a place in the data.* delete the checkpoint'):
-    opened(c4).restore(tmp_path, 1)
+
+@pytest.mark.parametrize('change', [lambda text: text[:-9], lambda text: '[]', lambda text: '{}'])
+def test_a_damaged_place_is_refused(c4, saved, change):
+  saved.write_text(change(saved.read_text()))
+
+  with pytest.raises(errors.UserError, match='1/host-0-of-1.json. is damaged: .* delete the check'):
+    opened(c4).restore(saved.parents[2], 1)
+
+
+@pytest.mark.parametrize('change', [{'taken': 3}, {'taken': '2'}, {'place': {}}, {'more': 1}])
+def test_a_place_that_somebody_changed_is_refused(c4, saved, change):
+  saved.write_text(json.dumps({**json.loads(saved.read_text()), **change}))
+
+  with pytest.raises(errors.UserError, match='is damaged: .*its hash is another'):
+    opened(c4).restore(saved.parents[2], 1)
+
+
+def test_a_place_in_other_data_is_refused(c4, saved):
+  with pytest.raises(
+    errors.UserError, match=r"place in other data, .*'seed': 3.*, not .*'seed': 4"
+  ):
+    opened(c4, seed=4).restore(saved.parents[2], 1)
 
 
 def test_a_place_that_cannot_be_written_is_a_users_error(c4, tmp_path):
@@ -233,6 +333,21 @@ def test_a_place_that_cannot_be_written_is_a_users_error(c4, tmp_path):
 
   with pytest.raises(errors.UserError, match="cannot write '.*/places/1/host-0-of-1.json': "):
     source.save(tmp_path, keep=[])
+
+
+def test_parts_without_files_are_no_hosts_share(tmp_path, monkeypatch):
+  monkeypatch.setattr(reading, '_PART_BYTES', 1000)
+  big = ['word ' * 1000]
+  for name, texts in {'a': big, 'b': TRAIN, 'c': TRAIN, 'd': TRAIN}.items():
+    write_lines(tmp_path / f'{name}.jsonl', texts)
+  task = tasks.get_task(Spec('jsonl', files={'train': str(tmp_path / '*.jsonl')}))
+  filled = reading.filled_parts(task, 'train')
+  assert len(filled) < reading.parts(task, 'train')
+
+  for host in range(len(filled)):
+    windows(opened(task, host, len(filled), rows=len(filled)), 2)
+  with pytest.raises(errors.UserError, match=f'in {len(filled)} parts of whole files'):
+    opened(task, 0, len(filled) + 1, rows=len(filled) + 1)
 
 
 def test_more_hosts_than_parts_are_refused(c4):

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lex_fire import loss
+from lex_fire import loss, sharding
 
 VOCAB = 11
 
@@ -87,6 +87,22 @@ def test_chunked_losses_and_gradients_equal_float64(output, at_once, length, mon
   np.testing.assert_allclose(loss_BL, expected_BL, rtol=1e-5)
   for gradient, of_float64 in zip(gradients, expected, strict=True):
     np.testing.assert_allclose(gradient, of_float64, atol=1e-5)
+
+
+@pytest.mark.parametrize(('at_once', 'chunks'), [(ROWS * LENGTH * VOCAB, 1), (50, 3), (1, 6)])
+def test_each_chunk_has_tokens_of_all_devices_that_share_a_row(
+  output, at_once, chunks, monkeypatch
+):
+  """Logits of 24 tokens over two devices are 132 each; a chunk has one token of each at least."""
+  monkeypatch.setattr(loss, 'LOGITS_AT_ONCE', at_once)
+
+  with jax.set_mesh(sharding.make_mesh(sequence=2, devices=jax.devices()[:2])):
+    lowered = jax.jit(lambda *arrays: loss.chunked_losses(*arrays)).lower(*output)
+    loss_BL = lowered.compile()(*output)
+
+  expected_BL, *_ = exact(*output, np.ones((ROWS, LENGTH)))
+  np.testing.assert_allclose(loss_BL, expected_BL, rtol=1e-5)
+  assert f'tensor<{ROWS}x{LENGTH // chunks}x{VOCAB}xf32>' in lowered.as_text()
 
 
 @pytest.mark.parametrize('chunks', [1, 2, 6])

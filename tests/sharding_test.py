@@ -3,6 +3,7 @@
 Eight virtual CPU devices, which conftest.py asks for, stand for the accelerators of a mesh.
 """
 
+import dataclasses
 import functools
 import re
 
@@ -17,13 +18,13 @@ from lex_fire import encodings, errors, kernels, sharding, train
 from lex_fire.kernels import chunked
 
 LENGTH, VOCAB, NUM_LAYERS = 16, 32, 1
-MESHES = [(8, 1, 1), (1, 8, 1), (2, 2, 2), (4, 1, 2)]
-ONE = (1, 1, 1)
+MESHES = [(8, 1, 1, 1), (1, 8, 1, 1), (2, 2, 1, 2), (4, 1, 1, 2), (1, 2, 2, 2), (2, 1, 4, 1)]
+ONE = (1, 1, 1, 1)
 # A run with FIRE, and one whose batch is computed in two parts.
 RUNS = {'fire': 1, 'rope': 2}
 
 every_mesh = pytest.mark.parametrize(
-  'sizes', MESHES, ids='replica={0[0]} fsdp={0[1]} tensor={0[2]}'.format
+  'sizes', MESHES, ids='replica={0[0]} fsdp={0[1]} sequence={0[2]} tensor={0[3]}'.format
 )
 
 
@@ -60,9 +61,9 @@ def make_batch(packed=False):
   }
 
 
-def make_mesh(replica, fsdp, tensor=1):
-  devices = jax.devices()[: replica * fsdp * tensor]
-  return sharding.make_mesh(replica, fsdp, tensor, devices=devices)
+def make_mesh(replica, fsdp, sequence=1, tensor=1):
+  devices = jax.devices()[: replica * fsdp * sequence * tensor]
+  return sharding.make_mesh(replica, fsdp, sequence, tensor, devices=devices)
 
 
 @functools.cache
@@ -95,6 +96,8 @@ def named_leaves(tree):
 
 # Rules
 
+MESH_SHAPE = {'replica': 4, 'fsdp': 2, 'sequence': 5, 'tensor': 3}
+
 
 @pytest.mark.parametrize(
   ('letters', 'shape', 'expected'),
@@ -119,7 +122,34 @@ def named_leaves(tree):
   ],
 )
 def test_letters_lie_on_the_mesh_by_rule(letters, shape, expected):
-  assert sharding.spec(letters, shape, {'replica': 4, 'fsdp': 2, 'tensor': 3}, 'x') == expected
+  assert sharding.spec(letters, shape, MESH_SHAPE | {'sequence': 1}, 'x') == expected
+
+
+@pytest.mark.parametrize(
+  ('letters', 'shape', 'expected'),
+  [
+    ('BLD', (8, 10, 16), PartitionSpec(('fsdp',), ('sequence',), None)),
+    ('BL', (1, 10), PartitionSpec(None, ('sequence',))),
+    ('BLHC', (8, 10, 4, 5), PartitionSpec(('fsdp',), ('sequence',), ('tensor',), None)),
+    ('BKGC', (8, 10, 2, 5), PartitionSpec(('fsdp',), ('sequence',), ('tensor',), None)),
+    ('BQ', (8, 10), PartitionSpec(('fsdp',), ('sequence',))),
+    ('BL', (8, 1), PartitionSpec(('fsdp',), None)),  # one token has no parts
+  ],
+)
+def test_tokens_are_split_over_sequence(letters, shape, expected):
+  mesh_shape = {'fsdp': 2, 'sequence': 5, 'tensor': 2}
+
+  assert sharding.spec(letters, shape, mesh_shape, 'x') == expected
+
+
+@pytest.mark.parametrize('name', encodings.ENCODINGS)
+def test_no_parameter_is_split_over_sequence(name):
+  mesh = make_mesh(1, 1, 2)
+  config = dataclasses.replace(run_config(), encoding=config_lib.EncodingConfig(name))
+
+  state = train.Program(config, mesh).abstract_state
+
+  assert not any('sequence' in str(leaf.sharding.spec) for leaf in jax.tree.leaves(state))
 
 
 def test_axes_of_size_1_split_nothing():
@@ -135,11 +165,12 @@ def test_axes_of_size_1_split_nothing():
     ('BLD', (12, 4, 16), 'w_in has B=12, which mesh axes replica=4 x fsdp=2 do not divide'),
     ('DF', (2, 7, 24), 'w_in has D=7, which mesh axes fsdp=2 do not divide'),
     ('DGC', (16, 2, 4), 'w_in has G=2, which mesh axes tensor=3 do not divide'),
+    ('BLD', (8, 12, 4), 'w_in has L=12, which mesh axes sequence=5 do not divide'),
   ],
 )
 def test_a_dimension_that_the_mesh_does_not_divide_is_refused(letters, shape, message):
   with pytest.raises(errors.UserError, match=re.escape(message)):
-    sharding.spec(letters, shape, {'replica': 4, 'fsdp': 2, 'tensor': 3}, 'w_in')
+    sharding.spec(letters, shape, MESH_SHAPE, 'w_in')
 
 
 def test_the_suffix_of_a_name_is_its_shape():
@@ -166,25 +197,31 @@ def test_a_tree_is_laid_out_by_the_innermost_name():
 @pytest.mark.parametrize(
   ('sizes', 'expected'),
   [
-    ((8, 1, 1), (8, 1, 1)),
-    ((-1, 2, 1), (4, 2, 1)),
-    ((2, -1, 2), (2, 2, 2)),
-    ((1, 2, -1), (1, 2, 4)),
-    ((-1, 1, 1), (8, 1, 1)),
+    ((8, 1, 1, 1), (8, 1, 1, 1)),
+    ((-1, 2, 1, 1), (4, 2, 1, 1)),
+    ((2, -1, 1, 2), (2, 2, 1, 2)),
+    ((1, 2, -1, 2), (1, 2, 2, 2)),
+    ((1, 2, 1, -1), (1, 2, 1, 4)),
+    ((-1, 1, 1, 1), (8, 1, 1, 1)),
   ],
 )
 def test_a_size_of_minus_1_takes_the_devices_that_are_left(sizes, expected):
   mesh = sharding.make_mesh(*sizes)
 
-  assert dict(mesh.shape) == dict(zip(('replica', 'fsdp', 'tensor'), expected, strict=True))
+  axes = ('replica', 'fsdp', 'sequence', 'tensor')
+  assert dict(mesh.shape) == dict(zip(axes, expected, strict=True))
   assert set(mesh.axis_types) == {jax.sharding.AxisType.Auto}
 
 
 @pytest.mark.parametrize(
-  'sizes', [(3, 1, 1), (-1, 3, 1), (-1, -1, 1), (0, 8, 1), (-1, 0, 1), (8, 1, 2), (-2, -4, 1)]
+  'sizes',
+  [
+    *((3, 1, 1, 1), (-1, 3, 1, 1), (-1, -1, 1, 1), (0, 8, 1, 1), (-1, 0, 1, 1)),
+    *((8, 1, 1, 2), (8, 1, 2, 1), (-2, -4, 1, 1)),
+  ],
 )
 def test_sizes_that_do_not_fit_the_devices_are_refused(sizes):
-  message = 'mesh replica={}, fsdp={}, tensor={} does not fit 8 devices'.format(*sizes)
+  message = 'mesh replica={}, fsdp={}, sequence={}, tensor={} does not fit 8'.format(*sizes)
 
   with pytest.raises(errors.UserError, match=message):
     sharding.make_mesh(*sizes)
@@ -232,7 +269,7 @@ def test_parameters_and_moments_are_split_over_fsdp_and_tensor(sizes):
   for path, leaf in named_leaves(state):
     letters = re.search(r'(?:_([A-Z]+))?$', path)[1] or ''
     whole = dict(zip(letters, leaf.shape, strict=True))
-    ways = {'D': sizes[1], **dict.fromkeys('FGHV', sizes[2])}
+    ways = {'D': sizes[1], **dict.fromkeys('FGHV', sizes[3])}
     expected = tuple(n // ways.get(letter, 1) for letter, n in whole.items())
     assert {shard.data.shape for shard in leaf.addressable_shards} == {expected}, path
     assert len(leaf.addressable_shards) == 8, path
@@ -254,21 +291,24 @@ def lowered(sizes, computation, **shape):
 def activation_constraints(text):
   """Returns the ranks of arrays whose rows are asked to lie on replica and fsdp, in order.
 
-  Those of which something lies on tensor have a T.
+  Those of which something lies on sequence have an S, on tensor a T.
   """
   constraint = (
     r'sdy\.sharding_constraint .*\[\{"replica", "fsdp"\}, (.*)\].*: tensor<16x([0-9x]+)xf32>'
   )
   found = re.findall(constraint, text)
-  return [f'{1 + len(sizes.split("x"))}{"T" * ("tensor" in rest)}' for rest, sizes in found]
+  return [
+    f'{1 + len(sizes.split("x"))}{"S" * ("sequence" in rest)}{"T" * ("tensor" in rest)}'
+    for rest, sizes in found
+  ]
 
 
 @every_mesh
 def test_the_lowered_step_asks_for_the_layout_of_every_activation(sizes):
   """A constraint outside of `jax.set_mesh` would be dropped without a word."""
-  t = 'T' if sizes[2] > 1 else ''
-  layer = ['4' + t] * 3 + ['3' + t, '3']  # query, key, value; the hidden layer; the block
-  forward = ['3', *NUM_LAYERS * layer, '3' + t]  # the embedding first, logits last
+  s, t = 'S' * (sizes[2] > 1), 'T' * (sizes[3] > 1)
+  layer = ['4' + s + t] * 3 + ['3' + s + t, '3' + s]  # query, key, value; hidden layer; block
+  forward = ['3' + s, *NUM_LAYERS * layer, '3' + s + t]  # the embedding first, logits last
 
   assert activation_constraints(lowered(sizes, 'loss_sums')) == forward
   # Each has its transpose in the backward pass.
@@ -313,6 +353,32 @@ def test_what_the_mesh_does_not_divide_is_refused_before_anything_is_computed(ch
     train.Program(run_config(**changes), make_mesh(4, 2))
 
 
+@pytest.mark.parametrize('sizes', [(1, 1, 4), (2, 2, 2)])
+def test_a_row_is_split_in_first_and_last_tokens_of_each_device(sizes):
+  program = train.Program(run_config(), make_mesh(*sizes))
+
+  batch = program.put(make_batch())
+
+  devices, chunk = sizes[2], LENGTH // (2 * sizes[2])
+  for name in ('inputs_BL', 'targets_BL', 'loss_weights_BL', 'position_BL'):
+    for device in range(devices):
+      first, last = device * chunk, LENGTH - (device + 1) * chunk
+      own_L = [*range(first, first + chunk), *range(last, last + chunk)]
+      at = slice(2 * device * chunk, 2 * (device + 1) * chunk)
+      np.testing.assert_array_equal(batch[name][:, at], make_batch()[name][:, own_L])
+    shapes = {shard.data.shape[1] for shard in batch[name].addressable_shards}
+    assert shapes == {2 * chunk}
+
+
+@pytest.mark.parametrize('length', [1, 7, 10])
+def test_a_window_that_does_not_divide_in_two_chunks_a_device_is_refused(length):
+  config = dataclasses.replace(run_config(), data=config_lib.DataConfig(length=length))
+  message = f'data.length has L={length}, which the 8 chunks of mesh axis sequence=4'
+
+  with pytest.raises(errors.UserError, match=message):
+    train.Program(config, make_mesh(1, 1, 4))
+
+
 def test_a_batch_is_split_by_rows_over_all_devices():
   program = train.Program(run_config(), make_mesh(4, 2))
 
@@ -330,7 +396,7 @@ def test_a_batch_is_split_by_rows_over_all_devices():
 # Kernels, which the compiler cannot divide
 
 
-@every_mesh
+@pytest.mark.parametrize('sizes', [sizes for sizes in MESHES if sizes[2] == 1])
 @pytest.mark.parametrize('name', ['fire', 'alibi', 'kerple_log', 't5', 'sandwich', 'xpos'])
 def test_kernels_on_rows_and_heads_of_a_device_give_the_values_and_gradients_of_one(
   name, sizes, monkeypatch
@@ -374,7 +440,7 @@ def test_kernels_on_rows_and_heads_of_a_device_give_the_values_and_gradients_of_
   with jax.set_mesh(make_mesh(*sizes)):
     found = jax.jit(gradient)(*arrays)
 
-  share = (16 // (sizes[0] * sizes[1]), LENGTH, 4 // sizes[2], 4)
+  share = (16 // (sizes[0] * sizes[1]), LENGTH, 4 // sizes[3], 4)
   assert seen == [(16, LENGTH, 4, 4), share]
   for one, other in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
     # Gradients are sums over all rows, of which a device has a share.

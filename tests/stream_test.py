@@ -309,14 +309,41 @@ def test_a_damaged_stream_is_refused_by_file(tmp_path, damage, message):
     ('part-00001.ends.npy', "part-00001.ends.npy' has other ends than its manifest says; delete"),
   ],
 )
-def test_verify_sees_another_byte_of_the_same_size(tmp_path, name, message):
+def test_another_byte_of_the_same_size_is_seen(tmp_path, name, message):
   path = write(tmp_path, [question([5], [3], [6])], [question([5], [3], [7])])
   content = (path / name).read_bytes()
   (path / name).write_bytes(content[:-2] + bytes([content[-2] ^ 1]) + content[-1:])
 
-  stream.check(path, IDENTITY)  # does not read what is in them
   with pytest.raises(errors.UserError, match=message):
     stream.verify(path)
+  later(path / name)
+  with pytest.raises(errors.UserError, match=message):
+    stream.check(path, IDENTITY)
+
+
+def later(file):
+  """Makes a file one that was written to a second later."""
+  time_ns = file.stat().st_mtime_ns + 10**9
+  os.utime(file, ns=(time_ns, time_ns))
+
+
+def test_what_was_written_to_since_the_manifest_is_read_once_and_nothing_else(
+  tmp_path, monkeypatch
+):
+  path = write(tmp_path, [document(5, 6)], [document(7, 8)])
+  read = []
+  sha256 = stream._sha256
+  monkeypatch.setattr(stream, '_sha256', lambda array: read.append(array.tolist()) or sha256(array))
+
+  stream.check(path, IDENTITY)
+  assert not read
+  (path / 'part-00001.npy').write_bytes((path / 'part-00001.npy').read_bytes())  # as a copy is
+  os.utime(path / 'manifest.json', ns=(0, 0))
+  os.utime(path / 'part-00000.npy', ns=(0, 0))
+  stream.check(path, IDENTITY)
+  assert read == [[7, 8, 1]]
+  stream.check(path, IDENTITY)
+  assert len(read) == 1
 
 
 def test_a_stream_of_another_identity_is_refused(tmp_path):

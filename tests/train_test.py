@@ -7,7 +7,6 @@ import pathlib
 import shutil
 import subprocess
 import sys
-import time
 
 import jax
 import numpy as np
@@ -111,34 +110,6 @@ def test_a_finished_run_is_left_alone(whole, data, capsys):
   assert_equal_bits(again, state)
 
 
-def test_a_run_killed_again_and_again_equals_an_unbroken_one_bit_for_bit(whole, data, tmp_path):
-  workdir, state = whole
-  config = tiny.config(data)
-  command = ['lex_fire.train', f'--workdir={tmp_path / "killed"}', *tiny.flags(tiny.values(data))]
-  metrics_file, stderr = tmp_path / 'killed' / 'metrics.jsonl', tmp_path / 'stderr'
-  stderr.touch()
-
-  def three_steps_are_logged():
-    return metrics_file.exists() and len(metrics_file.read_bytes().splitlines()) >= 3
-
-  # kill -9 before and after there is a checkpoint
-  for moment in (three_steps_are_logged, (tmp_path / 'killed' / 'checkpoints' / '4').exists):
-    process = tiny.start_command(*command, err=str(stderr))
-    deadline = time.monotonic() + 120
-    while not moment():
-      assert process.is_alive(), stderr.read_text()
-      assert time.monotonic() < deadline
-      time.sleep(0.002)
-    process.kill()
-    process.join()
-    process.close()
-  resumed = train.train(config, tmp_path / 'killed')
-
-  assert_equal_bits(resumed, state)
-  assert read_metrics(tmp_path / 'killed') == read_metrics(workdir)
-  assert_equal_bits(final_state(tmp_path / 'killed', config), final_state(workdir, config))
-
-
 def test_a_checkpoint_restores_to_another_mesh_bit_for_bit(whole, data):
   workdir, state = whole
   config = tiny.config(data, mesh={'replica': 2, 'fsdp': 2, 'tensor': 2})
@@ -165,7 +136,8 @@ def test_a_damaged_checkpoint_is_named(whole, tmp_path):
   assert status == 2
   (line,) = (line for line in stderr.splitlines() if line.startswith('error: '))
   assert line.startswith('error: checkpoint ')
-  assert "checkpoints/12' is damaged or of another model" in line
+  assert "checkpoints/12' is damaged: " in line
+  assert '; delete that directory to use the one before' in line  # Orbax may add to the line
 
 
 def test_a_workdir_belongs_to_one_config(whole, data):
@@ -237,29 +209,6 @@ def test_a_bidirectional_model_needs_an_id_for_the_mask(data, tmp_path):
 
   with pytest.raises(errors.UserError, match='vocab_size=259 is less than the 259 .* 260 together'):
     train.train(config, tmp_path)
-
-
-def test_a_loss_that_is_not_finite_stops_the_run(data, tmp_path):
-  config = tiny.config(data, optimizer={'learning_rate': 1e30, 'warmup_steps': 1})
-
-  with pytest.raises(errors.UserError, match=r'loss=(nan|inf) at step \d+'):
-    train.train(config, tmp_path)
-
-  assert checkpoint.Checkpoints(tmp_path).latest() is None
-
-
-def test_what_diverged_between_two_logged_steps_is_not_saved(data, tmp_path):
-  config = tiny.config(
-    data,
-    optimizer={'learning_rate': 1e30, 'warmup_steps': 1},
-    train={'log_every': 12, 'checkpoint_every': 4},
-  )
-
-  with pytest.raises(errors.UserError, match='validation loss=nan at step 4; checkpoints before'):
-    train.train(config, tmp_path)
-
-  assert checkpoint.Checkpoints(tmp_path).latest() is None
-  assert not (tmp_path / 'metrics.jsonl').exists()
 
 
 def test_a_resume_on_other_data_is_refused(whole, tmp_path):

@@ -79,8 +79,16 @@ class Corpus:
     Raises:
       errors.UserError: if the split is unknown; on the way, if a file cannot be read.
     """
-    files = _part(self._files_of(split), part, num_parts)
-    return (text for file in files for text in self.read(file.path))
+    placed = _placed(self._files_of(split), num_parts)
+    return (text for of_file, file in placed if of_file == part for text in self.read(file.path))
+
+  def filled_parts(self, split: str, num_parts: int) -> list[int]:
+    """Returns which parts of a split have files.
+
+    Raises:
+      errors.UserError: if the split is unknown.
+    """
+    return sorted({part for part, _ in _placed(self._files_of(split), num_parts)})
 
   def size(self, split: str) -> int:
     """Returns about how many bytes of text a split has.
@@ -186,13 +194,12 @@ def _text_size(file: File) -> int:
   return file.size * (_EXPANSION if file.path.suffix in files_lib.COMPRESSED else 1)
 
 
-def _part(files: tuple[File, ...], part: int, num_parts: int) -> Iterator[File]:
-  """Yields the files of a part: those whose middle lies in it, if all are laid end to end."""
+def _placed(files: tuple[File, ...], num_parts: int) -> Iterator[tuple[int, File]]:
+  """Yields each file with its part: that in which its middle lies, if all are laid end to end."""
   total, start = sum(map(_text_size, files)), 0
   for file in files:
     size = _text_size(file)
-    if (2 * start + size) * num_parts // (2 * total + 1) == part:
-      yield file
+    yield (2 * start + size) * num_parts // (2 * total + 1), file
     start += size
 
 

@@ -1,8 +1,9 @@
 """The documents of a split's parts as windows, end to end, from any place in them.
 
-Some parts are open at once, in an order drawn for each epoch, and give a window each by turns;
-windows are shuffled in blocks. All that there is to remember is a place: numbers of parts,
-documents and tokens.
+Some parts are open at once, in an order drawn for each epoch, and give a document each by turns; an
+epoch begins when all parts of the one before are read to their ends, however long each is. The
+documents so form one text, which is cut into windows, and these are shuffled in blocks. All that
+there is to remember is a place: numbers of parts, documents and tokens.
 """
 
 from __future__ import annotations
@@ -19,6 +20,117 @@ from lex_fire.data import draws, stream
 _OPEN_PARTS = 16  # at once, at most
 
 Place = dict[str, Any]  # JSON values
+
+
+class Documents:
+  """The documents of all parts, epoch after epoch."""
+
+  def __init__(
+    self,
+    read: Callable[[int, int], Iterator[stream.Document]],
+    num_parts: int,
+    seed: int,
+    place: Place | None,
+  ):
+    """Goes to a place, or to the beginning.
+
+    Args:
+      read: (part, first document) -> its documents from there.
+      num_parts: how many there are.
+      seed: of their order.
+      place: from `place`.
+    """
+    self._read, self._num_parts, self._seed = read, num_parts, seed
+    place = place or {'epoch': 0, 'opened': 0, 'turn': 0, 'open': []}
+    self._epoch, self._opened, self._turn = place['epoch'], place['opened'], place['turn']
+    self._open = [[part, document, read(part, document)] for part, document in place['open']]
+
+  def place(self) -> Place:
+    """Returns where it is: parts that are open, each with the number of its next document."""
+    return {
+      'epoch': self._epoch,
+      'opened': self._opened,
+      'turn': self._turn,
+      'open': [[part, document] for part, document, _ in self._open],
+    }
+
+  def next(self) -> np.ndarray:
+    """Returns the tokens_L of the next document.
+
+    Raises:
+      errors.UserError: if a whole epoch has none.
+    """
+    begun = self._epoch
+    while self._epoch < begun + 2:  # of the first, the documents may lie before the place
+      self._fill()
+      self._turn %= len(self._open)
+      of_part = self._open[self._turn]
+      for document in of_part[2]:
+        of_part[1] += 1
+        self._turn += 1
+        return document.tokens_L
+      del self._open[self._turn]
+      if not self._open and self._opened == self._num_parts:
+        self._epoch, self._opened = self._epoch + 1, 0
+    raise errors.UserError(f'no document in any of {self._num_parts} parts; use another split')
+
+  def _fill(self) -> None:
+    """Opens parts of this epoch, in its order, up to as many as may be open."""
+    while len(self._open) < _OPEN_PARTS and self._opened < self._num_parts:
+      key_P = draws.uniform(self._seed, draws.PART, self._epoch, np.arange(self._num_parts))
+      part = int(np.argsort(key_P)[self._opened])
+      self._open.append([part, 0, self._read(part, 0)])
+      self._opened += 1
+
+
+class Windows:
+  """The text of documents, cut into windows of L + 1 tokens, the first of each the last before."""
+
+  def __init__(self, documents: Documents, length: int, eos_id: int, place: Place | None):
+    """Goes to a place of `documents`, which are there, and to the token in it.
+
+    Raises:
+      errors.UserError: if the document there is shorter than it was.
+    """
+    self._documents, self._length = documents, length
+    self._count, self._token, self._last = 0, 0, eos_id
+    self._begin()
+    if place is not None:
+      self._count, self._token, self._last = place['windows'], place['token'], place['last']
+      if self._token > len(self._tokens_L):
+        raise errors.UserError(
+          f'a document of {len(self._tokens_L)} tokens was one of {self._token} at least when the '
+          'run stopped; restore the data, or use another --workdir'
+        )
+
+  def _begin(self) -> None:
+    """Takes the next document."""
+    self._before, self._tokens_L = self._documents.place(), self._documents.next()
+
+  def place(self) -> Place:
+    """Returns where it is: the place before the document it is in, and how far it is in that."""
+    return {
+      'documents': self._before,
+      'token': self._token,
+      'last': self._last,
+      'windows': self._count,
+    }
+
+  def next(self) -> np.ndarray:
+    """Returns the tokens of the next window."""
+    window_L = np.full(self._length + 1, self._last, np.int32)
+    filled = 1
+    while filled <= self._length:
+      if self._token == len(self._tokens_L):
+        self._begin()
+        self._token = 0
+      taken_L = self._tokens_L[self._token : self._token + self._length + 1 - filled]
+      window_L[filled : filled + len(taken_L)] = taken_L
+      filled += len(taken_L)
+      self._token += len(taken_L)
+    self._last = int(window_L[-1])
+    self._count += 1
+    return window_L
 
 
 class Blocks:
@@ -54,85 +166,3 @@ class Blocks:
   def place(self) -> Place:
     """Returns where it is: the place before the block, and how many of its windows are taken."""
     return {'place': self._place, 'taken': self._taken}
-
-
-class Windows:
-  """Windows of tokens_L of parts, by turns of those that are open; all its state is its place."""
-
-  def __init__(
-    self,
-    documents: Callable[[int, int], Iterator[stream.Document]],
-    num_parts: int,
-    length: int,
-    eos_id: int,
-    seed: int,
-    place: Place | None,
-  ):
-    """Opens parts by (part, first document) -> documents; at their beginning without a place."""
-    self._num_parts, self._length, self._seed = num_parts, length, seed
-    self._count = self._drawn = 0
-    if place is None:
-      places = [[self._draw(), 0, 0, eos_id] for _ in range(min(num_parts, _OPEN_PARTS))]
-    else:
-      self._count, self._drawn, places = place['windows'], place['parts'], place['open']
-    self._readers = [_Reader(documents, self._draw, num_parts, *of_part) for of_part in places]
-
-  def _draw(self) -> int:
-    """Returns the part to be opened next: each once an epoch."""
-    epoch, index = divmod(self._drawn, self._num_parts)
-    self._drawn += 1
-    key_P = draws.uniform(self._seed, draws.PART, epoch, np.arange(self._num_parts))
-    return int(np.argsort(key_P)[index])
-
-  def next(self) -> np.ndarray:
-    reader = self._readers[self._count % len(self._readers)]
-    self._count += 1
-    return reader.window(self._length)
-
-  def place(self) -> Place:
-    open_parts = [reader.place() for reader in self._readers]
-    return {'windows': self._count, 'parts': self._drawn, 'open': open_parts}
-
-
-class _Reader:
-  """Cuts the documents of one part after another into windows."""
-
-  def __init__(self, documents, draw, num_parts, part, document, token, last):
-    """Goes to a token of a document of a part; the one before it was `last`."""
-    self._documents, self._draw, self._num_parts = documents, draw, num_parts
-    self._part, self._document, self._token, self._last = part, document, token, last
-    self._coming, self._tokens_L = documents(part, document), None
-
-  def place(self) -> list[int]:
-    return [self._part, self._document, self._token, self._last]
-
-  def window(self, length: int) -> np.ndarray:
-    """Returns `length` tokens after the last of the window before, which comes first."""
-    window_L = np.full(length + 1, self._last, np.int32)
-    filled = 1
-    while filled <= length:
-      taken_L = self._rest()[: length + 1 - filled]
-      window_L[filled : filled + len(taken_L)] = taken_L
-      filled += len(taken_L)
-      self._token += len(taken_L)
-    self._last = int(window_L[-1])
-    return window_L
-
-  def _rest(self) -> np.ndarray:
-    """Returns what is left of the document; if nothing, the next one."""
-    if self._tokens_L is None:  # not read since the place was taken
-      self._tokens_L = self._read()
-    elif self._token == len(self._tokens_L):
-      self._document, self._token = self._document + 1, 0
-      self._tokens_L = self._read()
-    return self._tokens_L[self._token :]
-
-  def _read(self) -> np.ndarray:
-    for _ in range(self._num_parts + 1):
-      for document in self._coming:
-        return document.tokens_L
-      self._part, self._document = self._draw(), 0
-      self._coming = self._documents(self._part, 0)
-    raise errors.UserError(
-      f'no document in any of {self._num_parts} parts; train on another split or Task'
-    )

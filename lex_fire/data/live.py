@@ -16,6 +16,7 @@ Python reads.
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 import math
 import pathlib
@@ -66,19 +67,26 @@ class Live:
       raise errors.UserError(
         f'task {task.name!r} asks questions, a row each; data.streaming=True is for documents'
       )
+    num_parts = reading.parts(task, SPLIT)
+    own = reading.filled_parts(task, SPLIT)[process_index::process_count]
     reading.check_hosts(task, SPLIT, process_count)
     self._eos_id = reading.vocabulary_of(task).eos_id
     self._isolate_documents = isolate_documents
     self._rows = len(batches.host_rows(batch_size, process_index, process_count))
     self._host = f'host-{process_index}-of-{process_count}'
-    num_parts = reading.parts(task, SPLIT)
-    own = range(process_index, num_parts, process_count)
+    self._made_of = {
+      'task': [reading.fingerprint(task, SPLIT), reading.vocabulary_of(task).name],
+      'seed': seed,
+      'length': length,
+      'rows': self._rows,
+    }
 
     def documents(part, start):
       return reading.documents(task, SPLIT, own[part], num_parts, start)
 
     def blocks(place, taken):
-      windows = flow.Windows(documents, len(own), length, self._eos_id, seed, place)
+      text = flow.Documents(documents, len(own), seed, place and place['documents'])
+      windows = flow.Windows(text, length, self._eos_id, place)
       steps = math.ceil(BLOCK_TOKENS / (self._rows * length))
       return flow.Blocks(windows, steps * self._rows, seed, taken)
 
@@ -105,17 +113,18 @@ class Live:
 
     Args:
       workdir: of the run.
-      keep: steps whose places are still needed; others are removed.
+      keep: steps whose places are still needed; others before the last of them are removed.
 
     Raises:
       errors.UserError: if it cannot be written.
     """
     if self._blocks is None:
       raise ValueError('nothing was read that a place could come after')
-    path, content = self._path(workdir, self._done), json.dumps(self._blocks.place())
+    path, place = self._path(workdir, self._done), self._blocks.place()
+    content = json.dumps({'made_of': self._made_of, 'sha256': _sha256(place), **place})
     try:
       for old in path.parents[1].glob(f'*/{path.name}'):
-        if int(old.parent.name) not in keep:
+        if int(old.parent.name) < max(keep, default=0) and int(old.parent.name) not in keep:
           old.unlink()
           with contextlib.suppress(OSError):  # another host's place is there still
             old.parent.rmdir()
@@ -130,24 +139,37 @@ class Live:
     """Goes to the place that was saved after `step` steps.
 
     Raises:
-      errors.UserError: if none was saved, or by another number of hosts, or it is damaged.
+      errors.UserError: if none was saved, or by another number of hosts or another run, or it is
+        damaged.
     """
     path = self._path(workdir, step)
     try:
       saved = json.loads(path.read_text())
-      self._blocks = self._open(saved['place'], saved['taken'])
+      made_of, sha256 = saved.pop('made_of'), saved.pop('sha256')
+      if _sha256(saved) != sha256:
+        raise ValueError('its hash is another')
     except OSError as error:
       there = ', '.join(sorted(found.stem for found in path.parent.glob('host-*.json')))
       raise errors.UserError(
         f'{str(path.parent)!r} has no place in the data of {self._host}, but of: '
         f'{there or "no host"}; go on with as many hosts as the run had'
       ) from error
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
       raise errors.UserError(
-        f'{str(path)!r} is not a place in the data: {error!r}; delete the checkpoint of that step '
-        'to go on from the one before'
+        f'{str(path)!r} is damaged: {error!r}; '
+        'delete the checkpoint of that step to go on from the one before'
       ) from error
+    if made_of != self._made_of:
+      raise errors.UserError(
+        f'{str(path)!r} is a place in other data, {made_of}, not {self._made_of}; use another '
+        '--workdir'
+      )
+    self._blocks = self._open(saved['place'], saved['taken'])
     self._done = step
 
   def _path(self, workdir, step):
     return workdir / _FOLDER / str(step) / f'{self._host}.json'
+
+
+def _sha256(place: flow.Place) -> str:
+  return hashlib.sha256(json.dumps(place, sort_keys=True).encode()).hexdigest()

@@ -31,6 +31,7 @@ class EvaluationWindows(NamedTuple):
     scored_WL: bool, whether a target is to be scored.
     document_W: int32 index of the document that a window is from, for errors by document.
     offset_W: int32 index in its document of a window's first target.
+    too_short: how many of the documents that were read have no window of this length.
   """
 
   inputs_WL: np.ndarray
@@ -38,6 +39,7 @@ class EvaluationWindows(NamedTuple):
   scored_WL: np.ndarray
   document_W: np.ndarray
   offset_W: np.ndarray
+  too_short: int
 
 
 def windows(
@@ -134,7 +136,18 @@ def _check_stride(lengths: Sequence[int], stride: int) -> None:
       )
 
 
-Beginnings = list[tuple[int, np.ndarray]]  # of documents: the index of each, and its tokens
+class Beginnings:
+  """Beginnings of documents that are scored at one length.
+
+  Attributes:
+    of_documents: the index of each, and its tokens.
+    too_short: how many documents have none.
+  """
+
+  def __init__(self):
+    """Begins with none."""
+    self.of_documents: list[tuple[int, np.ndarray]] = []
+    self.too_short = 0
 
 
 def _beginnings(
@@ -150,19 +163,20 @@ def _beginnings(
   """
   longest = max(strides)
   _check_budgets(longest, max_tokens=max_tokens, tokens_per_document=tokens_per_document)
-  found: dict[int, Beginnings] = {length: [] for length in strides}
+  found = {length: Beginnings() for length in strides}
   left = dict.fromkeys(strides, max_tokens)
   longest_document = 0
   for index, tokens_L in enumerate(documents):
     longest_document = max(longest_document, len(tokens_L))
     for length, stride in strides.items():
       take = min(len(tokens_L), tokens_per_document, left[length]) // stride * stride
+      found[length].too_short += len(tokens_L) < length
       if take >= length:
-        found[length].append((index, tokens_L[:take]))
+        found[length].of_documents.append((index, tokens_L[:take]))
         left[length] -= take
     if all(left[length] < length for length in strides):
       break
-  if not found[longest]:
+  if not found[longest].of_documents:
     raise errors.UserError(
       f'no document has a window of length {longest}: the longest has {longest_document} tokens;'
       ' use shorter lengths or longer documents'
@@ -172,7 +186,7 @@ def _beginnings(
 
 def _cut(beginnings: Beginnings, length: int, stride: int, eos_id: int) -> EvaluationWindows:
   """Cuts windows of beginnings of documents, which are whole strides and at least a window."""
-  indices, tokens = zip(*beginnings, strict=True)
+  indices, tokens = zip(*beginnings.of_documents, strict=True)
 
   def cut(tokens_L):
     return np.lib.stride_tricks.sliding_window_view(tokens_L, length)[::stride]
@@ -187,4 +201,5 @@ def _cut(beginnings: Beginnings, length: int, stride: int, eos_id: int) -> Evalu
     scored_WL=(offset_W == 0)[:, None] | is_last_L[None],
     document_W=np.repeat(np.array(indices, np.int32), [len(of_one) for of_one in inputs]),
     offset_W=offset_W,
+    too_short=beginnings.too_short,
   )

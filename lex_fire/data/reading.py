@@ -172,6 +172,17 @@ def parts(task: seqio.Task, split: str) -> int:
   return max(1, min(shards, math.ceil(corpus.size(split) / _PART_BYTES)))
 
 
+def filled_parts(task: seqio.Task, split: str) -> list[int]:
+  """Returns those of the `parts` of a split that have files, as far as can be told unread.
+
+  Raises:
+    errors.UserError: if the split is unknown or not there.
+  """
+  count = parts(task, split)
+  corpus: corpora.Corpus | None = getattr(task.source, 'corpus', None)
+  return list(range(count)) if corpus is None else corpus.filled_parts(split, count)
+
+
 def check_hosts(task: seqio.Task, split: str, process_count: int) -> None:
   """Checks that each host has a part of its own to read.
 
@@ -180,7 +191,7 @@ def check_hosts(task: seqio.Task, split: str, process_count: int) -> None:
   Raises:
     errors.UserError: if there are more hosts than parts, or the split is unknown or not there.
   """
-  count = parts(task, split)
+  count = len(filled_parts(task, split))
   if process_count > count:
     raise errors.UserError(
       f'split {split!r} of task {task.name!r} is read in {count} parts of whole files, too few for '

@@ -112,7 +112,8 @@ def _csv(ordered: Mapping[str, Mapping[str, str]]) -> str:
 
 def _check(config: str, answers: Mapping[str, Any], ids: list[str]) -> None:
   """Raises errors.UserError unless there is a text for each id, and none for another."""
-  unknown = [name for name in answers if name not in set(ids)]
+  known = set(ids)
+  unknown = [name for name in answers if name not in known]
   missing = [name for name in ids if name not in answers]
   if unknown:
     raise errors.UserError(

@@ -8,7 +8,7 @@ import jax
 
 from lex_fire import errors
 from lex_fire.encodings import base, piecewise
-from lex_fire.kernels import chunked, mosaic_tpu, mosaic_tpu_size, reference
+from lex_fire.kernels import chunked, mosaic_tpu, mosaic_tpu_size, reference, ring
 from lex_fire.kernels.mask import Mask
 
 
@@ -51,7 +51,12 @@ def platform() -> str:
 
 
 def choose(
-  implementation: str, encoding: base.Encoding, mask: Mask, query: Any, key: Any
+  implementation: str,
+  encoding: base.Encoding,
+  mask: Mask,
+  query: Any,
+  key: Any,
+  sequence_axis: str | None = None,
 ) -> Choice:
   """Returns by what implementation attention is computed here, and why.
 
@@ -64,9 +69,12 @@ def choose(
     mask: which keys a query may see.
     query: an array query_BQHC, or its shape and dtype.
     key: likewise key_BKGC.
+    sequence_axis: the mesh axis over which rows are cut in parts, if they are. 'auto' is then
+      'ring', which is no key of IMPLEMENTATIONS, as there is none on one device.
 
   Raises:
-    errors.UserError: for an unknown implementation, or one that is for another platform.
+    errors.UserError: for an unknown implementation, one that is for another platform, or one that
+      needs whole rows where they are cut in parts.
   """
   here = platform()
   if implementation in PLATFORM and PLATFORM[implementation] != here:
@@ -74,12 +82,20 @@ def choose(
       f'{implementation=} is for {PLATFORM[implementation]}, but this is {here}; '
       "use 'auto' or 'chunked'"
     )
-  if implementation in IMPLEMENTATIONS:
-    return Choice(implementation, 'as asked')
-  if implementation != 'auto':
+  if implementation not in ('auto', *IMPLEMENTATIONS):
     raise errors.UserError(
       f'unknown {implementation=}; known: auto, {", ".join(sorted(IMPLEMENTATIONS))}'
     )
+  # The compiler divides the reference, as dense products; of tiles it would fetch all to each.
+  if sequence_axis is not None and implementation not in ('auto', 'reference'):
+    raise errors.UserError(
+      f'{implementation=} needs whole rows, but mesh axis {sequence_axis!r} cuts them in parts; '
+      "use 'auto'"
+    )
+  if implementation in IMPLEMENTATIONS:
+    return Choice(implementation, 'as asked')
+  if sequence_axis is not None:
+    return Choice('ring', f'as mesh axis {sequence_axis!r} cuts rows in parts')
   num_queries, num_keys, reason = query.shape[1], key.shape[1], ''
   if here == 'tpu':
     reason = mosaic_tpu_size.why_not(encoding, mask, query, key)
@@ -112,6 +128,7 @@ def attention(
   mask: Mask = Mask(),
   implementation: str = 'auto',
   split: Callable[..., jax.Array] | None = None,
+  sequence_axis: str | None = None,
 ) -> jax.Array:
   """Softmax attention under a position encoding: out_i = sum_j softmax_j(logits_ij) value_j.
 
@@ -129,18 +146,21 @@ def attention(
     mask: which keys a query may see, by position.
     implementation: a key of IMPLEMENTATIONS, or 'auto': see `choose`.
     split: (function, table, arrays by name) -> out_BQHC: runs a kernel that the compiler cannot
-      divide on each device's own rows and heads. None: all is on one device.
+      divide on each device's own rows, heads and tokens. None: all is on one device.
+    sequence_axis: the mesh axis over which rows are cut in parts, if they are; needs `split`. Parts
+      may have any of a row's tokens, as their positions say: see `ring`.
 
   Returns:
     out_BQHC in the value's dtype. Logits, bias and softmax are float32.
 
   Raises:
-    errors.UserError: as `choose` does, or if heads do not divide.
+    errors.UserError: as `choose` does, or if heads do not divide; if rows are cut in parts, as
+      `ring.attention` does.
   """
   num_heads, num_kv_heads = query_BQHC.shape[2], key_BKGC.shape[2]
   if num_heads % num_kv_heads:
     raise errors.UserError(f'{num_kv_heads=} must divide {num_heads=}')
-  name = choose(implementation, encoding, mask, query_BQHC, key_BKGC).implementation
+  name = choose(implementation, encoding, mask, query_BQHC, key_BKGC, sequence_axis).implementation
 
   arrays = {
     'query_BQHC': query_BQHC,
@@ -151,8 +171,11 @@ def attention(
     'query_segment_BQ': query_segment_BQ,
     'key_segment_BK': key_segment_BK,
   }
-  attend = functools.partial(IMPLEMENTATIONS[name], mask=mask)
-  if name not in PLATFORM or split is None:
+  if name == 'ring' and sequence_axis is not None:
+    attend = functools.partial(ring.attention, mask=mask, axis=sequence_axis)
+  else:
+    attend = functools.partial(IMPLEMENTATIONS[name], mask=mask)
+  if name not in ('ring', *PLATFORM) or split is None:
     return attend(**arrays, params=params, encoding=encoding)
   if encoding.table is None:
     return split(lambda _, **own: attend(**own, params={}, encoding=encoding), {}, arrays)

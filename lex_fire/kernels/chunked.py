@@ -34,7 +34,7 @@ def attention(
   key_segment_BK: jax.Array | None,
   mask: mask_lib.Mask,
   block: int = BLOCK,
-  stretches: int = 1,
+  pieces: int = 1,
   make_flash: Callable[..., Any] | None = None,
 ) -> jax.Array:
   """Returns out_BQHC like `reference.attention`, in tiles of `block` queries by `block` keys.
@@ -51,7 +51,7 @@ def attention(
     key_segment_BK: likewise.
     mask: likewise.
     block: of queries and of keys, at most [tokens].
-    stretches: equal parts of a row, of queries and of keys, that follow one another in the array
+    pieces: equal parts of a row, of queries and of keys, that follow one another in the array
       and not in the text: no tile reaches from one into the next.
     make_flash: (encoding, mask) -> what computes the blocks, as `flash` makes it; None: `flash`.
   """
@@ -69,28 +69,17 @@ def attention(
     encoding = encoding._replace(bias=bias)
   if encoding.log_decay is not None:
     block = min(block, max(1, decay.widest(encoding.log_decay(query_BQHC.shape[3]))))
-  num_queries, num_keys = query_BQHC.shape[1] // stretches, key_BKGC.shape[1] // stretches
-  query_block, key_block = min(block, num_queries), min(block, num_keys)
-  if query_segment_BQ is None and (num_queries % query_block or num_keys % key_block):
-    query_segment_BQ = jnp.zeros((1, query_BQHC.shape[1]), jnp.int32)
-    key_segment_BK = jnp.zeros((1, key_BKGC.shape[1]), jnp.int32)
-  of_queries = functools.partial(_blocks, block=query_block, stretches=stretches)
-  of_keys = functools.partial(_blocks, block=key_block, stretches=stretches)
-  queries = Queries(
-    _heads_first(of_queries(query_BQHC, fill=0)),
-    of_queries(query_position_BQ, fill='last'),
-    None if query_segment_BQ is None else of_queries(query_segment_BQ, fill=plan.PAD_QUERY),
-  )
-  keys = Keys(
-    _heads_first(of_keys(key_BKGC, fill=0)),
-    _heads_first(of_keys(value_BKGC, fill=0)),
-    of_keys(key_position_BK, fill='last'),
-    None if key_segment_BK is None else of_keys(key_segment_BK, fill=plan.PAD_KEY),
+  queries, keys = _cut(
+    block,
+    pieces,
+    (query_BQHC, query_position_BQ, query_segment_BQ),
+    (key_BKGC, value_BKGC, key_position_BK, key_segment_BK),
   )
   out_IBHQC = (make_flash or flash)(encoding, mask)(params, queries, keys)
   out_BIQHC = out_IBHQC.transpose(1, 0, 3, 2, 4)
-  out_BIQHC = out_BIQHC.reshape(len(query_BQHC), stretches, -1, *query_BQHC.shape[2:])
-  return out_BIQHC[:, :, :num_queries].reshape(query_BQHC.shape)
+  rows, length, *heads = query_BQHC.shape
+  out_BQHC = out_BIQHC.reshape(rows * pieces, -1, *heads)[:, : length // pieces]
+  return out_BQHC.reshape(query_BQHC.shape)
 
 
 class Queries(NamedTuple):
@@ -110,17 +99,44 @@ class Keys(NamedTuple):
   segment_JBK: jax.Array | None
 
 
+def _cut(block, pieces, queries, keys) -> tuple[Queries, Keys]:
+  """Returns queries and keys in whole blocks; see `attention`."""
+  query_BQHC, query_position_BQ, query_segment_BQ = queries
+  key_BKGC, value_BKGC, key_position_BK, key_segment_BK = keys
+  num_queries, num_keys = query_BQHC.shape[1], key_BKGC.shape[1]
+  query_piece, key_piece = num_queries // pieces, num_keys // pieces
+  query_block, key_block = min(block, query_piece), min(block, key_piece)
+  if query_segment_BQ is None and (query_piece % query_block or key_piece % key_block):
+    query_segment_BQ = jnp.zeros((1, num_queries), jnp.int32)
+    key_segment_BK = jnp.zeros((1, num_keys), jnp.int32)
+  of_query = functools.partial(_blocks, block=query_block, pieces=pieces)
+  of_key = functools.partial(_blocks, block=key_block, pieces=pieces)
+  return (
+    Queries(
+      _heads_first(of_query(query_BQHC, fill=0)),
+      of_query(query_position_BQ, fill='last'),
+      None if query_segment_BQ is None else of_query(query_segment_BQ, fill=plan.PAD_QUERY),
+    ),
+    Keys(
+      _heads_first(of_key(key_BKGC, fill=0)),
+      _heads_first(of_key(value_BKGC, fill=0)),
+      of_key(key_position_BK, fill='last'),
+      None if key_segment_BK is None else of_key(key_segment_BK, fill=plan.PAD_KEY),
+    ),
+  )
+
+
 def _heads_first(x_IBLHC):
   return jnp.swapaxes(x_IBLHC, 2, 3)
 
 
-def _blocks(array, *, block, stretches, fill):
-  """Cuts each stretch of axis 1 into blocks, padded with fill, and puts the blocks first.
+def _blocks(array, *, block, pieces, fill):
+  """Cuts each piece of axis 1 into blocks, padded with fill, and puts the blocks first.
 
   [B, L, ...] -> [I, B, block, ...]
   """
   rows, length, *rest = array.shape
-  array = array.reshape(rows, stretches, length // stretches, *rest)
+  array = array.reshape(rows, pieces, length // pieces, *rest)
   pad = [(0, 0), (0, 0), (0, -array.shape[2] % block)] + [(0, 0)] * len(rest)
   # Padding repeats the last position, so that it does not widen the range a tile seems to span.
   options = {'mode': 'edge'} if fill == 'last' else {'constant_values': fill}
@@ -231,7 +247,8 @@ def cotangents(sums, queries: Queries, keys: Keys):
   d_query = d_query.astype(queries.query_IBHQC.dtype)
   d_key, d_value = d_key.astype(keys.key_JBGKC.dtype), d_value.astype(keys.value_JBGKC.dtype)
   # None: positions and segments are integers and have no gradient.
-  return d_params, Queries(d_query, None, None), Keys(d_key, d_value, None, None)
+  nothing: Any = None
+  return d_params, Queries(d_query, nothing, nothing), Keys(d_key, d_value, nothing, nothing)
 
 
 def _logits(encoding, mask, params, query_BHQC, key_BGKC, queries, keys):

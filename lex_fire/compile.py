@@ -1,0 +1,248 @@
+"""Compiles what a run would compute, for chips that are not here: does it fit, and what does it do?
+
+    python -m lex_fire.compile --config=configs/c4.py:size=large,encoding=fire \
+      --topology=v5e:16x16 [--num_slices=2] [--output=FILE.json]
+
+It compiles the training step and, for each of evaluate.lengths, the evaluation step, and ends with
+status 3 if one of them needs more memory than a chip has. It reads no data.
+"""
+
+import dataclasses
+import functools
+import itertools
+import json
+import math
+import pathlib
+import sys
+import time
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from absl import flags
+
+from lex_fire import (
+  attention,
+  cli,
+  command,
+  comparison,
+  compile_report,
+  errors,
+  evaluate,
+  hlo,
+  metrics,
+  model,
+  reporting,
+  sharding,
+  topologies,
+  train,
+)
+from lex_fire import config as config_lib
+from lex_fire.compile_report import Report
+
+DOES_NOT_FIT = 3  # the exit status
+
+
+def compile_run(
+  config: config_lib.Config,
+  topology: topologies.Topology,
+  progress: Callable[[str], None] = lambda line: None,
+) -> Report:
+  """Compiles the steps of a run for a topology.
+
+  Args:
+    config: of the run.
+    topology: of topologies.find.
+    progress: is called with a line before each step.
+
+  Returns:
+    Of JSON values: chips, mesh, what a program may have of a chip, parameters, tokens and model
+    FLOPs of a training step; and of each of `programs` name, length [tokens], rows, attention,
+    bytes a chip, `excess_bytes` over what it may have (0: it fits), messages between chips by kind,
+    the compiler's own count of FLOPs a chip (None if it was refused), and seconds to compile.
+
+  Raises:
+    errors.UserError: if the mesh does not divide the chips, the batch or a parameter, or as
+      comparison.cases does.
+  """
+  devices = topology.devices
+  mesh = sharding.make_mesh(**dataclasses.asdict(config.mesh), devices=devices)
+  programs = []
+  with jax.default_device(devices[0]):  # by which kernels are chosen
+    for step in _steps(config, mesh):
+      progress(f'compiling the {step.about["name"]}')
+      programs.append(step.about | _measure(step, topology))
+  state = jax.eval_shape(functools.partial(train.init, config))
+  tokens = config.data.batch_size * config.data.length
+  return {
+    'topology': topology.name,
+    'num_slices': topology.num_slices,
+    'chips': len(devices),
+    'kind': devices[0].device_kind,
+    'memory_bytes': topology.memory_bytes,
+    'memory_source': topology.memory_source,
+    'mesh': dict(mesh.shape),
+    'jax': jax.__version__,
+    'encoding': config.to_dict()['encoding'],
+    'parameters': sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(state['params'])),
+    'tokens_per_step': tokens,
+    'model_flops_per_step': tokens
+    * metrics.train_flops_per_token(config.model, config.data.length),
+    'programs': programs,
+  }
+
+
+class _Step(NamedTuple):
+  """A program to compile: what is said of it, and the abstract arguments of a function."""
+
+  about: Report
+  function: train.OnMesh
+  arguments: tuple[Any, ...]
+  parts: dict[str, Any]  # of the arguments: trees whose bytes are told by name
+
+
+def _steps(config: config_lib.Config, mesh: jax.sharding.Mesh) -> Iterator[_Step]:
+  program = train.Program(config, mesh)
+  c, state = config.data, program.abstract_state
+  with jax.set_mesh(mesh):
+    about = _about('training step', train.make_model(config), c.length, c.batch_size)
+  arguments = (state, abstract_batch(config, program))
+  yield _Step(about, program.step, arguments, {'parameters': state['params'], **_rest(state)})
+  cases = comparison.cases(config)
+  shared, devices = config.evaluate.sequence, list(mesh.devices.flat)
+  mesh = sharding.make_mesh(sequence=shared, devices=devices)  # that of evaluate
+  params = comparison.abstract_params(config, mesh)
+  for case, length in itertools.product(cases, config.evaluate.lengths):
+    count = max(1, config.evaluate.max_tokens // (config.evaluate.stride or length))
+    rows = evaluate.rows_at_once(length // shared, count, mesh.size // shared)
+    compared = f', {case.override or "as trained"}, {case.mask_name}' if len(cases) > 1 else ''
+    with jax.set_mesh(mesh):
+      about = _about(f'evaluation step at {length}{compared}', case.transformer, length, rows)
+    function = train.OnMesh(mesh, jax.jit(functools.partial(evaluate.step, case.transformer)))
+    yield _Step(about, function, (params, *_windows(rows, length)), {'parameters': params})
+
+
+def _rest(state: train.State) -> dict[str, Any]:
+  return {name: tree for name, tree in state.items() if name != 'params'}
+
+
+def _about(name: str, transformer: model.Transformer, length: int, rows: int) -> Report:
+  choice = attention.choice(transformer, length)._asdict()
+  return {'name': name, 'length': length, 'rows': rows, 'attention': choice}
+
+
+def abstract_batch(config: config_lib.Config, program: train.Program) -> train.Batch:
+  """Returns a batch of a run as ShapeDtypeStructs, as it lies on the mesh."""
+  c = config.data
+  of_rows, of_all = (c.batch_size, c.length), (1, c.length)
+  alone = c.isolate_documents
+  found = {
+    'inputs_BL': (of_rows, jnp.int32),
+    'targets_BL': (of_rows, jnp.int32),
+    'loss_weights_BL': (of_rows, jnp.float32),
+    'position_BL': (of_rows if alone else of_all, jnp.int32),
+    'segment_ids_BL': (of_rows, jnp.int32) if alone else None,
+  }
+  return {
+    name: leaf and jax.ShapeDtypeStruct(*leaf, sharding=program.layout(name, leaf[0]))
+    for name, leaf in found.items()
+  }
+
+
+def _windows(rows: int, length: int) -> tuple[jax.ShapeDtypeStruct, ...]:
+  """Returns inputs_BL, targets_BL and position_1L of an evaluation step."""
+  return tuple(jax.ShapeDtypeStruct((count, length), jnp.int32) for count in (rows, rows, 1))
+
+
+def _measure(step: _Step, topology: topologies.Topology) -> Report:
+  """Returns what a compiled program, or the compiler that refuses it, says of itself."""
+  start = time.monotonic()
+  parts = {name: _bytes_of_a_chip(tree) for name, tree in step.parts.items()}
+  try:
+    compiled = step.function.lower(*step.arguments).compile(dict(topology.options))
+  except jax.errors.JaxRuntimeError as error:
+    found = topologies.exhausted(error)
+    if found is None:
+      raise
+    needed, usable = found
+    return {
+      'bytes': {**parts, 'total': needed},
+      'excess_bytes': needed - usable,
+      'messages': None,
+      'xla_flops': None,
+      'seconds': round(time.monotonic() - start, 1),
+    }
+  memory = _bytes(compiled.memory_analysis(), parts)
+  messages = hlo.collectives(compiled.as_text() or '')
+  return {
+    'bytes': memory,
+    'excess_bytes': max(0, memory['total'] - topology.memory_bytes),
+    'messages': {kind: one._asdict() for kind, one in messages.items()},
+    'xla_flops': (compiled.cost_analysis() or {}).get('flops'),
+    'seconds': round(time.monotonic() - start, 1),
+  }
+
+
+def _bytes(memory: Any, parts: dict[str, int]) -> dict[str, int]:
+  """Returns the bytes of a chip by what they are for.
+
+  Padding of arrays to the chip's tiles is among the other arguments.
+  """
+  found = {
+    **parts,
+    'other arguments': memory.argument_size_in_bytes - sum(parts.values()),
+    'outputs': memory.output_size_in_bytes - memory.alias_size_in_bytes,
+    'temporaries': memory.temp_size_in_bytes,
+    'program': memory.generated_code_size_in_bytes,
+  }
+  return {**found, 'total': sum(found.values())}
+
+
+def _bytes_of_a_chip(tree: Any) -> int:
+  return sum(
+    math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
+    for leaf in jax.tree.leaves(tree)
+  )
+
+
+def main() -> None:
+  """The command."""
+  f = flags.FLAGS
+  if f.topology is None:
+    raise errors.UserError(f'--topology is missing; known: {", ".join(topologies.known())}')
+  if f.workdir is not None:
+    raise errors.UserError(
+      f'--workdir={f.workdir} is of a run, and nothing runs here; leave it out'
+    )
+  jax.config.update('jax_platforms', 'cpu')  # before JAX looks for accelerators, which it may lack
+  report = compile_run(cli.config(), topologies.find(f.topology, f.num_slices), reporting.say)
+  print(compile_report.table(report))
+  if f.output is not None:
+    path = pathlib.Path(f.output)
+
+    def write(file: pathlib.Path) -> None:
+      file.write_text(json.dumps(report, indent=2) + '\n')
+
+    command.write_files(path.parent, {path.name: write})
+    print(f'written: {path}')
+  excess = compile_report.excess(report)
+  for sentence in excess:
+    print(f'error: {sentence}', file=sys.stderr)
+  if excess:
+    sys.exit(DOES_NOT_FIT)
+
+
+def define_flags() -> None:
+  """Declares what the command takes besides --config."""
+  cli.define_config()
+  known = ', '.join(topologies.known())
+  flags.DEFINE_string('topology', None, f'what to compile for: {known}')
+  flags.DEFINE_integer('num_slices', 1, 'slices of TPUs, each of the topology')
+  flags.DEFINE_string('output', None, 'a JSON file for the report')
+
+
+if __name__ == '__main__':
+  define_flags()
+  flags.adopt_module_key_flags(cli)  # so that --help shows them
+  cli.run(main)

@@ -1,0 +1,295 @@
+"""A run cannot be lost: kills, notices, damage, a full disk, losses that are no numbers.
+
+`python -m pytest tests/faults_test.py --kills=100` kills a run a hundred times at random moments.
+"""
+
+import functools
+import json
+import multiprocessing
+import os
+import random
+import resource
+import runpy
+import shutil
+import signal
+import sys
+import time
+
+import jax
+import numpy as np
+import pytest
+import tiny
+
+from lex_fire import checkpoint, errors, feed, train
+
+STEPS = 12  # of a tiny run, with a checkpoint after each fourth
+
+
+def assert_equal_bits(tree, expected):
+  jax.tree.map(
+    lambda a, b: np.testing.assert_array_equal(np.asarray(a), np.asarray(b)), tree, expected
+  )
+
+
+def metrics_of(workdir):
+  """Returns the metrics of a run but for those that are measured in seconds."""
+  lines = (workdir / 'metrics.jsonl').read_text().splitlines(keepends=True)
+  rows = [json.loads(line) for line in lines if line.endswith('\n')]  # but what a kill cut short
+  return [{name: row[name] for name in row if 'per_second' not in name} for row in rows]
+
+
+def start(workdir, values, out=os.devnull, err=os.devnull):
+  command = ['lex_fire.train', f'--workdir={workdir}', *tiny.flags(values)]
+  return tiny.start_command(*command, out=str(out), err=str(err))
+
+
+def size(path):
+  return path.stat().st_size if path.exists() else 0
+
+
+def has_grown(path, enough):
+  return size(path) >= enough
+
+
+def wait_for(condition, process):
+  deadline = time.monotonic() + 120
+  while not condition():
+    assert process.is_alive() and time.monotonic() < deadline
+    time.sleep(0.002)
+
+
+# Killed
+
+
+def test_a_run_killed_at_random_moments_equals_an_unbroken_one_bit_for_bit(
+  corpus, tmp_path, request
+):
+  kills = request.config.getoption('--kills')
+  steps = 8 * (kills + 2)
+  values = tiny.values(corpus, train={'steps': steps, 'checkpoint_every': 4, 'log_every': 1})
+  config = train.config_lib.Config.from_dict(values)
+  unbroken = train.train(config, tmp_path / 'unbroken')
+  draw, workdir = random.Random(kills), tmp_path / 'killed'
+  metrics = workdir / 'metrics.jsonl'
+
+  for kill in range(kills):
+    process = start(workdir, values)
+    # Some bytes of metrics further, and then any moment: of a step, of a save, of what goes for it.
+    enough = size(metrics) + draw.uniform(0, 1000)
+    wait_for(functools.partial(has_grown, metrics, enough), process)
+    time.sleep(draw.uniform(0, 0.2))
+    process.kill()
+    process.join()
+    process.close()
+    print(f'killed {kill + 1} of {kills}, at {len(metrics_of(workdir))} of {steps} steps')
+  resumed = train.train(config, workdir)
+
+  assert_equal_bits(resumed, unbroken)
+  assert metrics_of(workdir) == metrics_of(tmp_path / 'unbroken')
+
+
+# Asked to end
+
+
+def test_a_run_that_is_told_to_end_saves_ends_well_and_goes_on_bit_for_bit(
+  corpus, fire_run, tmp_path
+):
+  workdir, out = tmp_path / 'run', tmp_path / 'out'
+  out.touch()
+  metrics = workdir / 'metrics.jsonl'
+  # A tiny run is over before it can be told anything: its twelve steps are the first of many.
+  values = tiny.values(corpus, train={'checkpoint_every': 4000, 'steps': 4000})
+  process = start(workdir, values, out=out)
+  wait_for(metrics.exists, process)
+  os.kill(process.pid, signal.SIGTERM)
+  process.join()
+
+  assert process.exitcode == 0
+  (line,) = (line for line in out.read_text().splitlines() if 'SIGTERM' in line)
+  (step,) = checkpoint.Checkpoints(workdir).steps()
+  assert line == f'SIGTERM: saved after step {step}; the same command goes on from there'
+  config = train.config_lib.Config.from_dict(values)
+  program = train.Program(config, train.sharding.make_mesh())
+  data = feed.Data(config)
+  state = program.init()
+  for index in range(step):
+    state, _ = program.step(state, program.put(data.train_batch(index)))
+  kept = checkpoint.Checkpoints(workdir).restore(step, program.abstract_state)
+  assert_equal_bits(kept, state)
+
+
+def test_outside_of_a_run_sigterm_does_what_it_did(fire_run, corpus):
+  before = signal.getsignal(signal.SIGTERM)
+
+  train.train(tiny.config(corpus), fire_run[0])
+
+  assert signal.getsignal(signal.SIGTERM) is before
+
+
+# Damaged
+
+
+def damage(folder):
+  """Cuts the files short that hold a checkpoint's parameters."""
+  for file in (folder / 'params' / 'd').iterdir():
+    file.write_bytes(file.read_bytes()[:100])
+
+
+def test_a_run_whose_newest_checkpoint_is_damaged_goes_on_from_the_one_before(
+  corpus, fire_run, tmp_path
+):
+  workdir = shutil.copytree(fire_run[0], tmp_path / 'run')
+  damage(workdir / 'checkpoints' / '12')
+
+  # In a process of its own: Orbax leaves the other reads of a failed restore behind.
+  command = [f'--workdir={workdir}', *tiny.flags(tiny.values(corpus))]
+  status, stdout, _ = tiny.run_command('lex_fire.train', *command)
+
+  assert status == 0
+  (line,) = (line for line in stdout.splitlines() if 'damaged' in line)
+  assert "checkpoints/12' is damaged: " in line
+  assert line.endswith('and the run goes on from step 8')
+  assert list((workdir / 'damaged').glob('12-*/params'))
+  config = tiny.config(corpus)
+  program = train.Program(config, train.sharding.make_mesh())
+  kept = checkpoint.Checkpoints(workdir).restore(12, program.abstract_state)
+  assert_equal_bits(kept, fire_run[1])
+  assert metrics_of(workdir) == metrics_of(fire_run[0])
+
+
+def test_a_run_without_a_whole_checkpoint_is_not_begun_anew(corpus, fire_run, tmp_path):
+  workdir = shutil.copytree(fire_run[0], tmp_path / 'run')
+  for folder in (workdir / 'checkpoints').iterdir():
+    damage(folder)
+
+  command = [f'--workdir={workdir}', *tiny.flags(tiny.values(corpus))]
+  status, _, stderr = tiny.run_command('lex_fire.train', *command)
+
+  assert status == 2
+  assert 'there is no other that is whole: restore one, or use another --workdir' in stderr
+  assert (workdir / 'checkpoints' / '12').exists()
+
+
+def test_a_checkpoint_of_another_model_is_refused_by_its_first_parameter(fire_run, tmp_path):
+  workdir = tiny.as_if(fire_run[0], tmp_path / 'run', model={'d_ff': 64})
+
+  message = (
+    "checkpoints/12' is of another model: its block_0.mlp.in_DF has shape .16, 32., and that of the"
+    ' config .16, 64.; restore config.json'
+  )
+  with pytest.raises(errors.UserError, match=message):
+    train.train(checkpoint.read_config(workdir), workdir)
+  assert (workdir / 'checkpoints' / '12').exists()
+
+
+# A full disk
+
+
+def train_where_files_stay_small(arguments, err):
+  """Trains where no file can grow past 4 KiB, as none can on a full disk."""
+  os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+  os.dup2(err.fileno(), 2)  # which is no file, so that it takes all there is to say
+  err.close()
+  resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))
+  sys.argv = ['lex_fire.train', *arguments]
+  sys.modules.pop('lex_fire.train', None)
+  runpy.run_module('lex_fire.train', run_name='__main__')
+
+
+def test_a_full_disk_ends_the_run_in_a_sentence_and_keeps_what_was_saved(corpus, tmp_path):
+  workdir = tmp_path / 'run'
+  values = tiny.values(corpus, train={'steps': 4, 'log_every': 4})
+  train.train(train.config_lib.Config.from_dict(values), workdir)
+  # As if it had been asked for eight steps from the beginning, and the disk were full by now.
+  config = json.loads((workdir / 'config.json').read_text())
+  config['train']['steps'] = values['train']['steps'] = 8
+  (workdir / 'config.json').write_text(json.dumps(config))
+  heard, err = multiprocessing.Pipe(duplex=False)
+
+  arguments = [f'--workdir={workdir}', *tiny.flags(values)]
+  process = tiny.start(train_where_files_stay_small, arguments, err)
+  err.close()
+  with os.fdopen(os.dup(heard.fileno())) as file:
+    lines = file.read().splitlines()
+  process.join()
+
+  assert process.exitcode == 2
+  (line,) = (line for line in lines if line.startswith('error: '))
+  assert 'a checkpoint cannot be written into' in line
+  assert 'make room, and run the same command again, which goes on from the one before' in line
+  assert checkpoint.Checkpoints(workdir).steps() == [4]
+
+
+# No number
+
+
+@pytest.fixture
+def poisoned(monkeypatch):
+  """Batches of which the sixth has a loss that is no number."""
+  train_batch = feed.Data.train_batch
+
+  def batch_of(data, step):
+    batch = train_batch(data, step)
+    if step == 5:
+      batch['loss_weights_BL'][0, 0] = np.nan
+    return batch
+
+  monkeypatch.setattr(feed.Data, 'train_batch', batch_of)
+
+
+@pytest.mark.parametrize('log_every', [1, 4, 12])
+def test_a_loss_that_is_no_number_stops_the_run_by_step_and_batch(
+  corpus, poisoned, log_every, tmp_path
+):
+  config = tiny.config(corpus, train={'log_every': log_every})
+
+  with pytest.raises(errors.UserError, match="loss=nan, .* at step 6; its batch is in '.*/step-6'"):
+    train.train(config, tmp_path)
+
+  assert checkpoint.Checkpoints(tmp_path).steps() == [4]
+  folder = tmp_path / 'non_finite' / 'step-6'
+  assert json.loads((folder / 'step.json').read_text())['step'] == 6
+  with np.load(folder / 'batch-0.npz') as batch:
+    expected = feed.Data(config).train_batch(5)
+    assert np.isnan(batch['loss_weights_BL'][0, 0])
+    np.testing.assert_array_equal(batch['inputs_BL'], expected['inputs_BL'])
+
+
+def test_a_step_that_is_skipped_changes_nothing(corpus, poisoned, tmp_path, capsys):
+  config = tiny.config(corpus, train={'non_finite': 'skip', 'log_every': 4})
+
+  skipped = train.train(config, tmp_path)
+
+  assert 'at step 6: skipped, the 1. of this process' in capsys.readouterr().out
+  program = train.Program(config, train.sharding.make_mesh())
+  data, state = feed.Data(config), program.init()
+  for index in [i for i in range(STEPS) if i != 5]:
+    state, _ = program.step(state, program.put(data.train_batch(index)))
+  assert_equal_bits(skipped, state)
+  assert (tmp_path / 'non_finite' / 'step-6' / 'batch-0.npz').exists()
+
+
+@pytest.mark.parametrize('non_finite', ['stop', 'skip'])
+def test_a_run_that_diverges_stops(corpus, tmp_path, non_finite):
+  config = tiny.config(
+    corpus,
+    optimizer={'learning_rate': 1e30, 'warmup_steps': 1},
+    train={'log_every': 3, 'checkpoint_every': 12, 'non_finite': non_finite},
+  )
+
+  with pytest.raises(errors.UserError, match=r'loss=(nan|inf), gradient_norm=\w+ at step \d+'):
+    train.train(config, tmp_path)
+
+  assert checkpoint.Checkpoints(tmp_path).steps() == []
+
+
+def test_what_cannot_be_written_of_a_step_is_said(corpus, poisoned, tmp_path):
+  (tmp_path / 'non_finite').touch()
+
+  with pytest.raises(errors.UserError, match="step 6 has .*'loss': nan.* cannot be written: "):
+    train.train(tiny.config(corpus), tmp_path)
+
+
+def test_another_word_for_what_to_do_is_refused(corpus):
+  with pytest.raises(errors.UserError, match="non_finite='go on' must be 'stop' or 'skip'"):
+    tiny.config(corpus, train={'non_finite': 'go on'})
