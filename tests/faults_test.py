@@ -190,6 +190,7 @@ def train_where_files_stay_small(arguments, err):
   os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
   os.dup2(err.fileno(), 2)  # which is no file, so that it takes all there is to say
   err.close()
+  sys.dont_write_bytecode = True  # they would be cut short too
   resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))
   sys.argv = ['lex_fire.train', *arguments]
   sys.modules.pop('lex_fire.train', None)
@@ -210,13 +211,13 @@ def test_a_full_disk_ends_the_run_in_a_sentence_and_keeps_what_was_saved(corpus,
   process = tiny.start(train_where_files_stay_small, arguments, err)
   err.close()
   with os.fdopen(os.dup(heard.fileno())) as file:
-    lines = file.read().splitlines()
+    said = ' '.join(file.read().split())
   process.join()
 
   assert process.exitcode == 2
-  (line,) = (line for line in lines if line.startswith('error: '))
-  assert 'a checkpoint cannot be written into' in line
-  assert 'make room, and run the same command again, which goes on from the one before' in line
+  # Threads of Orbax's that fail too may say so in the middle of a line of ours.
+  assert 'error: a checkpoint cannot be written into' in said
+  assert 'make room, and run the same command again, which goes on from the one before' in said
   assert checkpoint.Checkpoints(workdir).steps() == [4]
 
 

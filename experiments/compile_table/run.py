@@ -32,7 +32,7 @@ MESH = {'replica': -1, 'fsdp': 4}
 
 
 def make_config(size: str, encoding: str, lengths: tuple[int, ...]) -> config_lib.Config:
-  """Returns a preset that has positions for the lengths, of which a chip scores one row each."""
+  """Returns a preset that has positions for the lengths, at which it scores the longest once."""
   options = presets.reaching(encoding, max(lengths)) if encoding == 'learned' else {}
   evaluate = {'lengths': lengths, 'max_tokens': max(lengths)}
   values = presets.make(size, encoding, encoding=options, evaluate=evaluate, mesh=MESH)
