@@ -428,7 +428,15 @@ def test_what_follows_eos_is_not_shown():
   assert ''.join(pieces) == ''.join(ended) == 'one two\n'
 
 
-def test_an_interrupt_ends_the_line_and_says_nothing(workdir):
+@pytest.fixture
+def interruptible():
+  """Commands heed an interrupt, though a job in the background, as this may be, ignores it."""
+  before = signal.signal(signal.SIGINT, signal.default_int_handler)
+  yield
+  signal.signal(signal.SIGINT, before)
+
+
+def test_an_interrupt_ends_the_line_and_says_nothing(workdir, interruptible):
   command = [sys.executable, '-m', 'lex_fire.generate', f'--workdir={workdir}', '--prompt=a']
   process = subprocess.Popen(
     # The likeliest token, which in a loop of them is not the end of the text.
@@ -436,8 +444,6 @@ def test_an_interrupt_ends_the_line_and_says_nothing(workdir):
     stdout=subprocess.PIPE,
     stderr=subprocess.PIPE,
     cwd=pathlib.Path(__file__).parents[1],
-    # In a job in the background, as this may be, a shell has it ignored.
-    preexec_fn=functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL),
   )
   assert process.stdout.read(2)[:1] == b'a'  # the prompt, and something more
 
