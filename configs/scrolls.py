@@ -27,14 +27,4 @@ def get_config(arg: str = '') -> config_dict.ConfigDict:
   if args['task'] not in scrolls.CONFIGS:
     known = ', '.join(scrolls.CONFIGS)
     raise errors.UserError(f'unknown task={args["task"]!r} of SCROLLS; known: {known}')
-  values = finetuning.make(
-    args,
-    data={
-      'task': f'{scrolls.PREFIX}{args["task"]}',
-      'length': config.whole('length', args['length']),
-      'batch_size': 128,
-    },
-    optimizer={'learning_rate': 1e-4, 'warmup_steps': 100, 'final_fraction': 0.1},
-    train={'steps': 2000, 'log_every': 20, 'checkpoint_every': 200},
-  )
-  return config_dict.ConfigDict(values)
+  return config_dict.ConfigDict(finetuning.make(args, f'{scrolls.PREFIX}{args["task"]}'))

@@ -93,7 +93,7 @@ def _check(config: config_lib.Config, codec: text_lib.Codec, asked: asking.Asked
       f'a run of data.position_range={config.data.position_range} knows positions drawn from there,'
       ' and an answer has those that follow; evaluate another run'
     )
-  comparison.check_vocabulary(config, codec.vocabulary)
+  comparison.check_vocabulary_size(config, codec.vocabulary)
   ours = [name for name in asked.tasks if spec.Spec(name).base in tasks.TASKS]
   if ours and codec.vocabulary != vocabularies.facts_of(config.data.vocabulary):
     raise errors.UserError(

@@ -83,7 +83,7 @@ def _check(config, override, transformer):
     )
 
 
-def check_vocabulary(config: config_lib.Config, vocabulary: vocabularies.Vocabulary) -> None:
+def check_vocabulary_size(config: config_lib.Config, vocabulary: vocabularies.Vocabulary) -> None:
   """Refuses a vocabulary of more ids than a run has embeddings.
 
   Raises:

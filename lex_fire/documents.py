@@ -29,7 +29,7 @@ def get_task(config: config_lib.Config) -> 'seqio.Task':
     raise asking.no_losses(what.name)
   task = tasks.get_task(what)
   vocabulary = text_lib.codec(config.data.spec()).vocabulary
-  comparison.check_vocabulary(config, vocabulary)
+  comparison.check_vocabulary_size(config, vocabulary)
   if reading.vocabulary_of(task) != vocabulary:
     raise errors.UserError(
       f'task {what.name!r} has vocabulary {reading.vocabulary_of(task).name!r}, and the run '

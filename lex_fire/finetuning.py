@@ -7,37 +7,44 @@ from typing import Any
 from lex_fire import checkpoint, config, errors, presets
 
 _FROM_NOTHING = {'size': 'base', 'encoding': 'fire', 'vocabulary': 't5'}
+_RECIPE: dict[str, dict[str, Any]] = {
+  'data': {'batch_size': 128},
+  'optimizer': {'learning_rate': 1e-4, 'warmup_steps': 100, 'final_fraction': 0.1},
+  'train': {'steps': 2000, 'log_every': 20, 'checkpoint_every': 200},
+}
 ARGUMENTS = {'checkpoint': '', **dict.fromkeys(_FROM_NOTHING, '')}  # of a config, for parse_arg
 
 
-def make(args: Mapping[str, str], data: dict[str, Any], **recipe: dict[str, Any]) -> dict[str, Any]:
+def make(args: Mapping[str, str], task: str) -> dict[str, Any]:
   """Returns the config of a run that starts from another's newest parameters, or from nothing.
 
   It is nested dicts, as presets.make returns them.
 
   Args:
-    args: values of ARGUMENTS. checkpoint: the workdir of a run, whose model, encoding, vocabulary
-      and directories are taken; without it size (a preset), encoding and vocabulary count.
-    data: task, length [tokens] and batch_size.
-    **recipe: fields of `optimizer` and `train`.
+    args: values of ARGUMENTS, and length [tokens]. checkpoint: the workdir of a run, whose model,
+      encoding, vocabulary and directories are taken; without it size (a preset), encoding and
+      vocabulary count.
+    task: a key of tasks.QUESTIONS.
 
   Raises:
     errors.UserError: if there is no such run, it has another encoding, vocabulary or size than is
       given, or as presets.make does.
   """
+  length = config.whole('length', args['length'])
+  data = {**_RECIPE['data'], 'task': task, 'length': length}
   if args['checkpoint']:
-    values = _of_checkpoint(args, data, recipe)
+    values = _of_checkpoint(args, data)
   else:
     chosen = {name: args[name] or default for name, default in _FROM_NOTHING.items()}
     # A learned table has no positions past its own.
-    options = {'max_length': data['length']} if chosen['encoding'] == 'learned' else {}
-    data = {**data, 'vocabulary': chosen['vocabulary']}
-    values = presets.make(chosen['size'], chosen['encoding'], encoding=options, data=data, **recipe)
-  values['evaluate'].update(lengths=(data['length'],), protocol='windows')
+    options = {'max_length': length} if chosen['encoding'] == 'learned' else {}
+    recipe = {**_RECIPE, 'data': {**data, 'vocabulary': chosen['vocabulary']}}
+    values = presets.make(chosen['size'], chosen['encoding'], encoding=options, **recipe)
+  values['evaluate'].update(lengths=(length,), protocol='windows')
   return values
 
 
-def _of_checkpoint(args, data, recipe):
+def _of_checkpoint(args, data):
   """Returns the config of a run with other data, to be started from its parameters."""
   values = checkpoint.read_config(pathlib.Path(args['checkpoint']).expanduser()).to_dict()
   own = {'encoding': values['encoding']['name'], 'vocabulary': values['data']['vocabulary']}
@@ -49,7 +56,7 @@ def _of_checkpoint(args, data, recipe):
       )
   kept = {name: values['data'][name] for name in ('vocabulary', 'directory', 'tfds_directory')}
   values['data'] = config.Config().to_dict()['data'] | kept | data
-  values['optimizer'] |= recipe['optimizer']
-  start = {**recipe['train'], 'start_from': args['checkpoint']}
+  values['optimizer'] |= _RECIPE['optimizer']
+  start = {**_RECIPE['train'], 'start_from': args['checkpoint']}
   values['train'] = config.Config().to_dict()['train'] | start
   return values

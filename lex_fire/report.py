@@ -129,7 +129,7 @@ def heading(report: Report) -> str:
   last = report['lengths'][-1]
   tokens = f'{last["tokens"]:,} tokens of {last["documents"]} documents'
   if last['documents_too_short']:
-    tokens += f'; {last["documents_too_short"]} have no window of {last["length"]}'
+    tokens += f'; {last["documents_too_short"]} more are shorter than {last["length"]}'
   return f'{unit(report)} by length ({how(report)}, {tokens}), {documents(report)}'
 
 

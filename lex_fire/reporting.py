@@ -86,7 +86,7 @@ class Reporter:
           'optimizer.learning_rate or raise optimizer.warmup_steps, in another --workdir'
         )
       self._skipped += 1
-      say(f'{what}: skipped, the {self._skipped}. of this process; its batch is in {str(folder)!r}')
+      say(f'{what}: skipped ({self._skipped} so far); its batch is in {str(folder)!r}')
 
   def _report(self, done, values):
     rate, seconds_left = self._pace.measure(done)

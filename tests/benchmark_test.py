@@ -7,8 +7,6 @@ import jax
 import numpy as np
 import pytest
 import tiny
-from absl import flags
-from absl.testing import flagsaver
 
 from lex_fire import (
   answers,
@@ -23,7 +21,6 @@ from lex_fire import (
   submission,
   train,
 )
-from lex_fire import command as command_lib
 from lex_fire import config as config_lib
 from lex_fire.data import algorithms, scrolls, spec, train_vocabulary, vocabularies
 from lex_fire.data import text as text_lib
@@ -374,31 +371,15 @@ def test_losses_of_a_run_on_questions_are_refused_for_its_scores(workdir):
 # What is shown, and the command
 
 
-@pytest.fixture
-def command(tmp_path):
-  """Calls the command, in this process."""
-  if 'tasks' not in flags.FLAGS:
-    command_lib.define_flags()
-    benchmark_command.define_flags()
-
-  def call(*workdirs, **arguments):
-    named = {'workdir': ','.join(map(str, workdirs)), 'output': tmp_path / 'out', **arguments}
-    with flagsaver.flagsaver():
-      flags.FLAGS(['evaluate', *(f'--{name}={value}' for name, value in named.items())])
-      evaluate.main()
-
-  return call
-
-
 def test_runs_and_masks_stand_in_one_table_and_pictures(
-  command, workdir, corpus, model, tmp_path, capsys
+  evaluate_command, workdir, corpus, model, tmp_path, capsys
 ):
   model(lambda prompt: right(prompt) if prompt.facts.get('depth', 1) == 1 else 'no')
   other = tiny.as_if(workdir, tmp_path / 'other')
 
   arguments = {'mask': 'causal,window:8', 'lengths': '200,400', 'name': 'all'}
   needle = 'passkey:held_out=2,depths=2'
-  command(
+  evaluate_command(
     workdir, other, tasks=f'{COPY},{needle}', files=corpus['validation_files'],
     split='validation', **arguments,
   )  # fmt: skip
@@ -422,33 +403,33 @@ def test_runs_and_masks_stand_in_one_table_and_pictures(
 
 
 def test_the_command_says_where_answers_to_hand_in_are(
-  command, workdir, scrolls_directory, model, tmp_path, capsys
+  evaluate_command, workdir, scrolls_directory, model, tmp_path, capsys
 ):
   model(lambda prompt: 'So.')
   arguments = {'split': 'test', 'lengths': '1300', 'tfds_directory': scrolls_directory}
 
-  command(workdir, tasks='scrolls_qmsum', **arguments)
+  evaluate_command(workdir, tasks='scrolls_qmsum', **arguments)
 
   out = capsys.readouterr().out
   path = tmp_path / 'out' / 'scrolls_qmsum-test' / 'submission' / 'fire-at-1300' / scrolls.FILE
   assert f'to hand in: {path}\n' in out and path.exists()
   assert 'SCROLLS takes all tasks in one file: scrolls_qmsum, scrolls_qasper' in out
 
-  command(workdir, tasks='scrolls_qmsum', max_examples=1, **arguments)
+  evaluate_command(workdir, tasks='scrolls_qmsum', max_examples=1, **arguments)
   assert 'to hand in' not in capsys.readouterr().out
   names = {path.name for path in (tmp_path / 'out').glob('*.json')}
   assert names == {'scrolls_qmsum-test.json', 'scrolls_qmsum-test-first-1.json'}
 
 
 def test_files_are_named_by_what_is_asked_but_never_too_long(
-  command, workdir, model, tmp_path, monkeypatch
+  evaluate_command, workdir, model, tmp_path, monkeypatch
 ):
   model(right)
   monkeypatch.setattr(benchmark_plots, 'draw', lambda reports, task, path: path.write_text(task))
   options = 'length=2,held_out=5,count=10,hints=false'
   many = ','.join(f'copy:{options},seed={seed}' for seed in range(3))
 
-  command(workdir, tasks=many, max_examples=2)
+  evaluate_command(workdir, tasks=many, max_examples=2)
 
   assert len(list((tmp_path / 'out').glob('*.png'))) == 3
   assert max(len(path.name) for path in (tmp_path / 'out').rglob('*')) < 200
@@ -466,9 +447,11 @@ def test_files_are_named_by_what_is_asked_but_never_too_long(
     ({'max_examples': 3}, '--max_examples=3 is of --tasks, which are missing'),
   ],
 )
-def test_flags_of_the_other_kind_of_evaluation_are_refused(arguments, message, command, workdir):
+def test_flags_of_the_other_kind_of_evaluation_are_refused(
+  arguments, message, evaluate_command, workdir
+):
   with pytest.raises(errors.UserError, match=message):
-    command(workdir, **arguments)
+    evaluate_command(workdir, **arguments)
 
 
 def test_progress_tells_the_time_left_by_the_length_of_questions(monkeypatch, capsys):

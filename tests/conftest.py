@@ -81,6 +81,28 @@ def glue_directory(tmp_path_factory):
   return directory
 
 
+@pytest.fixture
+def evaluate_command(tmp_path):
+  """Calls `evaluate`, in this process, and returns the directory that it wrote into."""
+  from absl import flags
+  from absl.testing import flagsaver
+
+  from lex_fire import benchmark_command, command, evaluate
+
+  if 'tasks' not in flags.FLAGS:
+    command.define_flags()
+    benchmark_command.define_flags()
+
+  def call(*workdirs, **arguments):
+    named = {'workdir': ','.join(map(str, workdirs)), 'output': tmp_path / 'out', **arguments}
+    with flagsaver.flagsaver():
+      flags.FLAGS(['evaluate', *(f'--{name}={value}' for name, value in named.items())])
+      evaluate.main()
+    return tmp_path / 'out'
+
+  return call
+
+
 # Which laws hold for which encoding: `pytest --laws` prints what its tests found.
 
 _held: dict[tuple[str, str], bool] = {}  # (law, encoding): whether all its cases passed

@@ -10,10 +10,8 @@ import jax
 import numpy as np
 import pytest
 import tiny
-from absl import flags
-from absl.testing import flagsaver
 
-from lex_fire import benchmark_command, checkpoint, comparison, documents, errors, evaluate, plot
+from lex_fire import checkpoint, comparison, documents, errors, evaluate, plot
 from lex_fire import command as command_lib
 from lex_fire import config as config_lib
 from lex_fire import report as report_lib
@@ -291,32 +289,15 @@ def test_a_stride_of_a_bidirectional_model_is_refused(corpus):
 # What is shown, and the command
 
 
-@pytest.fixture
-def command(tmp_path):
-  """Calls the command, in this process, and returns the directory that it wrote into."""
-  if 'tasks' not in flags.FLAGS:
-    command_lib.define_flags()
-    benchmark_command.define_flags()
-
-  def call(*workdirs, **arguments):
-    named = {'workdir': ','.join(map(str, workdirs)), 'output': tmp_path / 'out', **arguments}
-    with flagsaver.flagsaver():
-      flags.FLAGS(['evaluate', *(f'--{name}={value}' for name, value in named.items())])
-      evaluate.main()
-    return tmp_path / 'out'
-
-  return call
-
-
 def test_runs_of_other_tasks_are_compared_on_documents_that_are_named(
-  command, workdir, files, tmp_path, capsys
+  evaluate_command, workdir, files, tmp_path, capsys
 ):
   other = tiny.as_if(workdir, tmp_path / 'other', data={'task': 'stdlib'})
   arguments = {'lengths': '16,32', 'max_tokens': '512', 'stride': '8', 'protocol': 'windows'}
 
   with pytest.raises(errors.UserError, match="has data.task='stdlib', not 'text' as"):
-    command(workdir, other, **arguments)
-  out = command(workdir, other, documents='text', files=files, **arguments)
+    evaluate_command(workdir, other, **arguments)
+  out = evaluate_command(workdir, other, documents='text', files=files, **arguments)
 
   (path,) = out.glob('*.json')
   assert path.name.startswith('fire_other_text-')
@@ -381,7 +362,7 @@ def test_documents_that_have_no_window_are_told(workdir, files):
     sum(length < asked for length in lengths) for asked in (32, 64)
   ]
   short = found['lengths'][-1]['documents_too_short']
-  assert short and f'; {short} have no window of 64), ' in report_lib.heading(found)
+  assert short and f'; {short} more are shorter than 64), ' in report_lib.heading(found)
 
 
 def test_the_text_of_each_document_is_counted_by_itself(tmp_path):

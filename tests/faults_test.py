@@ -261,7 +261,7 @@ def test_a_step_that_is_skipped_changes_nothing(corpus, poisoned, tmp_path, caps
 
   skipped = train.train(config, tmp_path)
 
-  assert 'at step 6: skipped, the 1. of this process' in capsys.readouterr().out
+  assert 'at step 6: skipped (1 so far); ' in capsys.readouterr().out
   program = train.Program(config, train.sharding.make_mesh())
   data, state = feed.Data(config), program.init()
   for index in [i for i in range(STEPS) if i != 5]:

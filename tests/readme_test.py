@@ -5,6 +5,7 @@ import pathlib
 import re
 
 from experiments.attention_tpu import run as attention_tpu
+from experiments.compile_table import run as compile_table
 from lex_fire import encodings, report
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -58,3 +59,12 @@ def test_the_table_of_compiled_kernels_is_the_one_that_was_measured():
 
   for line in attention_tpu.table(measured).splitlines():
     assert f'    {line}'.rstrip() in (attention_tpu.HERE / 'README.md').read_text()
+
+
+def test_the_table_of_compiled_steps_is_the_one_that_was_measured():
+  results = json.loads((compile_table.HERE / 'compile_table.json').read_text())
+
+  written = compile_table.table(results)
+
+  for name in ('README.md', 'compile_table.md'):
+    assert written in (compile_table.HERE / name).read_text()
