@@ -57,7 +57,7 @@ test-beam: .venv-beam/installed-$(VERSION)
 	@$(PIP) -r requirements.txt
 	@touch $@
 
-.venv/tested-$(VERSION): .venv/installed-$(VERSION) requirements-dev.txt
+.venv/tested-$(VERSION): .venv/installed-$(VERSION) requirements-gcs.txt requirements-dev.txt
 	@$(PIP) -r requirements-dev.txt
 	@touch $@
 

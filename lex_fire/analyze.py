@@ -33,6 +33,7 @@ from lex_fire import (
   evaluate,
   presets,
   sharding,
+  storage,
 )
 from lex_fire import config as config_lib
 from lex_fire import report as report_lib
@@ -74,7 +75,7 @@ def analyze(
     errors.UserError: as `evaluate.evaluate` and `curves` do, or if the run is not causal or has
       randomized positions.
   """
-  workdir = pathlib.Path(workdir)
+  workdir = storage.path(workdir)
   config = checkpoint.read_config(workdir)
   config = dataclasses.replace(config, evaluate=request or config.evaluate)
   _check(workdir, config)
@@ -365,7 +366,7 @@ def _of_encodings():
   """Draws the encodings of the flags, from no run."""
   if flags.FLAGS.output is None:
     raise errors.UserError('--output is missing: the directory to write the curves into')
-  directory = command.output_directory(pathlib.Path(flags.FLAGS.output), 'analysis')
+  directory = command.output_directory(storage.path(flags.FLAGS.output), 'analysis')
   query_positions = cli.whole_numbers('query_positions')
   lengths = cli.whole_numbers('lengths')
   drawn = [

@@ -157,7 +157,7 @@ def _ask(of_run, case, report, params, directory, progress, asked) -> Report:
     'questions': len(lines),
     'questions_cut': sum(line['cut_tokens'] > 0 for line in lines),
     'tokens_cut': sum(line['cut_tokens'] for line in lines),
-    'scores': _scores(asked.common.metrics, lines),
+    'scores': _scores(asked.common, lines),
     'by': _by_facts(asked.common, lines),
     'predictions': path.name,
   }
@@ -194,12 +194,13 @@ def _digest(params: Any) -> str:
   return hashlib.sha256(repr(jax.tree.leaves(sums)).encode()).hexdigest()[:16]
 
 
-def _scores(metric_functions, lines) -> dict[str, float] | None:
+def _scores(common, lines) -> dict[str, float] | None:
   """Returns all metrics of the answers; None if what is right is withheld."""
   if not all(line['references'] for line in lines):
     return None
   targets, predictions = zip(*((x['references'], x['prediction']) for x in lines), strict=True)
-  made = (metric(targets, predictions) for metric in metric_functions)
+  judges = common.judges([line['id'] for line in lines])
+  made = (metric(targets, predictions) for metric in judges)
   return {key: float(value) for scores in made for key, value in scores.items()}
 
 
@@ -216,7 +217,7 @@ def _by_facts(common, lines) -> list[Report]:
     {
       'facts': dict(zip(common.facts, values, strict=True)),
       'questions': len(group),
-      'scores': _scores(common.metrics, group),
+      'scores': _scores(common, group),
     }
     for values, group in ((values, list(members)) for values, members in groups)
   ]

@@ -6,9 +6,20 @@ import pathlib
 import time
 from collections.abc import Callable, Iterable, Sequence
 
+import jax
 from absl import flags
 
-from lex_fire import answers, asking, benchmark, command, errors, metrics, reporting, submission
+from lex_fire import (
+  answers,
+  asking,
+  benchmark,
+  command,
+  errors,
+  metrics,
+  reporting,
+  storage,
+  submission,
+)
 from lex_fire import benchmark_plots as plots
 from lex_fire.data import tasks
 
@@ -44,6 +55,11 @@ class Progress:
 def main() -> None:
   """The command."""
   f = flags.FLAGS
+  if jax.process_count() > 1:
+    raise errors.UserError(
+      f'--tasks={f.tasks} is for one process, and these are {jax.process_count()}; start it on one '
+      'host alone, with --num_processes=1'
+    )
   for name in _OF_LOSSES:
     if f[name].value is not None:
       raise errors.UserError(f'--{name}={f[name].value} is of losses, not of --tasks; leave it out')
@@ -53,6 +69,7 @@ def main() -> None:
   first = f'first {asked.max_examples}' if asked.max_examples else ''
   about = ' '.join(filter(None, [*asked.tasks, asked.split, first]))
   what = command.asked(about=benchmark.file_name(about), alike=())
+  storage.local(what.directory, '--output')  # answers are appended as they come
   plans = benchmark.plan(what.workdirs, asked, what.request, what.runs)
   progress = Progress(
     prompt for plan in plans for _ in plan.cases for q in plan.questions for prompt in q.prompts

@@ -2,7 +2,6 @@
 
 import contextlib
 import json
-import os
 import pathlib
 import time
 from collections.abc import Callable, Iterator
@@ -14,7 +13,7 @@ from jax.experimental import multihost_utils
 from orbax.checkpoint.checkpoint_managers import preservation_policy
 
 from lex_fire import config as config_lib
-from lex_fire import errors
+from lex_fire import errors, storage
 
 _CONFIG = 'config.json'
 _DATA = 'data.json'
@@ -33,8 +32,14 @@ class Damaged(errors.UserError):
 class Checkpoints:
   """The checkpoints of a workdir; each has parameters and optimizer state as items of their own."""
 
-  def __init__(self, workdir: str | pathlib.Path, keep_latest: int = 1, keep_best: int = 1):
-    """Opens `workdir`/checkpoints, made if it is not there."""
+  def __init__(
+    self,
+    workdir: str | pathlib.Path,
+    keep_latest: int = 1,
+    keep_best: int = 1,
+    read_only: bool = False,
+  ):
+    """Opens `workdir`/checkpoints, made if it is not there and may be written."""
     # LatestN beside BestN: keeping only the best would delete the newest when it is worse, and a
     # resume would go back in time.
     policy = preservation_policy.AnyPreservationPolicy(
@@ -45,14 +50,14 @@ class Checkpoints:
         ),
       ]
     )
-    directory = pathlib.Path(workdir).absolute() / 'checkpoints'
+    directory = storage.absolute(storage.path(workdir)) / 'checkpoints'
     if directory.exists() and not directory.is_dir():
       raise errors.UserError(f'{str(directory)!r} must be a directory; move that file away')
     self._manager = ocp.CheckpointManager(
       directory,
       # best_fn makes Orbax write the metrics: without it the policy forgets them at a restart.
       options=ocp.CheckpointManagerOptions(
-        preservation_policy=policy, best_fn=_loss, best_mode='min'
+        preservation_policy=policy, best_fn=_loss, best_mode='min', read_only=read_only
       ),
       item_names=('params', 'optimizer'),
     )
@@ -90,8 +95,7 @@ class Checkpoints:
 
     Orbax's own list has one that is being written, and lacks those that go once it is.
     """
-    directory = pathlib.Path(self._manager.directory)
-    return sorted(int(path.name) for path in directory.iterdir() if path.name.isdecimal())
+    return sorted(ocp.path.step.checkpoint_steps(self._manager.directory))
 
   def latest(self) -> int | None:
     """Returns the newest whole checkpoint's step, or None."""
@@ -130,11 +134,11 @@ class Checkpoints:
 
   def _put_away(self, step: int) -> pathlib.Path:
     """Moves a checkpoint out of the way of those to come; returns where it is now."""
-    directory = pathlib.Path(self._manager.directory)
+    directory = storage.path(self._manager.directory)
     place = directory.parent / 'damaged' / f'{step}-{int(time.time())}'
     if jax.process_index() == 0:
       place.parent.mkdir(exist_ok=True)
-      os.replace(directory / str(step), place)
+      (directory / str(step)).rename(place)
     if jax.process_count() > 1:
       multihost_utils.sync_global_devices('a damaged checkpoint is put away')
     self._manager.reload()
@@ -143,7 +147,7 @@ class Checkpoints:
   def _check_model(self, step: int, abstract_params: Any) -> None:
     """Raises errors.UserError for the first parameter that differs from a model's, if any."""
     # Orbax wants a path of its own kind; any will do.
-    folder: Any = pathlib.Path(self._manager.directory) / str(step) / 'params'
+    folder: Any = storage.path(self._manager.directory) / str(step) / 'params'
     try:
       metadata: Any = ocp.StandardCheckpointHandler().metadata(folder)
       found = shapes(metadata.tree)
@@ -170,9 +174,18 @@ class Checkpoints:
     try:
       return dict(self._manager.restore(step, args=ocp.args.Composite(**items)).items())
     except (ValueError, KeyError, OSError) as error:
-      path = pathlib.Path(self._manager.directory) / str(step)
+      path = storage.path(self._manager.directory) / str(step)
       reason = ' '.join(str(error).split())[:200]
       raise Damaged(f'checkpoint {str(path)!r} is damaged: {reason}') from error
+
+  def wait(self) -> None:
+    """Waits for the saves.
+
+    Raises:
+      errors.UserError: if a save cannot be written.
+    """
+    with self._writing():
+      self._manager.wait_until_finished()
 
   def close(self) -> None:
     """Waits for the saves and frees the manager's threads.
@@ -203,7 +216,7 @@ def claim_workdir(workdir: pathlib.Path, config: config_lib.Config) -> None:
         f'cannot write workdir {str(workdir)!r}: {error.strerror}; use another --workdir'
       ) from error
     return
-  there, asked = (_flat(c.to_dict()) for c in (read_config(workdir), config))
+  there, asked = (flat(c) for c in (read_config(workdir), config))
   keys = (key for key in {**there, **asked} if not key.startswith('mesh.'))
   differ = [key for key in keys if there.get(key) != asked.get(key)]
   if differ:
@@ -212,6 +225,18 @@ def claim_workdir(workdir: pathlib.Path, config: config_lib.Config) -> None:
       f'workdir {str(workdir)!r} holds a run of another config, {shown}; '
       'use another --workdir, or that config to go on'
     )
+
+
+def check_workdir(workdir: pathlib.Path, config: config_lib.Config, hashes: dict[str, str]) -> None:
+  """Checks what claim_workdir and claim_data do, as far as it is there, and writes nothing.
+
+  Raises:
+    errors.UserError: if the workdir holds another config, or began with other data.
+  """
+  if (workdir / _CONFIG).exists():
+    claim_workdir(workdir, config)
+  if (workdir / _DATA).exists():
+    claim_data(workdir, hashes)
 
 
 def check_vocabulary(workdir: pathlib.Path, name: str) -> None:
@@ -254,9 +279,7 @@ def claim_data(workdir: pathlib.Path, hashes: dict[str, str]) -> None:
 def _write_json(path: pathlib.Path, values: dict[str, Any]) -> None:
   """Writes a file whole or not at all, by the first process."""
   if jax.process_index() == 0:
-    temporary = path.with_name(f'.{path.name}.{os.getpid()}')
-    temporary.write_text(json.dumps(values, indent=2) + '\n')
-    os.replace(temporary, path)
+    storage.write(path, json.dumps(values, indent=2) + '\n')
 
 
 def read_config(workdir: pathlib.Path) -> config_lib.Config:
@@ -309,7 +332,10 @@ def shapes(params: Any) -> dict[str, tuple[int, ...]]:
   }
 
 
-def _flat(values: dict[str, Any]) -> dict[str, Any]:
+def flat(config: config_lib.Config) -> dict[str, Any]:
+  """Returns the fields of a config as {'SECTION.FIELD': value}."""
   return {
-    f'{section}.{key}': value for section, fields in values.items() for key, value in fields.items()
+    f'{section}.{field}': value
+    for section, fields in config.to_dict().items()
+    for field, value in fields.items()
   }

@@ -3,19 +3,21 @@
 import os
 import runpy
 import sys
+import traceback
 from collections.abc import Callable, Sequence
 
+import jax
 from absl import app, flags, logging
 
 from lex_fire import config as config_lib
-from lex_fire import errors
+from lex_fire import errors, hosts
 from lex_fire.data import lazy
 
 
 def fail(message: object) -> None:
   """Ends the command with one line on stderr and status 2."""
-  print(f'error: {" ".join(str(message).split())}', file=sys.stderr)
-  sys.exit(2)
+  print(f'{hosts.name()}error: {" ".join(str(message).split())}', file=sys.stderr)
+  hosts.leave(2)
 
 
 def run(main: Callable[[], None], interrupted: str = 'interrupted') -> None:
@@ -45,14 +47,22 @@ def run(main: Callable[[], None], interrupted: str = 'interrupted') -> None:
     try:
       lazy.import_modules(flags.FLAGS.module_import)
       main()
+      hosts.part()
     except errors.UserError as error:
       fail(error)
     except KeyboardInterrupt:
       print(interrupted, file=sys.stderr)
-      sys.exit(130)
+      hosts.leave(130)
     except BrokenPipeError:
       os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for the flush at the end
-      sys.exit(141)
+      hosts.leave(141)
+    except Exception as error:
+      if not hosts.have_met():
+        raise
+      if isinstance(error, jax.errors.JaxRuntimeError):
+        fail(hosts.lost(error))
+      traceback.print_exc()
+      hosts.leave(1)
 
   # Libraries' notes on how they save and compile are not for our users; what goes wrong they raise.
   logging.set_verbosity(logging.FATAL)

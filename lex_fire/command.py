@@ -8,13 +8,25 @@ import operator
 import os
 import pathlib
 import re
+import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
+import jax
 from absl import flags
 
-from lex_fire import benchmark, checkpoint, cli, comparison, errors, kernels, metrics, reporting
+from lex_fire import (
+  benchmark,
+  checkpoint,
+  cli,
+  comparison,
+  errors,
+  kernels,
+  metrics,
+  reporting,
+  storage,
+)
 from lex_fire import config as config_lib
 from lex_fire.data import protocols
 from lex_fire.data import spec as spec_lib
@@ -107,11 +119,13 @@ def output_directory(directory: pathlib.Path, name: str) -> pathlib.Path:
   Raises:
     errors.UserError: if files of that name cannot be written into it.
   """
-  temporary = _temporary(directory / f'{name}.json')
+  path = directory / f'.{name}.tried'
+  if jax.process_index():
+    return directory  # the first process writes
   try:
     directory.mkdir(parents=True, exist_ok=True)
-    temporary.touch()
-    temporary.unlink()
+    storage.write(path, '')
+    path.unlink()
   except OSError as error:
     raise errors.UserError(
       f'cannot write {name!r} into {str(directory)!r}: {error.strerror}; '
@@ -153,7 +167,7 @@ def asked(prefix: str = '', about: str | None = None, alike: Sequence[str] | Non
   Raises:
     errors.UserError: for a mistake in the flags.
   """
-  workdirs = [pathlib.Path(workdir) for workdir in flags.FLAGS.workdir or ()]
+  workdirs = [storage.path(workdir) for workdir in flags.FLAGS.workdir or ()]
   if not workdirs:
     raise errors.UserError('--workdir is missing: the run or runs (DIR,DIR) to evaluate')
   if len({workdir.resolve() for workdir in workdirs}) < len(workdirs):
@@ -165,16 +179,21 @@ def asked(prefix: str = '', about: str | None = None, alike: Sequence[str] | Non
   num_cases = sum(len(comparison.cases(config)) for config in configs)
   runs = comparison.names(workdirs)
   name = flags.FLAGS.name or prefix + _file_name(runs, request, about or _how(request))
-  default = os.path.join(os.path.commonpath([path.absolute() for path in workdirs]), 'evaluations')
-  directory = pathlib.Path(flags.FLAGS.output or os.path.relpath(default))
+  directory = storage.path(flags.FLAGS.output or _default_directory(workdirs))
   output_directory(directory, name)
   return Asked(workdirs, runs, configs, request, num_cases, directory, name)
+
+
+def _default_directory(workdirs: Sequence[pathlib.Path]) -> str:
+  """Returns `evaluations` in the directory that has all runs, as seen from here."""
+  directory = os.fspath(storage.common(workdirs) / 'evaluations')
+  return directory if storage.is_bucket(directory) else os.path.relpath(directory)
 
 
 def write_files(
   directory: pathlib.Path, writers: Mapping[str, Callable[[pathlib.Path], None]]
 ) -> list[pathlib.Path]:
-  """Writes files into a directory, each whole or not at all.
+  """Writes files into a directory, each whole or not at all, by the first process.
 
   Args:
     directory: where.
@@ -185,15 +204,13 @@ def write_files(
   """
   paths = []
   for name, write_file in writers.items():
-    path = directory / name
-    write_file(_temporary(path))
-    os.replace(_temporary(path), path)
-    paths.append(path)
+    paths.append(directory / name)
+    if jax.process_index() == 0:
+      with tempfile.TemporaryDirectory() as own:
+        made = pathlib.Path(own) / name
+        write_file(made)
+        storage.write(paths[-1], made.read_bytes())
   return paths
-
-
-def _temporary(path):
-  return path.with_name(f'.{path.stem}.partial{path.suffix}')
 
 
 def define_flags() -> None:

@@ -1,7 +1,7 @@
 """Compiles what a run would compute, for chips that are not here: does it fit, and what does it do?
 
     python -m lex_fire.compile --config=configs/c4.py:size=large,encoding=fire \
-      --topology=v5e:16x16 [--num_slices=2] [--output=FILE.json]
+      --topology=v5e:16x16 [--num_slices=2] [--output=FILE.json] [--save=FILE]
 
 It compiles the training step and, for each of evaluate.lengths, the evaluation step, and ends with
 status 3 if one of them needs more memory than a chip has. It reads no data.
@@ -13,7 +13,6 @@ import itertools
 import json
 import math
 import pathlib
-import sys
 import time
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
@@ -30,6 +29,7 @@ from lex_fire import (
   compile_report,
   errors,
   evaluate,
+  executables,
   hlo,
   metrics,
   model,
@@ -41,13 +41,12 @@ from lex_fire import (
 from lex_fire import config as config_lib
 from lex_fire.compile_report import Report
 
-DOES_NOT_FIT = 3  # the exit status
-
 
 def compile_run(
   config: config_lib.Config,
   topology: topologies.Topology,
   progress: Callable[[str], None] = lambda line: None,
+  save: pathlib.Path | None = None,
 ) -> Report:
   """Compiles the steps of a run for a topology.
 
@@ -55,6 +54,7 @@ def compile_run(
     config: of the run.
     topology: of topologies.find.
     progress: is called with a line before each step.
+    save: the file for the compiled training step, if it fits; see executables.
 
   Returns:
     Of JSON values: chips, mesh, what a program may have of a chip, parameters, tokens and model
@@ -72,14 +72,35 @@ def compile_run(
   with jax.default_device(devices[0]):  # by which kernels are chosen
     for step in _steps(config, mesh):
       progress(f'compiling the {step.about["name"]}')
-      programs.append(step.about | _measure(step, topology))
+      found, compiled = measure(step, topology)
+      if save is not None and not programs and compiled is not None and not found['excess_bytes']:
+        _save(save, compiled, config, mesh)
+        progress(f'written: {save}')
+      programs.append(step.about | found)
+  return report(config, topology, mesh, programs)
+
+
+def _save(path: pathlib.Path, compiled: jax.stages.Compiled, config, mesh) -> None:
+  def write(file: pathlib.Path) -> None:
+    executables.save(file, compiled, config, mesh)
+
+  command.write_files(path.parent, {path.name: write})
+
+
+def report(
+  config: config_lib.Config,
+  topology: topologies.Topology,
+  mesh: jax.sharding.Mesh,
+  programs: list[Report],
+) -> Report:
+  """Returns what compile_run does, of these programs."""
   state = jax.eval_shape(functools.partial(train.init, config))
   tokens = config.data.batch_size * config.data.length
   return {
     'topology': topology.name,
     'num_slices': topology.num_slices,
-    'chips': len(devices),
-    'kind': devices[0].device_kind,
+    'chips': len(topology.devices),
+    'kind': topology.devices[0].device_kind,
     'memory_bytes': topology.memory_bytes,
     'memory_source': topology.memory_source,
     'mesh': dict(mesh.shape),
@@ -93,7 +114,7 @@ def compile_run(
   }
 
 
-class _Step(NamedTuple):
+class Step(NamedTuple):
   """A program to compile: what is said of it, and the abstract arguments of a function."""
 
   about: Report
@@ -102,13 +123,17 @@ class _Step(NamedTuple):
   parts: dict[str, Any]  # of the arguments: trees whose bytes are told by name
 
 
-def _steps(config: config_lib.Config, mesh: jax.sharding.Mesh) -> Iterator[_Step]:
-  program = train.Program(config, mesh)
+def training_step(config: config_lib.Config, program: train.Program) -> Step:
+  """Returns the step that `train` takes."""
   c, state = config.data, program.abstract_state
-  with jax.set_mesh(mesh):
+  with jax.set_mesh(program.mesh):
     about = _about('training step', train.make_model(config), c.length, c.batch_size)
   arguments = (state, abstract_batch(config, program))
-  yield _Step(about, program.step, arguments, {'parameters': state['params'], **_rest(state)})
+  return Step(about, program.step, arguments, {'parameters': state['params'], **_rest(state)})
+
+
+def _steps(config: config_lib.Config, mesh: jax.sharding.Mesh) -> Iterator[Step]:
+  yield training_step(config, train.Program(config, mesh))
   cases = comparison.cases(config)
   shared, devices = config.evaluate.sequence, list(mesh.devices.flat)
   mesh = sharding.make_mesh(sequence=shared, devices=devices)  # that of evaluate
@@ -120,7 +145,7 @@ def _steps(config: config_lib.Config, mesh: jax.sharding.Mesh) -> Iterator[_Step
     with jax.set_mesh(mesh):
       about = _about(f'evaluation step at {length}{compared}', case.transformer, length, rows)
     function = train.OnMesh(mesh, jax.jit(functools.partial(evaluate.step, case.transformer)))
-    yield _Step(about, function, (params, *_windows(rows, length)), {'parameters': params})
+    yield Step(about, function, (params, *_windows(rows, length)), {'parameters': params})
 
 
 def _rest(state: train.State) -> dict[str, Any]:
@@ -155,8 +180,8 @@ def _windows(rows: int, length: int) -> tuple[jax.ShapeDtypeStruct, ...]:
   return tuple(jax.ShapeDtypeStruct((count, length), jnp.int32) for count in (rows, rows, 1))
 
 
-def _measure(step: _Step, topology: topologies.Topology) -> Report:
-  """Returns what a compiled program, or the compiler that refuses it, says of itself."""
+def measure(step: Step, topology: topologies.Topology) -> tuple[Report, jax.stages.Compiled | None]:
+  """Returns what a compiled program, or the compiler that refuses it, says of itself; and it."""
   start = time.monotonic()
   parts = {name: _bytes_of_a_chip(tree) for name, tree in step.parts.items()}
   try:
@@ -166,22 +191,25 @@ def _measure(step: _Step, topology: topologies.Topology) -> Report:
     if found is None:
       raise
     needed, usable = found
-    return {
+    refused = {
       'bytes': {**parts, 'total': needed},
       'excess_bytes': needed - usable,
       'messages': None,
       'xla_flops': None,
       'seconds': round(time.monotonic() - start, 1),
     }
+    return refused, None
   memory = _bytes(compiled.memory_analysis(), parts)
   messages = hlo.collectives(compiled.as_text() or '')
-  return {
+  available = topology.memory_bytes
+  accepted = {
     'bytes': memory,
-    'excess_bytes': max(0, memory['total'] - topology.memory_bytes),
+    'excess_bytes': 0 if available is None else max(0, memory['total'] - available),
     'messages': {kind: one._asdict() for kind, one in messages.items()},
     'xla_flops': (compiled.cost_analysis() or {}).get('flops'),
     'seconds': round(time.monotonic() - start, 1),
   }
+  return accepted, compiled
 
 
 def _bytes(memory: Any, parts: dict[str, int]) -> dict[str, int]:
@@ -215,31 +243,35 @@ def main() -> None:
     raise errors.UserError(
       f'--workdir={f.workdir} is of a run, and nothing runs here; leave it out'
     )
-  jax.config.update('jax_platforms', 'cpu')  # before JAX looks for accelerators, which it may lack
-  report = compile_run(cli.config(), topologies.find(f.topology, f.num_slices), reporting.say)
-  print(compile_report.table(report))
+  if f.topology != topologies.HERE:
+    jax.config.update('jax_platforms', 'cpu')  # before JAX looks for what may not be here
+  save = None if f.save is None else pathlib.Path(f.save)
+  topology = topologies.find(f.topology, f.num_slices)
+  found = compile_run(cli.config(), topology, reporting.say, save)
+  print(compile_report.table(found))
   if f.output is not None:
     path = pathlib.Path(f.output)
 
     def write(file: pathlib.Path) -> None:
-      file.write_text(json.dumps(report, indent=2) + '\n')
+      file.write_text(json.dumps(found, indent=2) + '\n')
 
     command.write_files(path.parent, {path.name: write})
     print(f'written: {path}')
-  excess = compile_report.excess(report)
-  for sentence in excess:
-    print(f'error: {sentence}', file=sys.stderr)
-  if excess:
-    sys.exit(DOES_NOT_FIT)
+  compile_report.refuse(found)
 
 
 def define_flags() -> None:
   """Declares what the command takes besides --config."""
   cli.define_config()
   known = ', '.join(topologies.known())
-  flags.DEFINE_string('topology', None, f'what to compile for: {known}')
+  flags.DEFINE_string(
+    'topology', None, f'what to compile for: {known}, or {topologies.HERE}: the devices of this one'
+  )
   flags.DEFINE_integer('num_slices', 1, 'slices of TPUs, each of the topology')
   flags.DEFINE_string('output', None, 'a JSON file for the report')
+  flags.DEFINE_string(
+    'save', None, 'a file for the compiled training step, if it fits, for `train --executable`'
+  )
 
 
 if __name__ == '__main__':

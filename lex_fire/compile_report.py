@@ -1,7 +1,11 @@
 """What `python -m lex_fire.compile` found, in words and as a table."""
 
+import sys
 from typing import Any
 
+from lex_fire import hosts
+
+DOES_NOT_FIT = 3  # the exit status
 Report = dict[str, Any]  # of JSON values; see compile.compile_run
 
 
@@ -15,6 +19,15 @@ def excess(report: Report) -> list[str]:
     for one in report['programs']
     if one['excess_bytes']
   ]
+
+
+def refuse(report: Report) -> None:
+  """Ends the command with status 3 if a program does not fit, and says which and by how much."""
+  sentences = excess(report)
+  for sentence in sentences:
+    print(f'{hosts.name()}error: {sentence}', file=sys.stderr)
+  if sentences:
+    hosts.leave(DOES_NOT_FIT)
 
 
 def gib(count: float) -> str:
@@ -40,19 +53,20 @@ def table(report: Report) -> str:
   slices = f'{r["num_slices"]} slices of ' if r['num_slices'] > 1 else ''
   flops = r['model_flops_per_step']
   width = max(len(one['name']) for one in r['programs'])
+  memory = r['memory_bytes']
   lines = [
     f'{r["chips"]} of {r["kind"]} ({slices}{r["topology"]}): {mesh}',
     f'{r["parameters"]:,} parameters; {tokens:,} tokens and {flops:.3g} model FLOPs a step, '
     f'{flops / r["chips"]:.3g} a chip',
     '',
-    f'{"GiB a chip":{width}}  {"  ".join(_PARTS)}  of {gib(r["memory_bytes"])}',
+    f'{"GiB a chip":{width}}  {"  ".join(_PARTS)}  of {"?" if memory is None else gib(memory)}',
   ]
   for one in r['programs']:
     numbers = (one['bytes'].get(part) for part in _PARTS)
     cells = ('' if n is None else gib(n) for n in numbers)
     row = '  '.join(f'{cell:>{len(part)}}' for cell, part in zip(cells, _PARTS, strict=True))
-    fits = 'does not fit' if one['excess_bytes'] else 'fits'
-    lines.append(f'{one["name"]:{width}}  {row}  {fits}')
+    fits = 'does not fit' if one['excess_bytes'] else 'fits' if memory else ''
+    lines.append(f'{one["name"]:{width}}  {row}  {fits}'.rstrip())
   return '\n'.join([*lines, '', *map(_line, r['programs'])])
 
 

@@ -9,7 +9,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from lex_fire import encodings, errors, kernels
+from lex_fire import encodings, errors, kernels, rematerialization
 from lex_fire.data import protocols
 from lex_fire.data import spec as spec_lib
 from lex_fire.kernels import decay, ring
@@ -18,7 +18,6 @@ from lex_fire.kernels import mask as mask_lib
 ACTIVATIONS = ('gelu', 'swiglu')
 NORMS = ('layernorm', 'rmsnorm')
 DTYPES = ('float32', 'bfloat16')
-FILE_TASKS = ('text', 'jsonl')  # that read the user's own files
 AS_TRAINED = 'as_trained'  # in `evaluate`: what the run itself has
 
 
@@ -105,7 +104,7 @@ class ModelConfig:
   causal: bool = True  # predicts the next token; False: an encoder that restores masked ones
   tied_embeddings: bool = True  # logits from the token embeddings, or from a matrix of their own
   scan_layers: bool = False  # one compiled block for all: compiles fast, 1.3 times slower on CPU
-  remat: bool = False  # recompute a block's activations in the backward pass
+  remat: str = 'none'  # what the backward pass computes again: a key of rematerialization.POLICIES
   dtype: str = 'float32'  # of activations; parameters are always float32
   attention: str = 'auto'  # a key of kernels.IMPLEMENTATIONS, or auto
 
@@ -113,6 +112,7 @@ class ModelConfig:
     _choice('model.activation', self.activation, ACTIVATIONS)
     _choice('model.norm', self.norm, NORMS)
     _choice('model.dtype', self.dtype, DTYPES)
+    _choice('model.remat', self.remat, tuple(rematerialization.POLICIES))
     _choice('model.attention', self.attention, ('auto', *kernels.IMPLEMENTATIONS))
     sizes = ('num_layers', 'd_model', 'num_heads', 'num_kv_heads', 'head_dim', 'd_ff', 'vocab_size')
     _at_least(1, **{f'model.{name}': getattr(self, name) for name in sizes})
@@ -155,7 +155,7 @@ class DataConfig:
     """
     globs = {'train': self.train_files, 'validation': self.validation_files}
     lacking = [split for split in splits if not globs.get(split)]
-    if self.task in FILE_TASKS and lacking:
+    if self.task in spec_lib.FILE_TASKS and lacking:
       raise errors.UserError(
         f'data.task={self.task!r} needs a glob of files for each split, not '
         f'data.{lacking[0]}_files={globs.get(lacking[0], "")!r}'
@@ -395,6 +395,8 @@ class Config:
   def from_json(cls, values: Mapping[str, Any]) -> 'Config':
     """Makes a Config of what `to_dict` returned once, with fields that have come since added.
 
+    And with those renamed that were called otherwise.
+
     They are at their defaults: a new field's default is what was done before it.
 
     Raises:
@@ -404,10 +406,7 @@ class Config:
     encoding: Any = values.get('encoding')
     name = str(encoding['name']) if hasattr(encoding, 'keys') and 'name' in encoding else ''
     defaults['encoding'] = encodings.options(name) if name in encodings.ENCODINGS else {}
-    mesh: Any = values.get('mesh')
-    if hasattr(mesh, 'keys') and 'data' in mesh:  # what replica was called
-      renamed = {'replica' if axis == 'data' else axis: size for axis, size in mesh.items()}
-      values = {**values, 'mesh': renamed}
+    values = _as_said_now(values)
     completed = {
       section: fields | values[section]
       for section, fields in defaults.items()
@@ -420,6 +419,19 @@ class Config:
     values = dataclasses.asdict(self)
     values['encoding'] = {'name': self.encoding.name, **dict(self.encoding.options)}
     return values
+
+
+def _as_said_now(values: Mapping[str, Any]) -> Mapping[str, Any]:
+  """Returns a config's fields and values by the names that they have now."""
+  mesh: Any = values.get('mesh')
+  if hasattr(mesh, 'keys') and 'data' in mesh:  # what replica was called
+    renamed = {'replica' if axis == 'data' else axis: size for axis, size in mesh.items()}
+    values = {**values, 'mesh': renamed}
+  model: Any = values.get('model')
+  if hasattr(model, 'keys') and isinstance(model.get('remat'), bool):  # whether of whole blocks
+    remat = 'block' if model['remat'] else 'none'
+    values = {**values, 'model': {**model, 'remat': remat}}
+  return values
 
 
 def _check_keys(prefix: str, values: Mapping[str, Any], known: Mapping[str, Any]) -> None:

@@ -44,12 +44,17 @@ def _spec(config: config_lib.Config) -> spec.Spec:
   directory = request.tfds_directory or config.data.tfds_directory
   if not request.documents:
     if request.files:
-      known = ' or '.join(config_lib.FILE_TASKS)
+      known = ' or '.join(spec.FILE_TASKS)
       raise errors.UserError(
         f'files={request.files!r} are of documents={known}, which is missing; name it too'
       )
+    if config.data.task in spec.FILE_TASKS and request.split not in spec.SPLITS_OF_FILES:
+      raise errors.UserError(
+        f'the run has files of {" and ".join(spec.SPLITS_OF_FILES)}, not of split='
+        f'{request.split!r}; name some by --documents={config.data.task} --files=GLOB'
+      )
     return config.data.spec(request.split)._replace(tfds_directory=directory)
-  if request.documents in config_lib.FILE_TASKS and not request.files:
+  if request.documents in spec.FILE_TASKS and not request.files:
     raise errors.UserError(
       f"documents={request.documents!r} needs a glob of files, not files=''; as in "
       "--files='books/*.txt'"

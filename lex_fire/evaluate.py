@@ -27,9 +27,12 @@ from lex_fire import (
   command,
   comparison,
   documents,
+  hosts,
   model,
   plot,
+  reporting,
   sharding,
+  storage,
 )
 from lex_fire import config as config_lib
 from lex_fire import report as report_lib
@@ -66,7 +69,7 @@ def evaluate(
     errors.UserError: if the workdir has no run or no checkpoint, or as `comparison.cases` and
       `documents.windows` do.
   """
-  workdir = pathlib.Path(workdir)
+  workdir = storage.path(workdir)
   config = checkpoint.read_config(workdir)
   config = dataclasses.replace(config, evaluate=request or config.evaluate)
   found, common = comparison.cases(config), of_config(config)
@@ -175,7 +178,9 @@ def rows_at_once(length: int, count: int, devices: int) -> int:
 
 def _losses(config, transformer, params, windows, progress):
   """Returns the Losses of windows of one length."""
-  losses = jax.jit(functools.partial(step, transformer))
+  # All of them on all hosts, each of which counts them.
+  whole = jax.sharding.PartitionSpec()
+  losses = jax.jit(functools.partial(step, transformer), out_shardings=whole)
   count, length = windows.inputs_WL.shape
   shared = sharding.ways('L')
   rows = rows_at_once(length // shared, count, sharding.ways('B'))
@@ -239,6 +244,7 @@ def write(
 
 def main() -> None:
   """The command."""
+  hosts.join()
   if flags.FLAGS.tasks is not None:
     benchmark_command.main()
     return
@@ -253,15 +259,16 @@ def main() -> None:
     chosen = {
       '{implementation}, {reason}'.format(**r['implementations'][str(length)]) for r in reports
     }
-    print(f'attention at {length}: {"; ".join(sorted(chosen))}')
-  print(f'\n{report_lib.heading(reports[0])}')
-  print(report_lib.table(reports))
-  print(f'written: {", ".join(map(str, paths))}')
+    reporting.say(f'attention at {length}: {"; ".join(sorted(chosen))}')
+  reporting.say(f'\n{report_lib.heading(reports[0])}')
+  reporting.say(report_lib.table(reports))
+  reporting.say(f'written: {", ".join(map(str, paths))}')
 
 
 if __name__ == '__main__':
   command.define_flags()
   benchmark_command.define_flags()
-  for module in (command, benchmark_command):
+  hosts.define_flags()
+  for module in (command, benchmark_command, hosts):
     flags.adopt_module_key_flags(module)  # so that --help shows them
   cli.run(main, 'interrupted; with --tasks the same command goes on after the answers so far')

@@ -4,9 +4,7 @@ import hashlib
 import pathlib
 from collections.abc import Callable, Collection, Iterator
 
-import jax
-
-from lex_fire import checkpoint, errors
+from lex_fire import checkpoint, errors, storage
 from lex_fire import config as config_lib
 from lex_fire.data import (
   batches,
@@ -32,8 +30,19 @@ class Data:
   in training other ones at each step, and always the same when it is judged.
   """
 
-  def __init__(self, config: config_lib.Config, say: Callable[[str], None] = lambda line: None):
-    """Prepares and opens both splits; `say` is told what is cut of questions.
+  def __init__(
+    self,
+    config: config_lib.Config,
+    say: Callable[[str], None] = lambda line: None,
+    share: tuple[int, int] = (0, 1),
+  ):
+    """Prepares and opens both splits.
+
+    Args:
+      config: of the run.
+      say: is told what is cut of questions.
+      share: which part of each batch's rows this process reads, and of how many; see
+        `sharding.share`.
 
     Raises:
       errors.UserError: as data.prepare and data.live do; for a vocabulary larger than the model's,
@@ -41,7 +50,7 @@ class Data:
     """
     self._config, self._say = config, say
     c = config.data
-    self._process = {'process_index': jax.process_index(), 'process_count': jax.process_count()}
+    self._process = {'process_index': share[0], 'process_count': share[1]}
     self._validation, self.validation_manifest = self._rows('validation')
     self._vocabulary_size = self.validation_manifest['vocabulary']['size']
     self._check_ids()
@@ -84,7 +93,7 @@ class Data:
 
   def _rows(self, split):
     c = self._config.data
-    directory = pathlib.Path(c.directory).expanduser()
+    directory = storage.local(c.directory, 'data.directory')
     # Both splits, as no file may be in both.
     prepared = stream.read(prepare.prepare(c.spec('train', 'validation'), split, directory))
     eos_id = prepared.manifest['vocabulary']['eos_id']

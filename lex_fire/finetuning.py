@@ -1,10 +1,9 @@
 """Configs of finetuning: a run's model, or a new one, on questions of a Task."""
 
-import pathlib
 from collections.abc import Mapping
 from typing import Any
 
-from lex_fire import checkpoint, config, errors, presets
+from lex_fire import checkpoint, config, errors, presets, storage
 
 _FROM_NOTHING = {'size': 'base', 'encoding': 'fire', 'vocabulary': 't5'}
 _RECIPE: dict[str, dict[str, Any]] = {
@@ -46,7 +45,7 @@ def make(args: Mapping[str, str], task: str) -> dict[str, Any]:
 
 def _of_checkpoint(args, data):
   """Returns the config of a run with other data, to be started from its parameters."""
-  values = checkpoint.read_config(pathlib.Path(args['checkpoint']).expanduser()).to_dict()
+  values = checkpoint.read_config(storage.path(args['checkpoint'])).to_dict()
   own = {'encoding': values['encoding']['name'], 'vocabulary': values['data']['vocabulary']}
   for name in _FROM_NOTHING:
     if args[name] and args[name] != own.get(name):

@@ -21,7 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 from absl import flags
 
-from lex_fire import checkpoint, cli, comparison, errors, kernels, metrics, model, sharding
+from lex_fire import checkpoint, cli, comparison, errors, kernels, metrics, model, sharding, storage
 from lex_fire import config as config_lib
 from lex_fire import sampling as sampling_lib
 from lex_fire.data import text as text_lib
@@ -349,14 +349,14 @@ def main() -> None:
     'seed': f.seed,
   }
   texts = _prompts()
-  config = checkpoint.read_config(pathlib.Path(f.workdir))
+  config = checkpoint.read_config(storage.path(f.workdir))
   codec = text_lib.codec(config.data.spec())
   rows = [codec.encode(text) for text in texts]
   longest = max(row.size for row in rows) + f.max_tokens
   transformer = _transformer(config, longest)
   _check(transformer, rows, f.max_tokens, f.seed, PREFILL_CHUNK)  # before a checkpoint is read
   mesh = sharding.make_mesh(devices=jax.local_devices()[:1])
-  _, params = comparison.restore(config, pathlib.Path(f.workdir), mesh)
+  _, params = comparison.restore(config, storage.path(f.workdir), mesh)
   meter = Meter(len(rows) * f.max_tokens)
   tokens = stream(transformer, params, rows, eos_id=codec.eos_id, **options)
   _write(codec, rows, meter.watch(tokens, progress=len(rows) > 1))

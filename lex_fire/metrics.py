@@ -1,13 +1,13 @@
 """What a run reports: numbers by step in metrics.jsonl and TensorBoard, and a line with the ETA."""
 
 import json
-import os
 import pathlib
 import time
 
 import jax
 
 from lex_fire import config as config_lib
+from lex_fire import storage
 
 # Peak of dense bfloat16 products a chip [FLOP/s], from the vendors' data sheets; by JAX's
 # device_kind.
@@ -65,8 +65,7 @@ class Writer:
     """Writes the values after `step` steps."""
     if not self._active:
       return
-    with self._path.open('a') as file:
-      file.write(json.dumps({'step': step, **values}) + '\n')
+    storage.append(self._path, json.dumps({'step': step, **values}) + '\n')
     for name, value in values.items():
       self._tensorboard.add_scalar(name, value, step)
 
@@ -87,9 +86,7 @@ def _truncate(path: pathlib.Path, last_step: int) -> None:
         kept.append(line + '\n')
     except ValueError:
       break
-  temporary = path.with_suffix('.partial')
-  temporary.write_text(''.join(kept))
-  os.replace(temporary, path)
+  storage.write(path, ''.join(kept))
 
 
 class Pace:

@@ -6,7 +6,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from lex_fire import attention, encodings, errors, kernels, loss, sharding
+from lex_fire import attention, encodings, errors, kernels, loss, rematerialization, sharding
 from lex_fire import config as config_lib
 
 
@@ -126,7 +126,8 @@ class Transformer(nn.Module):
   def _blocks(self, x_BLD, position_BL, segment_ids_BL, shared_params):
     c = self.config
     mask = self.mask or kernels.Mask(causal=c.causal)
-    block = nn.remat(Block) if c.remat else Block
+    policy = rematerialization.POLICIES[c.remat]
+    block = nn.remat(Block, policy=policy) if policy else Block
     rest = (position_BL, segment_ids_BL, shared_params)
     if c.scan_layers:
       block = nn.scan(

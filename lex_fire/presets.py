@@ -12,7 +12,7 @@ from lex_fire import config, encodings, errors
 _PAPER = {
   'vocab_size': 32_128,  # T5's 32,000 pieces and 100 sentinels, rounded up
   'scan_layers': True,
-  'remat': True,
+  'remat': 'block',
   'dtype': 'bfloat16',
 }
 _350M = {'num_layers': 24, 'd_model': 1024, 'num_heads': 16, 'num_kv_heads': 16, 'head_dim': 64}

@@ -1,13 +1,14 @@
 """What is kept of a step whose loss is not finite, so that it can be looked into."""
 
 import collections
+import io
 import json
 import pathlib
 
 import jax
 import numpy as np
 
-from lex_fire import errors, feed
+from lex_fire import errors, feed, storage
 
 
 class Recent:
@@ -41,10 +42,12 @@ class Recent:
     arrays = {name: x for name, x in batch.items() if x is not None}
     try:
       folder.mkdir(parents=True, exist_ok=True)
-      np.savez(folder / f'batch-{jax.process_index()}.npz', **arrays)
+      rows = io.BytesIO()
+      np.savez(rows, **arrays)
+      storage.write(folder / f'batch-{jax.process_index()}.npz', rows.getvalue())
       # Not a number, in JSON: as text.
       written = {'step': done, **{name: str(value) for name, value in values.items()}}
-      (folder / 'step.json').write_text(json.dumps(written, indent=2) + '\n')
+      storage.write(folder / 'step.json', json.dumps(written, indent=2) + '\n')
     except OSError as error:
       raise errors.UserError(
         f'step {done} has {values}, and {str(folder)!r} cannot be written: {error.strerror}'

@@ -2,12 +2,13 @@
 
 import math
 import pathlib
-from typing import cast
+from collections.abc import Callable
 
 import jax
+import numpy as np
 
 from lex_fire import config as config_lib
-from lex_fire import errors, feed, metrics, optimizer, replay
+from lex_fire import errors, feed, metrics, optimizer, replay, timing
 from lex_fire.data import stream
 
 
@@ -21,6 +22,9 @@ class Reporter:
   """Writes and prints a step's numbers once the next is under way, so that none waits for it.
 
   Every step's loss is looked at, those between two that are logged with the next of these.
+
+  Attributes:
+    spent: what the run's time goes to.
   """
 
   def __init__(self, config: config_lib.Config, workdir: pathlib.Path, first_step: int, manifest):
@@ -32,7 +36,9 @@ class Reporter:
     tokens = config.data.batch_size * config.data.length
     self._pace = metrics.Pace(first_step, config.train.steps, tokens)
     self._flops = metrics.train_flops_per_token(config.model, config.data.length)
-    self._schedule = optimizer.schedule(config)
+    # All at once: asked of devices that compute a step, each would wait for its end.
+    self._rates = np.asarray(optimizer.schedule(config)(np.arange(config.train.steps)))
+    self.spent = timing.Spent()
     # Of questions only the answers are scored, which code no text.
     self._codes_text = config.model.causal and not stream.is_of_questions(manifest)
     self._tokens_per_byte = manifest['tokens'] / max(manifest['text_bytes'], 1)
@@ -58,10 +64,18 @@ class Reporter:
   def warm(self, done: int) -> None:
     """Says that the first step of this process is done: pace is measured from here."""
     self._pace.warm(done)
+    self.spent.warm()
 
   def resume(self, done: int) -> None:
     """Says that a pause after `done` steps is over: tokens/s leave it out, the ETA does not."""
     self._pace.resume(done)
+
+  def pause(self, done: int, act: Callable[[], None]) -> None:
+    """Waits for the steps so far, and then does something that no step's time shall include."""
+    self.flush()
+    with self.spent.on('profile'):
+      act()
+    self.resume(done)
 
   def flush(self) -> None:
     """Looks at the steps that are pending, and reports the last if it is one to be logged."""
@@ -69,11 +83,12 @@ class Reporter:
     if not unseen:
       return
     steps = [(done, {name: float(x) for name, x in arrays.items()}) for done, arrays in unseen]
-    self._check(steps)
-    done, values = steps[-1]
-    c = self._config.train
-    if (done % c.log_every == 0 or done == c.steps) and _is_finite(values):
-      self._report(done, values)
+    with self.spent.on('logging'):  # but not the wait for the values, which is time of the steps
+      self._check(steps)
+      done, values = steps[-1]
+      c = self._config.train
+      if (done % c.log_every == 0 or done == c.steps) and _is_finite(values):
+        self._report(done, values)
 
   def _check(self, steps):
     bad = [(done, values) for done, values in steps if not _is_finite(values)]
@@ -92,14 +107,14 @@ class Reporter:
     rate, seconds_left = self._pace.measure(done)
     values |= self._bits_per_byte('', values['loss'])
     values |= {
-      # optax's type of a rate admits complex numbers
-      'learning_rate': float(cast(float, self._schedule(done - 1))),
+      'learning_rate': float(self._rates[done - 1]),
       'tokens_per_second': rate,
       'model_flops_per_second': rate * self._flops,
     }
     utilization = metrics.utilization(rate * self._flops)
     if utilization is not None:
       values['model_flops_utilization'] = utilization
+    values |= {f'{name}_share': share for name, share in self.spent.shares().items()}
     self._writer.write(done, values)
     self._print(done, values, seconds_left)
 

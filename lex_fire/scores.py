@@ -10,9 +10,6 @@ they are but for spaces around them.
 Every metric raises errors.UserError if there is no example, if there are not as many targets as
 predictions, or if an example has no answer, or a text in the place of its answers. The metrics of
 classes and of numbers raise it for several answers too, which to them have no meaning.
-
-SuperGLUE's MultiRC asks for F1 over all answers, which is `f1_of_class`, and for exact match over
-the answers of each question, which is not here: its groups of examples are not in the arguments.
 """
 
 from __future__ import annotations
@@ -165,6 +162,34 @@ def f1_of_class(positive: str) -> Metric:
     if not any(is_positive):
       return {'f1_of_class': 0.0}
     return {'f1_of_class': 100.0 * float(metrics.f1_score(is_positive, is_guessed))}
+
+  return metric
+
+
+def exact_match_of_groups(groups: Sequence[str]) -> Metric:
+  """Makes the metric of groups of which every prediction is right, for MultiRC.
+
+  SuperGLUE (arXiv:1905.00537, section 3) calls it EM: a question of MultiRC is right if all options
+  of its answer are; beside it stands F1 over the options of all questions, `f1_of_class`.
+
+  Args:
+    groups: the name of each example's group; a group counts by those examples that are given.
+
+  Returns:
+    a metric whose one value is 'exact_match_of_groups', and which raises errors.UserError too if
+    there are not as many groups as predictions.
+  """
+
+  def metric(targets: Targets, predictions: Predictions) -> dict[str, float]:
+    answers, guesses = _classes(targets, predictions)
+    if len(groups) != len(guesses):
+      raise errors.UserError(
+        f'{len(groups)} groups for {len(guesses)} predictions; give one of each an example'
+      )
+    right: dict[str, bool] = {}
+    for group, answer, guess in zip(groups, answers, guesses, strict=True):
+      right[group] = right.get(group, True) and answer == guess
+    return {'exact_match_of_groups': 100.0 * statistics.fmean(right.values())}
 
   return metric
 

@@ -97,6 +97,30 @@ def _sizes(asked: dict[str, int], num_devices: int) -> tuple[int, ...]:
   return tuple(sizes)
 
 
+def share(mesh: Mesh) -> tuple[int, int]:
+  """Returns which part of a batch's rows this process reads, and of how many parts.
+
+  Processes whose devices hold the same rows, as those do that share the tokens of a window, read
+  the same part.
+
+  Raises:
+    errors.UserError: if a process holds some rows of another's, and not all.
+  """
+  ways = math.prod(mesh.shape[axis] for axis in RULES['B'])
+  layout = NamedSharding(mesh, PartitionSpec(RULES['B']))
+  rows: dict[int, set[int]] = {}
+  for device, (index,) in layout.devices_indices_map((ways,)).items():
+    rows.setdefault(device.process_index, set()).add(index.start or 0)
+  parts = sorted({tuple(sorted(of_process)) for of_process in rows.values()})
+  if sum(map(len, parts)) != ways or len(set(map(len, parts))) > 1:
+    shown = ', '.join(f'{axis}={size}' for axis, size in mesh.shape.items())
+    raise errors.UserError(
+      f'mesh {shown} lets {len(rows)} hosts hold rows of each other in part; choose sizes of which '
+      'the devices of a host are a multiple or a divisor'
+    )
+  return parts.index(tuple(sorted(rows[jax.process_index()]))), len(parts)
+
+
 def suffix(name: str) -> str:
   """Returns the shape letters that end a name: 'query_DHC' -> 'DHC', 'step' -> ''."""
   match = re.search(r'_([A-Z0-9]+)$', name)

@@ -46,6 +46,7 @@ TPUS = {
   'v5p': Tpu(95 * _GIB, ('4x4x4', '4x8x8', '8x8x8'), 24),
   'v6e': Tpu(32 * _GIB, ('4x4', '16x16'), 16),
 }
+HERE = 'here'  # the devices that JAX has found
 GPUS = tuple(sorted(path.stem for path in TARGETS.glob('*.txtpb')))
 _PLUGINS = ('jax_cuda13_plugin', 'jax_cuda12_plugin')
 
@@ -57,15 +58,15 @@ class Topology(NamedTuple):
     name: as asked for.
     num_slices: of TPUs, that a slower network connects; 1 for GPUs.
     devices: one of jax a chip; they only compile.
-    memory_bytes: what a program may have of a chip.
-    memory_source: who says so: 'compiler' or 'documented'.
+    memory_bytes: what a program may have of a chip; None if nobody says.
+    memory_source: who says so: 'compiler', 'documented' or, of those that are here, 'device'.
     options: of the compiler, that it needs where no such chip is.
   """
 
   name: str
   num_slices: int
   devices: Sequence[Any]
-  memory_bytes: int
+  memory_bytes: int | None
   memory_source: str
   options: Mapping[str, Any]
 
@@ -80,7 +81,8 @@ def find(name: str, num_slices: int = 1) -> Topology:
   """Returns the chips of a name.
 
   Args:
-    name: of a generation of TPUs and the shape of a slice, like v5e:16x16, or cuda:CHIPxCOUNT.
+    name: of a generation of TPUs and the shape of a slice, like v5e:16x16, or cuda:CHIPxCOUNT, or
+      HERE.
     num_slices: of TPUs.
 
   Raises:
@@ -88,6 +90,10 @@ def find(name: str, num_slices: int = 1) -> Topology:
   """
   if num_slices < 1:
     raise errors.UserError(f'{num_slices=} must be at least 1')
+  if name == HERE and num_slices != 1:
+    raise errors.UserError(f'{num_slices=} is of TPUs that are not here; leave it out')
+  if name == HERE:
+    return here()
   kind, _, shape = name.partition(':')
   gpu = re.fullmatch(r'(\w+?)x([1-9]\d*)', shape)
   if kind == 'cuda' and gpu and gpu[1] in GPUS:
@@ -97,6 +103,12 @@ def find(name: str, num_slices: int = 1) -> Topology:
       f'unknown topology={name!r}; known: {", ".join(known())}, and other shapes of these TPUs'
     )
   return _tpus(name, TPUS[kind], max(map(int, shape.split('x'))), num_slices)
+
+
+def here() -> Topology:
+  """Returns the devices that JAX has found; of CPUs nobody says what a program may have."""
+  memory = jax.local_devices()[0].memory_stats() or {}
+  return Topology(HERE, 1, jax.devices(), memory.get('bytes_limit'), 'device', {})
 
 
 def _tpus(name: str, tpu: Tpu, longest: int, num_slices: int) -> Topology:

@@ -20,12 +20,16 @@ from lex_fire import (
   checkpoint,
   cli,
   errors,
+  executables,
   feed,
+  hosts,
   model,
   optimizer,
   preemption,
+  profiling,
   reporting,
   sharding,
+  storage,
 )
 from lex_fire import config as config_lib
 from lex_fire.data import text
@@ -56,6 +60,30 @@ def loss_sums(transformer: model.Transformer, params, batch: Batch) -> tuple[jax
   return loss_BL.sum(), batch['loss_weights_BL'].sum()
 
 
+def gradient_sums(config: config_lib.Config, params, batch: Batch):
+  """Returns the sums of `loss_sums` and the gradients of the first of them.
+
+  The batch is computed in config.train.accumulation parts. A part adds its gradients where they
+  arise, layer by layer, to arrays that are changed in place: were it to return them to be added,
+  there would be two copies of all.
+  """
+  transformer = make_model(config)
+  gradients = jax.tree.map(lambda leaf: jax.new_ref(jnp.zeros_like(leaf)), params)
+
+  def add_part(sums, part):
+    of_part = functools.partial(loss_sums, transformer, batch=part)
+    loss_sum, backward, weight_sum = jax.vjp(of_part, params, has_aux=True)
+    backward.with_refs(gradients)(jnp.ones_like(loss_sum))
+    return (sums[0] + loss_sum, sums[1] + weight_sum), None
+
+  zeros, parts = (jnp.float32(0), jnp.float32(0)), config.train.accumulation
+  if parts == 1:
+    sums, _ = add_part(zeros, batch)
+  else:
+    sums, _ = jax.lax.scan(add_part, zeros, jax.tree.map(lambda x: _split(x, parts), batch))
+  return *sums, jax.tree.map(jax.freeze, gradients)
+
+
 def step(
   config: config_lib.Config, state: State, batch: Batch
 ) -> tuple[State, dict[str, jax.Array]]:
@@ -65,20 +93,7 @@ def step(
     The next state, or the same one if `loss` or `gradient_norm` is not finite; and these scalars,
     in nats per token and before clipping.
   """
-  transformer = make_model(config)
-
-  def add_part(sums, part):
-    grad = jax.value_and_grad(functools.partial(loss_sums, transformer), has_aux=True)
-    (loss_sum, weight_sum), gradients = grad(state['params'], part)
-    return jax.tree.map(jnp.add, sums, (loss_sum, weight_sum, gradients)), None
-
-  zeros = (jnp.float32(0), jnp.float32(0), jax.tree.map(jnp.zeros_like, state['params']))
-  parts = config.train.accumulation
-  if parts == 1:
-    sums, _ = add_part(zeros, batch)
-  else:
-    sums, _ = jax.lax.scan(add_part, zeros, jax.tree.map(lambda x: _split(x, parts), batch))
-  loss_sum, weight_sum, gradients = sums
+  loss_sum, weight_sum, gradients = gradient_sums(config, state['params'], batch)
   gradients = jax.tree.map(lambda gradient: gradient / weight_sum, gradients)
   updates, optimizer_state = optimizer.make(config).update(
     gradients, state['optimizer'], state['params']
@@ -109,8 +124,8 @@ class OnMesh:
   Without a mesh set, constraints on activations are silently void.
   """
 
-  def __init__(self, mesh: jax.sharding.Mesh, function: jax.stages.Wrapped):
-    """Binds the function to the mesh."""
+  def __init__(self, mesh: jax.sharding.Mesh, function: jax.stages.Wrapped | jax.stages.Compiled):
+    """Binds the function to the mesh; one that is compiled can be called alone."""
     self._mesh, self._function = mesh, function
 
   def __call__(self, *arguments):
@@ -121,7 +136,7 @@ class OnMesh:
   def lower(self, *arguments) -> jax.stages.Lowered:
     """Lowers the function for arguments that may be abstract."""
     with jax.set_mesh(self._mesh):
-      return self._function.lower(*arguments)
+      return cast(jax.stages.Wrapped, self._function).lower(*arguments)
 
 
 class Program:
@@ -170,6 +185,11 @@ class Program:
       ),
     )
 
+  @functools.cached_property
+  def share(self) -> tuple[int, int]:
+    """Which part of a batch's rows this process reads, and of how many; see sharding.share."""
+    return sharding.share(self.mesh)
+
   def put(self, batch: Batch) -> Batch:
     """Makes this process's rows a part of the global batch on the mesh.
 
@@ -184,7 +204,7 @@ class Program:
       if x is None:
         return None
       shared = x.shape[0] != rows  # a leading 1: the same for all rows of all processes
-      shape = (x.shape[0] if shared else rows * jax.process_count(), *x.shape[1:])
+      shape = (x.shape[0] if shared else rows * self.share[1], *x.shape[1:])
       layout = self.layout(name, shape)
       return jax.make_array_from_process_local_data(layout, x[:, order_L], shape)
 
@@ -203,7 +223,12 @@ def validate(program: Program, params, data: feed.Data) -> float:
   return loss_sum / weight_sum
 
 
-def train(config: config_lib.Config, workdir: str | pathlib.Path) -> State:
+def train(
+  config: config_lib.Config,
+  workdir: str | pathlib.Path,
+  profiled: tuple[int, int] | None = None,
+  executable: str | pathlib.Path | None = None,
+) -> State:
   """Trains to config.train.steps, from the newest checkpoint of `workdir` if it has one.
 
   A batch is a function of seed and step alone, or of a place that is saved with a checkpoint, and
@@ -213,6 +238,8 @@ def train(config: config_lib.Config, workdir: str | pathlib.Path) -> State:
   Args:
     config: of the run; a workdir belongs to one config.
     workdir: gets config.json, checkpoints/, metrics.jsonl and TensorBoard events.
+    profiled: first and last of the steps of which it gets a trace too, counted from 1.
+    executable: a file of `executables.save`, of your own, to run and not to compile the step.
 
   Returns:
     The final state.
@@ -220,29 +247,53 @@ def train(config: config_lib.Config, workdir: str | pathlib.Path) -> State:
   Raises:
     errors.UserError: if the workdir holds another config, the data cannot be read, the mesh does
       not divide the batch or a parameter, the run to start from is of another model, a checkpoint
-      cannot be written, or the loss is not finite.
+      cannot be written, or the loss is not finite; or as executables.load does.
   """
-  workdir = pathlib.Path(workdir)
-  mesh = sharding.make_mesh(**dataclasses.asdict(config.mesh))
-  program = Program(config, mesh)
-  if config.train.start_from and not (workdir / 'checkpoints').exists():
-    _check_source(config)  # before data are prepared, and before the workdir is that of this config
-  data = feed.Data(config, reporting.say)
+  workdir = storage.path(workdir)
+  program, data = prepare(config, is_new=not (workdir / 'checkpoints').exists())
+  if executable is not None:
+    loaded = executables.load(pathlib.Path(executable), config, program.mesh)
+    program.step = OnMesh(program.mesh, loaded)
   checkpoint.claim_workdir(workdir, config)
   checkpoint.claim_data(workdir, data.hashes)
   checkpoints = checkpoint.Checkpoints(workdir, config.train.keep_latest, config.train.keep_best)
   with contextlib.closing(checkpoints):
     restored = checkpoints.restore_newest(program.abstract_state, reporting.say)
-    first, state = restored or (0, _first(config, program))
+    first, state = restored or (0, first_state(config, program))
     if first:
       data.restore_place(workdir, first)
     _announce(config, program, workdir, first)
     reporter = reporting.Reporter(config, workdir, first, data.validation_manifest)
-    with contextlib.closing(reporter):
-      return _loop(config, workdir, program, data, checkpoints, reporter, state, first)
+    profile = profiling.Profile(workdir, profiled, first)
+    with contextlib.closing(reporter), contextlib.closing(profile):
+      state = _loop(config, workdir, program, data, checkpoints, reporter, profile, state, first)
+    with reporter.spent.on('checkpoint'):
+      checkpoints.wait()
+    for line in reporter.spent.lines():
+      reporting.say(line)
+    return state
 
 
-def _first(config: config_lib.Config, program: Program) -> State:
+def prepare(config: config_lib.Config, *, is_new: bool) -> tuple[Program, feed.Data]:
+  """Lays a run out on its devices and prepares its data.
+
+  Args:
+    config: of the run, the same on all hosts.
+    is_new: whether it has no checkpoint, so that it needs the one that it is to start from.
+
+  Raises:
+    errors.UserError: as train does of all but the workdir.
+  """
+  hosts.check_same('a config', checkpoint.flat(config))
+  program = Program(config, sharding.make_mesh(**dataclasses.asdict(config.mesh)))
+  if config.train.start_from and is_new:
+    _check_source(config)  # before data are prepared, and before the workdir is that of this config
+  data = feed.Data(config, reporting.say, program.share)
+  hosts.check_same('data', data.hashes)
+  return program, data
+
+
+def first_state(config: config_lib.Config, program: Program) -> State:
   """Returns the state before the first step, with another run's parameters if that is asked."""
   if not config.train.start_from:
     return program.init()
@@ -258,7 +309,7 @@ _MAY_DIFFER = ('attention', 'dtype', 'remat')
 
 def _check_source(config: config_lib.Config) -> pathlib.Path:
   """Returns the workdir of the run to start from; refuses one of another model."""
-  source = pathlib.Path(config.train.start_from).expanduser()
+  source = storage.path(config.train.start_from)
   other = checkpoint.read_config(source)
   pairs = {
     f'model.{field}': (getattr(other.model, field), getattr(config.model, field))
@@ -301,26 +352,37 @@ def _announce(config, program, workdir, first):
     reporting.say(f'attention: {choice.implementation}, {choice.reason}')
 
 
-def _loop(config, workdir, program, data, checkpoints, reporter, state, first):
+def _loop(config, workdir, program, data, checkpoints, reporter, profile, state, first):
+  spent = reporter.spent
   with preemption.Notice() as notice:
     for index in range(first, config.train.steps):
-      batch = data.train_batch(index)
-      state, values = program.step(state, program.put(batch))
       done = index + 1
+      if done == profile.first:
+        reporter.pause(index, profile.start)
+      with jax.profiler.StepTraceAnnotation('train', step_num=done):
+        with spent.on('input'):
+          batch = data.train_batch(index)
+          placed = program.put(batch)
+        state, values = program.step(state, placed)
+        spent.dispatched(values['loss'])
       if index == first:
         jax.block_until_ready(values)
         reporter.warm(done)
       reporter.after(done, batch, values)
+      if done == profile.last:
+        reporter.pause(done, profile.stop)
       is_due = done % config.train.checkpoint_every == 0 or done == config.train.steps
       came = notice.came(done)
       if is_due or came:
         reporter.flush()
         # There is no time to judge it when the machine is about to go.
-        value = None if came else validate(program, state['params'], data)
-        if value is not None:
-          reporter.validation(done, value)
-        data.save_place(workdir, keep=checkpoints.steps())
-        checkpoints.save(done, state, value)
+        with spent.on('validation'):
+          value = None if came else validate(program, state['params'], data)
+          if value is not None:
+            reporter.validation(done, value)
+        with spent.on('checkpoint'):
+          data.save_place(workdir, keep=checkpoints.steps())
+          checkpoints.save(done, state, value)
         reporter.resume(done)
       if came:
         reporting.say(f'SIGTERM: saved after step {done}; the same command goes on from there')
@@ -330,12 +392,46 @@ def _loop(config, workdir, program, data, checkpoints, reporter, state, first):
 
 def main() -> None:
   """The command."""
-  if flags.FLAGS.workdir is None:
+  workdir, profiled = flags.FLAGS.workdir, cli.whole_numbers('profile')
+  executable = flags.FLAGS.executable
+  if flags.FLAGS.dry_run:
+    from lex_fire import dry_run  # which imports this module
+
+    if profiled is not None:
+      asked = ','.join(map(str, profiled))
+      raise errors.UserError(f'--profile={asked} is of a run; leave it out with --dry_run')
+    if executable is not None:
+      raise errors.UserError(
+        f'--executable={executable} is of a run, and --dry_run compiles; leave one of them out'
+      )
+    hosts.join()
+    dry_run.dry_run(cli.config(), workdir)
+    return
+  if workdir is None:
     raise errors.UserError('--workdir is missing: where checkpoints and metrics go')
-  train(cli.config(), flags.FLAGS.workdir)
+  hosts.join()
+  config = cli.config()
+  train(config, workdir, profiling.check(profiled, config.train.steps), executable)
+
+
+def define_flags() -> None:
+  """Declares what the command takes besides --config, --workdir and who the hosts are."""
+  flags.DEFINE_boolean(
+    'dry_run', False, 'check data, mesh and memory, take one step, and leave the workdir as it was'
+  )
+  flags.DEFINE_string(
+    'executable',
+    None,
+    'a file of `python -m lex_fire.compile --save`, of this config, to run and not to compile the '
+    'step; loading it runs what whoever wrote it wants, so take none but your own',
+  )
+  flags.DEFINE_list('profile', None, 'FIRST,LAST: steps of which a trace goes into the workdir')
 
 
 if __name__ == '__main__':
+  define_flags()
   cli.define_config()
-  flags.adopt_module_key_flags(cli)  # so that --help shows them
+  hosts.define_flags()
+  for module in (cli, hosts):
+    flags.adopt_module_key_flags(module)  # so that --help shows them
   cli.run(main, 'interrupted; the same command goes on from the last checkpoint')

@@ -243,7 +243,7 @@ MODELS = {
   'bias of each layer, as a scan, blockwise': (
     'fire',
     kernels.Mask(block=3),
-    {'scan_layers': True, 'remat': True},
+    {'scan_layers': True, 'remat': 'block'},
   ),
   'decay, in blocks': ('xpos', kernels.Mask(block=4), {}),
   'rotation by the row, in a window': ('dynamic_ntk', kernels.Mask(window=5), {}),

@@ -496,3 +496,34 @@ def test_answers_to_glue_are_handed_in_and_those_without_a_place_are_counted(
   assert file.path == tmp_path / 'handed' / 'fire-at-64' / 'SST-2.tsv'
   assert file.path.read_text() == 'index\tprediction\n2\t0\n9\t1\n10\t0\n'
   assert file.note == '2 of 3 answers are none that the file has a place for'
+
+
+def test_answers_to_multirc_and_record_are_handed_in(workdir, glue_directory, model, tmp_path):
+  model(lambda prompt: 'True' if prompt.id == '3-1-10' else 'Oslo')
+  fields = {'split': 'test', 'tfds_directory': str(glue_directory)}
+  tasks = ['super_glue_multirc', 'super_glue_record']
+
+  found = run(workdir, tmp_path / 'kept', tasks, (256,), **fields)
+  options, queries = submission.write(found, tmp_path / 'kept', tmp_path / 'handed')
+
+  answers_of = [{'idx': 9, 'label': 0}, {'idx': 10, 'label': 1}]
+  assert json.loads(options.path.read_text()) == {
+    'idx': 3,
+    'passage': {'questions': [{'idx': 1, 'answers': answers_of}]},
+  }
+  lines = list(map(json.loads, queries.path.read_text().splitlines()))
+  assert lines == [{'idx': 9, 'label': 'Oslo'}, {'idx': 10, 'label': 'Oslo'}]
+  assert options.note == '1 of 2 answers are none that the file has a place for'
+  assert queries.note == ''
+
+
+def test_answers_to_multirc_are_judged_by_question_too(workdir, glue_directory, model, tmp_path):
+  model(lambda prompt: 'False' if prompt.id == '3-1-10' else right(prompt))
+
+  (found,) = run(
+    workdir, tmp_path, ['super_glue_multirc'], (96,), tfds_directory=str(glue_directory)
+  )
+
+  # Two of three right options are found, and none besides; two of three questions are right.
+  (of_task,) = found['tasks']
+  assert of_task['scores'] == pytest.approx({'f1_of_class': 80.0, 'exact_match_of_groups': 200 / 3})

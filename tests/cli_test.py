@@ -53,6 +53,20 @@ TRAIN_MISTAKES = {
   'empty file': ([TEXT, 'FILES=empty.txt', '--workdir=WORKDIR'], 'empty.txt'),
   'broken gzip': ([TEXT, 'FILES=broken.txt.gz', '--workdir=WORKDIR'], 'broken.txt.gz'),
   'no match': ([TEXT, 'FILES=none*.txt', '--workdir=WORKDIR'], 'none*.txt'),
+  'profile of no numbers': (
+    [QUICK, '--profile=first,last', '--workdir=WORKDIR'],
+    '--profile=first,last must be whole numbers',
+  ),
+  'profile past the end': (
+    [QUICK, '--profile=390,410', '--workdir=WORKDIR'],
+    '--profile=390,410 must be the first and the last step to trace, in order and from 1 to train.',
+  ),
+  'dry profile': ([QUICK, '--dry_run', '--profile=1,2'], '--profile=1,2 is of a run; leave it out'),
+  'dry executable': (
+    [QUICK, '--dry_run', '--executable=step'],
+    '--executable=step is of a run, and --dry_run compiles; leave one of them out',
+  ),
+  'dry run of no config': (['--dry_run'], '--config is missing'),
 }
 EVALUATE_MISTAKES = {
   'workdir missing': ([], '--workdir is missing'),

@@ -75,7 +75,7 @@ def test_a_report_counts_parameters_tokens_and_flops():
 
 
 def test_each_length_has_its_evaluation_step(monkeypatch):
-  monkeypatch.setattr(compile, '_measure', lambda step, topology: {})
+  monkeypatch.setattr(compile, 'measure', lambda step, topology: ({}, None))
   config = run_config(evaluate={'lengths': (32, 64), 'max_tokens': 1024})
 
   found = compile.compile_run(config, eight_chips())
@@ -88,7 +88,7 @@ def test_each_length_has_its_evaluation_step(monkeypatch):
 
 
 def test_devices_that_share_a_window_go_round_in_a_ring(monkeypatch):
-  monkeypatch.setattr(compile, '_measure', lambda step, topology: {})
+  monkeypatch.setattr(compile, 'measure', lambda step, topology: ({}, None))
   evaluate = {'lengths': (64,), 'max_tokens': 64 * 4, 'sequence': 4}
   config = run_config(evaluate=evaluate, mesh={'replica': 4, 'sequence': 2})
 
@@ -100,7 +100,7 @@ def test_devices_that_share_a_window_go_round_in_a_ring(monkeypatch):
 
 
 def test_masks_that_are_compared_are_named(monkeypatch):
-  monkeypatch.setattr(compile, '_measure', lambda step, topology: {})
+  monkeypatch.setattr(compile, 'measure', lambda step, topology: ({}, None))
   config = run_config(evaluate={'lengths': (32,), 'masks': ('causal', 'window:9')})
 
   found = compile.compile_run(config, eight_chips())
@@ -197,7 +197,8 @@ def test_what_the_compiler_refuses_for_another_reason_keeps_its_traceback(monkey
 
 def command(monkeypatch, chips, **given):
   """Runs it on a topology of the CPU's."""
-  fields = {'topology': 'cpu:8', 'num_slices': 1, 'workdir': None, 'output': None} | given
+  fields = {'topology': 'cpu:8', 'num_slices': 1, 'workdir': None, 'output': None, 'save': None}
+  fields |= given
   monkeypatch.setattr(compile.flags, 'FLAGS', types.SimpleNamespace(**fields))
   monkeypatch.setattr(cli, 'config', run_config)
   monkeypatch.setattr(topologies, 'find', lambda name, num_slices: chips)

@@ -204,7 +204,12 @@ def refuses(message):
     ('model', {'num_kv_heads': 3}, 'model.num_kv_heads=3 must divide model.num_heads=4'),
     ('model', {'num_kv_heads': 8}, 'model.num_kv_heads=8 must divide model.num_heads=4'),
     ('model', {'d_model': 16.0}, 'model.d_model=16.0 must be of type int'),
-    ('model', {'remat': 1}, 'model.remat=1 must be of type bool'),
+    ('model', {'remat': 1}, 'model.remat=1 must be of type str'),
+    (
+      'model',
+      {'remat': 'all'},
+      "unknown model.remat='all'; known: none, elementwise, block_but_attention, block",
+    ),
     ('model', {'num_layers': True}, 'model.num_layers=True must be of type int'),
     ('model', {'dtype': None}, 'model.dtype=None must be of type str'),
     ('model', {'width': 7}, "unknown config key 'model.width'; known: num_layers, d_model"),

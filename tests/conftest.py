@@ -87,11 +87,12 @@ def evaluate_command(tmp_path):
   from absl import flags
   from absl.testing import flagsaver
 
-  from lex_fire import benchmark_command, command, evaluate
+  from lex_fire import benchmark_command, command, evaluate, hosts
 
   if 'tasks' not in flags.FLAGS:
     command.define_flags()
     benchmark_command.define_flags()
+    hosts.define_flags()
 
   def call(*workdirs, **arguments):
     named = {'workdir': ','.join(map(str, workdirs)), 'output': tmp_path / 'out', **arguments}

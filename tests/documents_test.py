@@ -128,7 +128,8 @@ def test_another_split_of_the_runs_own_task_is_scored(workdir, corpus):
   assert documents.about(train)['files'] == corpus['train_files']
   first_L = documents.windows(train)[32].targets_WL[0]
   assert bytes((first_L - 3).astype(np.uint8)).split(b' ')[1:3] == [b'times', b'7']
-  with pytest.raises(errors.UserError, match="needs a glob .* not data.test_files=''"):
+  message = "files of train and validation, not of split='test'; .* --documents=text --files=GLOB"
+  with pytest.raises(errors.UserError, match=message):
     documents.windows(asked_of(workdir, split='test'))
 
 

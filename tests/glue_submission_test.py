@@ -22,6 +22,8 @@ EXPECTED = {
   'super_glue_boolq': ('BoolQ.jsonl', {'False': 'false', 'True': 'true'}),
   'super_glue_cb': ('CB.jsonl', ['entailment', 'contradiction', 'neutral']),
   'super_glue_copa': ('COPA.jsonl', {'choice1': 0, 'choice2': 1}),
+  'super_glue_multirc': ('MultiRC.jsonl', {'False': 0, 'True': 1}),
+  'super_glue_record': ('ReCoRD.jsonl', ['Oslo', 'the Hague']),
   'super_glue_rte': ('RTE.jsonl', ['entailment', 'not_entailment']),
   'super_glue_wic': ('WiC.jsonl', {'False': 'false', 'True': 'true'}),
   'super_glue_wsc.fixed': ('WSC.jsonl', ['False', 'True']),
@@ -30,6 +32,13 @@ EXPECTED = {
 
 def read(path):
   """Returns [(id, label as text)] of a file to hand in."""
+  if path.stem == 'MultiRC':
+    return [
+      (int(f'{line["idx"]}{question["idx"]}{answer["idx"]}'), answer['label'])
+      for line in map(json.loads, path.read_text().splitlines())
+      for question in line['passage']['questions']
+      for answer in question['answers']
+    ]
   if path.suffix == '.jsonl':
     rows = map(json.loads, path.read_text().splitlines())
     return [(row['idx'], row['label']) for row in rows]
@@ -42,7 +51,8 @@ def read(path):
 def test_a_task_has_the_file_and_the_labels_of_its_benchmark(task, tmp_path):
   name, labels = EXPECTED[task]
   labels = labels if isinstance(labels, dict) else {word: word for word in labels}
-  predictions = {str(number): f' {word}\n' for number, word in enumerate(labels)}
+  prefix = '0-0-' if task == 'super_glue_multirc' else ''
+  predictions = {f'{prefix}{number}': f' {word}\n' for number, word in enumerate(labels)}
 
   path, unclear = glue_submission.write(tmp_path / 'new', task, 'test', predictions)
 
@@ -69,6 +79,36 @@ def test_rows_are_in_the_order_of_their_numbers(tmp_path):
   path, _ = glue_submission.write(tmp_path, 'glue_sst2', 'test', predictions)
 
   assert read(path) == [(9, '1'), (10, '0'), (100, '1')]
+
+
+def test_a_line_of_multirc_is_a_paragraph_with_its_questions_and_their_answers(tmp_path):
+  # The form that t5/scripts/prepare_glue_submission.py writes, and the data have.
+  right = dict.fromkeys(['3-10-0', '3-9-1', '12-2-0'], 'True')
+  wrong = dict.fromkeys(['3-9-0', '3-9-10', '3-9-2'], 'False')
+
+  path, unclear = glue_submission.write(
+    tmp_path, 'super_glue_multirc', 'test', {**right, **wrong, '12-2-1': 'Perhaps'}
+  )
+
+  def question(name, *labels):
+    numbers = (0, 1, 2, 10)
+    answers = [{'idx': n, 'label': x} for n, x in zip(numbers, labels, strict=False)]
+    return {'idx': name, 'answers': answers}
+
+  assert [json.loads(line) for line in path.read_text().splitlines()] == [
+    {'idx': 3, 'passage': {'questions': [question(9, 0, 1, 0, 0), question(10, 1)]}},
+    {'idx': 12, 'passage': {'questions': [question(2, 1, 0)]}},
+  ]
+  assert unclear == 1
+
+
+def test_record_takes_any_text(tmp_path):
+  path, unclear = glue_submission.write(
+    tmp_path, 'super_glue_record', 'test', {'10': ' the "Hague"\n', '9': ''}
+  )
+
+  assert path.read_text() == ('{"idx": 9, "label": ""}\n{"idx": 10, "label": "the \\"Hague\\""}\n')
+  assert unclear == 0
 
 
 @pytest.mark.parametrize(

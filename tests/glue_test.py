@@ -12,8 +12,10 @@ ALL = [(benchmark, name) for benchmark, table in glue.BENCHMARKS.items() for nam
 
 
 def rendered(benchmark, config, example):
+  import tensorflow as tf
+
   found = glue.render(config, glue.BENCHMARKS[benchmark][config], example)
-  return {key: value.numpy().decode() for key, value in found.items()}
+  return {key: tf.convert_to_tensor(value).numpy().decode() for key, value in found.items()}
 
 
 def published(benchmark, config):
@@ -28,13 +30,15 @@ def test_a_question_names_its_task_and_each_field_in_order(benchmark, config):
   template = glue.BENCHMARKS[benchmark][config]
   spans = {'span1_text': 'a', 'span1_index': 0, 'span2_text': 'b', 'span2_index': 1}
   example = {field: f'text {n}' for n, field in enumerate(template.fields)}
+  others = {'idx': dict.fromkeys(template.index, 7) or 7, 'label': -1, 'answers': ''}
 
-  found = rendered(benchmark, config, {**example, **spans, 'idx': 7, 'label': -1})
+  found = rendered(benchmark, config, {**example, **spans, **others})
 
   expected = ' '.join(f'{field}: text {n}' for n, field in enumerate(template.fields))
   if config == 'wsc.fixed':  # the one with marks
     expected = 'text: * text * # 0 #'
-  assert found == {'id': '7', 'inputs': f'{config.partition(".")[0]} {expected}', 'targets': ''}
+  number = {'multirc': '7-7-7'}.get(config, '7')
+  assert found == {'id': number, 'inputs': f'{config.partition(".")[0]} {expected}', 'targets': ''}
 
 
 @pytest.mark.parametrize('benchmark, config', ALL)
@@ -44,9 +48,11 @@ def test_a_template_is_of_the_dataset_in_tfds(benchmark, config):
   assert str(found.version) == glue._VERSIONS[benchmark]
   features = found.features if benchmark == 'super_glue' else found.text_features
   used = {f'{name}_text' for name, _ in template.spans} | set(template.fields)
+  used |= {'answers'} if template.words is None else set()
   assert set(features) - used <= {'span1_index', 'span2_index', 'start1', 'start2', 'end1', 'end2'}
   assert used <= set(features)
-  assert template.words == tuple(found.label_classes or ())
+  if template.words is not None:
+    assert template.words == tuple(found.label_classes or ())
 
 
 # The tasks' examples in Raffel et al. 2020, appendix D (of MNLI but the beginnings of its texts).
@@ -97,7 +103,8 @@ def test_an_answer_is_no_longer_than_its_limit(benchmark, config):
   template = glue.BENCHMARKS[benchmark][config]
   limit = glue.QUESTIONS[f'{benchmark}_{config}'](Spec(f'{benchmark}_{config}')).answer_bytes
 
-  assert max(len(word.encode()) for word in template.words or ('5.0',)) == limit
+  longest = 'x' * 128 if template.words is None else max(template.words or ('5.0',), key=len)
+  assert len(longest.encode()) == limit
 
 
 def test_spans_are_marked_by_the_number_of_their_first_word():
@@ -139,6 +146,82 @@ def test_a_withheld_label_is_no_reference(directory):
   assert {example.id: example.references for example in found} == {'4': ('False',), '5': ()}
 
 
+def test_a_query_of_record_is_in_the_words_of_t5():
+  # The example of its preprocessor (t5/data/preprocessors.py), but for its second answer there,
+  # which contradicts the sentence before.
+  example = {
+    'passage': 'This is the passage.',
+    'query': 'A @placeholder is a bird.',
+    'entities': ['penguin', 'potato', 'pigeon'],
+    'answers': ['penguin', 'pigeon'],
+    'idx': {'passage': 1, 'query': 2},
+  }
+
+  found = glue.render('record', glue.SUPER_GLUE['record'], example)
+
+  expected = (
+    'record query: A @placeholder is a bird. entities: penguin, potato, pigeon '
+    'passage: This is the passage.'
+  )
+  assert (found['id'], found['inputs'], found['targets']) == (
+    *(b'2', expected.encode()),
+    ['penguin', 'pigeon'],
+  )
+
+
+def test_the_options_of_an_answer_are_questions_of_one_group(directory):
+  task = tasks.get_task(Spec('super_glue_multirc', tfds_directory=directory))
+
+  found = {made.id: made for made in questions.examples(task, 'validation')}
+
+  assert found['3-1-10'][1:3] == (
+    'multirc question: 1? answer: It is 10. paragraph: Sent 1: Of 3. So it is.',
+    ('True',),
+  )
+  assert {name: made.references for name, made in found.items()} == {
+    '3-1-9': ('False',),
+    **dict.fromkeys(('3-1-10', '3-2-0', '12-30-0'), ('True',)),
+  }
+
+
+def test_multirc_is_scored_by_options_and_by_questions(directory):
+  # An option is wrong of the first of three questions: 2 of 3 are right. Of three options that are
+  # right all are found, and one that is not: precision 3 / 4, recall 1, F = 6 / 7.
+  task = tasks.get_task(Spec('super_glue_multirc', tfds_directory=directory))
+  found = list(questions.examples(task, 'validation'))
+  question = glue.question(Spec('super_glue_multirc'))
+
+  targets = [made.references for made in found]
+  judges = question.judges([made.id for made in found])
+  values = [metric(targets, ['True'] * len(found)) for metric in judges]
+
+  expected = [{'f1_of_class': 600 / 7}, {'exact_match_of_groups': 200 / 3}]
+  assert values == [pytest.approx(value) for value in expected]
+
+
+def test_a_query_is_one_question_with_all_answers_and_a_row_of_training_for_each(directory):
+  task = tasks.get_task(Spec('super_glue_record', tfds_directory=directory))
+
+  found = {made.id: made for made in questions.examples(task, 'train')}
+  rows = [
+    (row['id'].decode(), row['targets_pretokenized'].decode())
+    for row in reading.examples(task, 'train')
+  ]
+
+  assert found['7'][1:] == (
+    'record query: 7 went to @placeholder. entities: New York, Oslo, the Hague '
+    'passage: It was 7. All went. None came',
+    ('New York', 'the Hague'),
+    {},
+  )
+  assert {name: made.references for name, made in found.items()} == {
+    '5': (),
+    '6': ('Oslo',),
+    '7': ('New York', 'the Hague'),
+  }
+  assert sorted(rows) == [('5', ''), ('6', 'Oslo'), ('7', 'New York'), ('7', 'the Hague')]
+
+
 def test_mnli_has_two_splits_of_validation_and_of_test():
   task = tasks.get_task(Spec('glue_mnli'))
 
@@ -168,7 +251,8 @@ def test_a_task_takes_neither_files_nor_options():
 @pytest.mark.parametrize('benchmark, config', ALL)
 def test_the_metrics_of_a_task_give_full_marks_to_the_answers(benchmark, config):
   words = glue.BENCHMARKS[benchmark][config].words or ('1.0', '2.0', '3.2')
+  question = glue.QUESTIONS[f'{benchmark}_{config}'](Spec(f'{benchmark}_{config}'))
 
-  for metric in glue.BENCHMARKS[benchmark][config].metrics:
+  for metric in question.judges([f'7-{number}' for number in range(len(words))]):
     for value in metric([(word,) for word in words], words).values():
       assert value == pytest.approx(100)

@@ -248,6 +248,94 @@ def test_hosts_read_different_documents(c4, in_order):
   assert not read[0] & read[1]
 
 
+@pytest.fixture
+def parts(tmp_path, monkeypatch):
+  """A Task over five files in four parts or five, of which the first is longer than the others."""
+  monkeypatch.setattr(reading, '_PART_BYTES', 1)
+  for number, count in enumerate((4, 2, 2, 2, 2)):
+    texts = [f'Of {number}, {line}: {"on and " * 9}on.' for line in range(count)]
+    write_lines(tmp_path / f'{number}.jsonl', texts)
+  task = tasks.get_task(Spec('jsonl', files={'train': str(tmp_path / '*.jsonl')}))
+  assert len(reading.filled_parts(task, 'train')) >= 4
+  return task
+
+
+def hosts(task, count, rows):
+  return [opened(task, index, count, rows=rows) for index in range(count)]
+
+
+@pytest.mark.parametrize('step', [1, 7])
+@pytest.mark.parametrize('count', [2, 4])
+def test_each_of_several_hosts_goes_on_with_its_very_next_batch(parts, count, step, tmp_path):
+  unbroken = hosts(parts, count, rows=4)
+  for host in unbroken:
+    windows(host, step)
+    host.save(tmp_path, keep=[])
+  expected = [windows(host, 30, start=step) for host in unbroken]
+
+  resumed = hosts(parts, count, rows=4)
+  for host in resumed:
+    host.restore(tmp_path, step)
+  found = [windows(host, 30, start=step) for host in resumed]
+
+  assert [of.shape for of in found] == count * [(30 * 4 // count, LENGTH + 1)]
+  assert np.array_equal(found, expected)
+  names = {f'host-{index}-of-{count}.json' for index in range(count)}
+  assert {path.name for path in (tmp_path / 'places' / str(step)).iterdir()} == names
+
+
+@pytest.mark.parametrize('count', [1, 2, 4])
+def test_an_epoch_of_all_hosts_is_the_documents_each_once_a_stop_on_the_way_or_not(
+  parts, count, in_order, tmp_path
+):
+  read = [[] for _ in range(count)]
+  for step in range(0, 150, 15):  # a kill after every 15 batches
+    for index, host in enumerate(hosts(parts, count, rows=count)):
+      if step:
+        host.restore(tmp_path, step)
+      read[index] += windows(host, 15, start=step)[:, 1:].ravel().tolist()
+      host.save(tmp_path, keep=[step + 15])
+
+  first_epochs = []
+  for documents in map(documents_of, read):
+    distinct = len(set(documents))
+    assert len(documents) > distinct
+    first_epochs += documents[:distinct]
+  texts = reading.texts(parts, 'train')
+  assert sorted(first_epochs) == sorted(tokens_of(text.decode()) for text in texts)
+
+
+@pytest.mark.parametrize('saved_by, count', [(2, 4), (4, 2), (2, 1)])
+def test_another_number_of_hosts_is_refused_and_the_right_one_is_named(
+  parts, saved_by, count, tmp_path
+):
+  for host in hosts(parts, saved_by, rows=4):
+    windows(host, 1)
+    host.save(tmp_path, keep=[])
+
+  for host in hosts(parts, count, rows=4):
+    message = f'{tmp_path}/places/1. has places .* for process_count={saved_by}, not {count}; '
+    with pytest.raises(errors.UserError, match=f'{message}go on with {saved_by} hosts'):
+      host.restore(tmp_path, 1)
+  for host in hosts(parts, saved_by, rows=4):  # as it says
+    host.restore(tmp_path, 1)
+    windows(host, 1, start=1)
+
+
+def test_the_place_of_one_host_that_is_gone_is_named(parts, tmp_path):
+  for host in hosts(parts, 2, rows=4):
+    windows(host, 1)
+    host.save(tmp_path, keep=[])
+  (tmp_path / 'places' / '1' / 'host-1-of-2.json').unlink()
+
+  first, second = hosts(parts, 2, rows=4)
+  first.restore(tmp_path, 1)
+  with pytest.raises(
+    errors.UserError, match='1/host-1-of-2.json., the place .*: No such file .*; delete'
+  ):
+    second.restore(tmp_path, 1)
+
+
 def test_a_seed_is_another_order(c4):
   first, second = (windows(opened(c4, seed=seed), 4).tolist() for seed in (1, 2))
 
@@ -288,10 +376,9 @@ def test_a_place_that_was_not_saved_is_refused(c4, tmp_path):
   windows(source, 1)
   source.save(tmp_path, keep=[])
 
-  with pytest.raises(errors.UserError, match="places/7' has no place .* of: no host"):
+  message = "places/7/host-0-of-1.json', the place of this host in the data, is unreadable: No such"
+  with pytest.raises(errors.UserError, match=message):
     opened(c4).restore(tmp_path, 7)
-  with pytest.raises(errors.UserError, match='of host-0-of-2, but of: host-0-of-1; go on with as'):
-    opened(c4, 0, 2).restore(tmp_path, 1)
 
 
 @pytest.fixture

@@ -1,6 +1,8 @@
 """The decoder against an oracle of its architecture, its laws, the loss, and a training step."""
 
+import dataclasses
 import functools
+import itertools
 
 import jax
 import jax.numpy as jnp
@@ -9,7 +11,7 @@ import oracles
 import pytest
 
 from lex_fire import config as config_lib
-from lex_fire import encodings, errors, loss, model, train
+from lex_fire import encodings, errors, loss, model, rematerialization, train
 
 LENGTH, VOCAB = 16, 32
 SHAPE = {
@@ -293,10 +295,12 @@ def value_and_gradient(name, **shape):
   ('name', 'shape'),
   [
     ('fire', {'scan_layers': True}),
-    ('fire', {'remat': True}),
+    ('fire', {'remat': 'block'}),
+    ('fire', {'remat': 'elementwise', 'attention': 'chunked'}),
+    ('fire', {'scan_layers': True, 'remat': 'block_but_attention', 'attention': 'chunked'}),
     ('fire', {'attention': 'chunked'}),
     ('fire_s', {'scan_layers': True}),
-    ('fire_s', {'scan_layers': True, 'remat': True, 'attention': 'chunked'}),
+    ('fire_s', {'scan_layers': True, 'remat': 'block', 'attention': 'chunked'}),
   ],
   ids=str,
 )
@@ -322,15 +326,40 @@ def test_scanned_layers_start_from_different_parameters():
       assert np.abs(leaf[0] - leaf[1]).max() > 1e-3, path
 
 
-def test_remat_keeps_less_for_the_backward_pass():
+@functools.cache
+def kept_and_computed(remat):
+  """Returns the numbers kept for the backward pass, and the loops and products of a gradient.
+
+  A tiled attention is a loop in each pass.
+  """
   params, tokens_BL = initial(), tokens(2, LENGTH)
+  transformer = make(remat=remat, attention='chunked')
 
-  def kept(remat):
-    apply = functools.partial(make(remat=remat).apply, tokens_BL=tokens_BL)
-    backward = jax.eval_shape(lambda p: jax.vjp(lambda p: apply({'params': p}), p)[1], params)
-    return sum(leaf.size for leaf in jax.tree.leaves(backward))
+  def total(params):
+    return transformer.apply({'params': params}, tokens_BL).sum()
 
-  assert kept(remat=True) < 0.7 * kept(remat=False)
+  backward = jax.eval_shape(lambda params: jax.vjp(total, params)[1], params)
+  text = str(jax.make_jaxpr(jax.grad(total))(params))
+  kept = sum(leaf.size for leaf in jax.tree.leaves(backward))
+  return kept, text.count('while['), text.count('dot_general[')
+
+
+def test_each_rematerialization_keeps_less_than_the_one_before():
+  kept = [kept_and_computed(name)[0] for name in rematerialization.POLICIES]
+
+  assert all(less < 0.85 * more for more, less in itertools.pairwise(kept)), kept
+
+
+def test_what_is_computed_again_is_what_the_name_says():
+  loops, products = (
+    {name: kept_and_computed(name)[index] for name in rematerialization.POLICIES}
+    for index in (1, 2)
+  )
+
+  layers = SHAPE['num_layers']
+  once = {'none': 2 * layers, 'elementwise': 2 * layers, 'block_but_attention': 2 * layers}
+  assert loops == once | {'block': 3 * layers}
+  assert products['none'] == products['elementwise'] < products['block_but_attention']
 
 
 def test_fire_has_parameters_in_each_layer_and_fire_s_exactly_one_set():
@@ -460,6 +489,31 @@ def test_accumulation_gives_the_same_step_to_rounding(accumulation, packed):
     other_state['params'],
     state['params'],
   )
+
+
+def test_parts_of_a_batch_need_no_second_copy_of_the_gradients():
+  """Of a model whose parameters are most of its memory, at as many rows a part.
+
+  Its layers are a scan; where they are not, it is the compiler's to say when each is added.
+  """
+  wide = {'num_layers': 4, 'd_model': 32, 'd_ff': 512, 'scan_layers': True, 'remat': 'block'}
+  params = jax.eval_shape(make(**wide).init, jax.random.key(0), tokens(1, 1))['params']
+
+  def temporaries(parts):
+    config = dataclasses.replace(
+      run_config('nope', train={'accumulation': parts}),
+      model=config_lib.ModelConfig(**SHAPE | wide),
+      data=config_lib.DataConfig(length=LENGTH, batch_size=parts),
+    )
+    batch = {
+      name: None if x is None else x[: 1 if len(x) == 1 else parts]
+      for name, x in make_batch().items()
+    }
+    sums = jax.jit(functools.partial(train.gradient_sums, config))
+    return sums.lower(params, batch).compile().memory_analysis().temp_size_in_bytes
+
+  copy = 4 * sum(leaf.size for leaf in jax.tree.leaves(params))
+  assert temporaries(4) - temporaries(1) < 0.1 * copy
 
 
 def test_the_loss_of_a_step_is_the_weighted_mean_before_it():

@@ -151,7 +151,10 @@ def test_a_killed_pipeline_goes_on_where_it_was(jsonl, tmp_path, monkeypatch, ca
   assert contents(again) == contents(whole)
   assert capsys.readouterr().err.startswith('wrote 6 documents, 48 tokens, 2 parts in ')
   assert prepare_beam.main(arguments(jsonl, tmp_path / 'streams')) == 0
-  last = '15 documents, 120 tokens, 5 parts, all hashes right\n'
+  last = (
+    '15 documents, 120 tokens, 5 parts, all hashes right\n'
+    'windows: 0 of 512, 0 of 2,048, 0 of 8,192 tokens\n'
+  )
   assert capsys.readouterr() == (f'{again}\n', last)
 
 

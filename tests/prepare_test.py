@@ -19,6 +19,7 @@ import tiny
 
 from lex_fire import errors
 from lex_fire.data import (
+  batches,
   beam,
   corpora,
   prepare,
@@ -406,12 +407,14 @@ def test_preparation_reports_progress_only_when_it_lasts(
 def test_progress_counts_by_parts_where_the_documents_are_not_known():
   watch = progress.Progress('s', num_parts=10, num_documents=None)
   known = progress.Progress('s', num_parts=10, num_documents=200)
+  few = progress.Progress('s', num_parts=10, num_documents=99)  # some give several
 
   line = watch._line((100, 5000, 3), (0, 1000, 1), seconds=4.0)
   by_documents = known._line((100, 5000, 3), (0, 1000, 1), seconds=4.0)
 
   assert line == 's: 100 documents, part 3 of 10, 1,000 tokens/s, 14 s left  '
   assert by_documents == 's: 100 documents, part 3 of 10, 1,000 tokens/s, 4 s left  '
+  assert few._line((100, 5000, 3), (0, 1000, 1), seconds=4.0) == line
 
 
 def arguments(globs, directory, split='validation'):
@@ -425,7 +428,39 @@ def test_the_command_prints_the_directory_and_what_is_in_it(globs, tmp_path, cap
   out, err = capsys.readouterr()
   assert status == 0
   assert json.loads((pathlib.Path(out.strip()) / 'manifest.json').read_text())['tokens'] == 4
-  assert err == '1 documents, 4 tokens, 1 parts, all hashes right\n'
+  assert err == (
+    '1 documents, 4 tokens, 1 parts, all hashes right\n'
+    'windows: 0 of 512, 0 of 2,048, 0 of 8,192 tokens\n'
+  )
+
+
+def test_the_command_counts_windows_as_training_does(tmp_path, a_part_a_file, capsys):
+  for name in 'ab':
+    (tmp_path / f'{name}.txt').write_text(name * 8191)  # and EOS
+  globs = {'train': f'{tmp_path}/*.txt'}
+
+  assert prepare.main(arguments(globs, tmp_path / 'streams', 'train')) == 0
+
+  out, err = capsys.readouterr()
+  # A window takes one token more: of each part there are 15, 3 and none.
+  assert err.endswith(
+    '2 parts, all hashes right\nwindows: 30 of 512, 6 of 2,048, 0 of 8,192 tokens\n'
+  )
+  parts = stream.read(pathlib.Path(out.strip())).parts
+  for length, expected in ((512, 30), (2048, 6)):
+    windows = batches.Windows(parts, length, eos_id=1, isolate_documents=False)
+    assert windows.num_windows == expected
+
+
+def test_no_windows_are_counted_of_questions(tmp_path, capsys):
+  question = stream.Document(np.array([5, 6, 7, EOS]), 1, ends=(1, 2))
+  (tmp_path / 'work').mkdir()
+  part = stream.write_part(tmp_path / 'work', 0, 259, [question])
+  stream.finish(tmp_path / 'work', tmp_path / 'questions', {}, [part])
+
+  prepare.report(tmp_path / 'questions')
+
+  assert capsys.readouterr().err.endswith('1 parts, all hashes right\n')
 
 
 def test_the_command_compares_the_hashes_of_a_stream_that_is_there(globs, tmp_path, capsys):
@@ -443,8 +478,15 @@ def test_the_command_reports_a_mistake_in_one_sentence(tmp_path, capsys):
   status = prepare.main(arguments({}, tmp_path))
 
   assert status == 2
-  expected = "error: corpus 'text' needs a glob for each split, not files=None\n"
-  assert capsys.readouterr().err == expected
+  assert capsys.readouterr().err == (
+    "error: task 'text' has no files of --split=validation; give --train_files=GLOB or "
+    '--validation_files=GLOB, and the split of that name\n'
+  )
+
+
+def test_a_corpus_without_files_is_refused(tmp_path):
+  with pytest.raises(errors.UserError, match="corpus 'text' needs a glob .* not files=None"):
+    prepare.prepare(Spec('text'), 'train', tmp_path)
 
 
 def test_the_command_refuses_a_module_that_is_not_there(globs, tmp_path, capsys):

@@ -14,6 +14,7 @@ from lex_fire import errors, scores
 
 OF_TEXTS = (scores.rouge, scores.f1, scores.exact_match, scores.accuracy)
 OF_CLASSES = (scores.matthews, scores.pearson_spearman, scores.macro_f1, scores.f1_of_class('2'))
+OF_CLASSES += (scores.exact_match_of_groups('abba'),)
 every_metric = pytest.mark.parametrize(
   'metric', [*OF_TEXTS, *OF_CLASSES], ids=lambda metric: metric.__qualname__.split('.')[0]
 )
@@ -387,6 +388,41 @@ def test_f1_of_a_class_is_as_worked_by_hand():
 def test_f1_of_a_class_that_no_target_has_is_0():
   assert scores.f1_of_class('ant')(*pairs(cat_ant=1, dog_dog=1)) == {'f1_of_class': 0.0}
   assert scores.f1_of_class('ant')(*pairs(cat_cat=1, dog_dog=1)) == {'f1_of_class': 0.0}
+
+
+def test_a_group_is_right_if_all_of_it_is():
+  # The questions a and c have all their options right, b has one wrong: 2 of 3. The groups need
+  # not be side by side.
+  metric = scores.exact_match_of_groups('abcab')
+
+  values = metric(*pairs(cat_cat=2, dog_dog=2, cat_dog=1))
+
+  assert values == approx({'exact_match_of_groups': 200 / 3})
+
+
+@pytest.mark.parametrize('seed', range(3))
+def test_groups_are_right_as_each_of_them_is_alone(seed):
+  source = random.Random(seed)
+  groups = source.choices('abcdefgh', k=20)
+  answers = source.choices(['True', 'False'], k=20)
+  guesses = [source.choice([answer] * 4 + ['none']) for answer in answers]
+
+  values = scores.exact_match_of_groups(groups)(singly(answers), guesses)
+
+  alone = [
+    all(
+      answer == guess
+      for of, answer, guess in zip(groups, answers, guesses, strict=True)
+      if of == name
+    )
+    for name in set(groups)
+  ]
+  assert values == approx({'exact_match_of_groups': 100 * sum(alone) / len(alone)})
+
+
+def test_as_many_groups_as_predictions_are_needed():
+  with pytest.raises(errors.UserError, match='^3 groups for 2 predictions; give one of each'):
+    scores.exact_match_of_groups('aab')([['1'], ['2']], ['1', '2'])
 
 
 def test_macro_f1_is_the_mean_over_the_classes_of_targets():

@@ -316,7 +316,7 @@ def test_the_lowered_step_asks_for_the_layout_of_every_activation(sizes):
 
 
 def test_scanned_and_rematerialized_layers_ask_for_it_too():
-  text = lowered((4, 2), 'step', scan_layers=True, remat=True)
+  text = lowered((4, 2), 'step', scan_layers=True, remat='block')
 
   # Embedding, logits and the five of a layer, and backward; the last of a layer is not made again.
   assert len(activation_constraints(text)) >= 2 * (2 + 5) + 4

@@ -61,13 +61,30 @@ def test_files_are_refused_where_they_have_no_use():
     Spec('c4:a=1', files={'train': 'x'}).refuse_files()
 
 
-def parse(*arguments):
+def parse(*arguments, split='train'):
   parser = argparse.ArgumentParser()
   define_arguments(parser)
-  return of_arguments(parser.parse_args(arguments), 't5')
+  return of_arguments(parser.parse_args([f'--split={split}', *arguments]), 't5')
 
 
 def test_the_arguments_of_a_command_make_a_specification():
   assert parse('--task=stdlib') == Spec('stdlib', 't5')
   assert parse('--task=c4', '--tfds_directory=/d') == Spec('c4', 't5', None, '/d')
   assert parse('--task=text', '--train_files=a*') == Spec('text', 't5', {'train': 'a*'})
+
+
+@pytest.mark.parametrize(
+  'arguments, split',
+  [
+    ([], 'train'),
+    (['--train_files=a*'], 'validation'),
+    (['--train_files=a*', '--validation_files=b*'], 'test'),
+  ],
+)
+def test_files_of_a_split_that_are_not_given_are_asked_for_by_their_flag(arguments, split):
+  message = (
+    f"task 'jsonl' has no files of --split={split}; give --train_files=GLOB or "
+    '--validation_files=GLOB, and the split of that name'
+  )
+  with pytest.raises(errors.UserError, match=re.escape(message)):
+    parse('--task=jsonl', *arguments, split=split)

@@ -31,7 +31,7 @@ ROOMS = {
     'lex_fire.encodings.base',
     'lex_fire.encodings.piecewise',
   ),
-  'lex_fire.data': ('lex_fire.errors', 'lex_fire.scores'),
+  'lex_fire.data': ('lex_fire.errors', 'lex_fire.scores', 'lex_fire.storage'),
 }
 
 

@@ -81,13 +81,19 @@ def flags(fields: dict) -> list[str]:
   return out
 
 
+def untimed(rows: list[dict]) -> list[dict]:
+  """Returns lines of metrics.jsonl but for what was measured in seconds."""
+  ends = ('per_second', 'utilization', '_share')
+  return [{name: row[name] for name in row if not name.endswith(ends)} for row in rows]
+
+
 # Every command of a test is forked from one process that has imported what is slow to import, and
 # whose JAX has started no thread, as it was not used.
 _forks = multiprocessing.get_context('forkserver')
 _forks.set_forkserver_preload(['lex_fire.train', 'lex_fire.evaluate', 'seqio'])
 
 
-def _run(module: str, arguments: list[str], out: str, err: str) -> None:
+def run(module: str, arguments: list[str], out: str, err: str) -> None:
   """What a fork does: `python -m MODULE ARGUMENTS...` with its output in files."""
   for descriptor, path in ((1, out), (2, err)):
     os.dup2(os.open(path, os.O_WRONLY), descriptor)
@@ -98,7 +104,7 @@ def _run(module: str, arguments: list[str], out: str, err: str) -> None:
 
 def start_command(module: str, *arguments: str, out: str = os.devnull, err: str = os.devnull):
   """Starts `python -m MODULE ARGUMENTS...` and returns its `multiprocessing.Process`."""
-  return start(_run, module, arguments, out, err)
+  return start(run, module, arguments, out, err)
 
 
 def start(function: Callable[..., None], *arguments):

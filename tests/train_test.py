@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import tiny
 
-from lex_fire import checkpoint, errors, feed, presets, train
+from lex_fire import checkpoint, errors, feed, optimizer, presets, train
 from lex_fire import config as config_lib
 from lex_fire.data import spec, train_vocabulary
 
@@ -39,8 +39,7 @@ def whole(fire_run):
 def read_metrics(workdir):
   """Returns the metrics of a run but for those that are measured in seconds."""
   lines = (workdir / 'metrics.jsonl').read_text().splitlines()
-  rows = [json.loads(line) for line in lines]
-  return [{name: row[name] for name in row if 'per_second' not in name} for row in rows]
+  return tiny.untimed([json.loads(line) for line in lines])
 
 
 def assert_equal_bits(tree, expected):
@@ -70,6 +69,14 @@ def test_the_loss_falls_and_every_step_is_logged_once(whole):
   for row in trained:  # bytes: one token is one byte but for EOS, which stands for none
     ratio = row['bits_per_byte'] / row['loss'] * np.log(2)
     assert 1.0 < ratio < 1.001
+
+
+def test_each_step_is_logged_with_the_rate_that_it_learned_at(whole, data):
+  rate = optimizer.schedule(tiny.config(data))
+
+  logged = [row['learning_rate'] for row in read_metrics(whole[0]) if 'loss' in row]
+
+  assert logged == pytest.approx([float(rate(step)) for step in range(12)])
 
 
 def test_tensorboard_gets_the_same_numbers(whole):
@@ -161,6 +168,16 @@ def test_a_run_whose_config_calls_an_axis_by_its_old_name_is_read(tmp_path):
   values = presets.make('tiny', 'fire')
   config = config_lib.Config.from_dict({**values, 'mesh': {**values['mesh'], 'replica': 4}})
   (tmp_path / 'config.json').write_text(json.dumps({**values, 'mesh': {'data': 4, 'fsdp': 1}}))
+
+  assert checkpoint.read_config(tmp_path) == config
+
+
+@pytest.mark.parametrize(('said', 'meant'), [(False, 'none'), (True, 'block')])
+def test_a_run_whose_config_says_whether_to_rematerialize_is_read(said, meant, tmp_path):
+  values = presets.make('tiny', 'fire', model={'remat': meant})
+  config = config_lib.Config.from_dict(values)
+  values['model']['remat'] = said
+  (tmp_path / 'config.json').write_text(json.dumps(values))
 
   assert checkpoint.read_config(tmp_path) == config
 
@@ -433,6 +450,7 @@ def test_of_a_run_on_questions_only_answers_count(data, tmp_path, capsys):
   out = capsys.readouterr().out
   assert 'bits' not in out
   assert 'train: 50 questions, of which 0 are cut to 40 tokens, by 0 in all' in out
+  assert out.splitlines()[-1].startswith('time: step ')
 
 
 def test_importing_the_library_imports_no_tensorflow():

@@ -18,7 +18,7 @@ A batch is a dict of NumPy arrays, of B rows (this host's) and L tokens:
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, Protocol
 
 import numpy as np
@@ -63,7 +63,7 @@ class Windows:
     Raises:
       errors.UserError: if no part is as long as a window.
     """
-    windows_P = np.array([max(len(tokens_L) - 1, 0) // length for tokens_L in parts])
+    windows_P = _windows(map(len, parts), length)
     self.num_windows = int(windows_P.sum())
     if self.num_windows < 1:
       raise errors.UserError(
@@ -84,6 +84,16 @@ class Windows:
     for row_L, part, start in zip(tokens_BL, part_B, start_B, strict=True):
       row_L[:] = self._parts[part][start : start + self._length + 1]
     return of_tokens(tokens_BL, self._eos_id, self._isolate_documents)
+
+
+def num_windows(sizes: Iterable[int], length: int) -> int:
+  """Returns how many windows of a length a stream has; sizes: tokens of each of its parts."""
+  return int(_windows(sizes, length).sum())
+
+
+def _windows(sizes: Iterable[int], length: int) -> np.ndarray:
+  """Returns windows_P of each part; the first of its tokens is no target."""
+  return np.array([max(size - 1, 0) // length for size in sizes])
 
 
 def of_tokens(tokens_BL: np.ndarray, eos_id: int, isolate_documents: bool) -> Batch:

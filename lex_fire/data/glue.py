@@ -6,13 +6,17 @@ sentence: a fine film' is 'positive' (Raffel et al. 2020, arXiv:1910.10683, appe
 of STS-B, 0 to 5, are rounded to 0.2 as there (section 2.4), in all splits, so its correlations may
 differ a little from those with the scores themselves.
 
+An option of an answer in MultiRC (Khashabi et al. 2018, aclanthology.org/N18-1023) is a question of
+its own, and the options of one question a group. A query of ReCoRD (Zhang et al. 2018,
+arXiv:1810.12885) is an example for each of its answers, all with one id, and so one question when
+it is asked. Both lose the marks of their markup, as in T5 (https://github.com/google-research/
+text-to-text-transfer-transformer, t5/data/preprocessors.py).
+
 Departures from T5: BoolQ has its question first, so that inputs cut at their end keep it; COPA's
 answers are the names of its choices, WiC's part of speech is left out as TFDS lacks it, and WSC is
 the question whether two marked spans are one, as in SuperGLUE itself, not for a noun.
 
-MultiRC and ReCoRD are not here: the one is scored by groups of examples, for which metrics have no
-argument, the other has several answers in one example and none in some. Nor are the diagnostic
-sets, which have no training data.
+The diagnostic sets are not here, as they have no training data.
 """
 
 from __future__ import annotations
@@ -31,25 +35,38 @@ if TYPE_CHECKING:
   import tensorflow as tf
 
 _VERSIONS = {'glue': '2.0.0', 'super_glue': '1.0.2'}
+_NAME_BYTES = 128  # at most, in a name of something in a text
 
 
 class Template(NamedTuple):
   """How an example of TFDS becomes a question.
 
   Attributes:
-    fields: features of text, in the order in which the question has them.
-    words: the answer for each label; () where the label is a number from 0 to 5.
+    fields: features of text, or of several texts, in the order in which the question has them.
+    words: the answer for each label; () where the label is a number from 0 to 5; None where the
+      answers are texts of the example's own, in the feature 'answers'.
     metrics: of the benchmark.
+    of_groups: likewise, as in questions.Question.
     splits: {split: its name in TFDS}.
+    index: features of 'idx' that tell examples apart; () where 'idx' itself is a number.
+    markup: pairs (regular expression, what stands for its matches in the question).
     spans: pairs (NAME, sign): the field 'text' gets the sign on both sides of the words NAME_text,
       which begin at its word NAME_index.
   """
 
   fields: tuple[str, ...]
-  words: tuple[str, ...]
+  words: tuple[str, ...] | None
   metrics: tuple[scores.Metric, ...]
+  of_groups: tuple[questions.OfGroups, ...] = ()
   splits: Mapping[str, str] = {split: split for split in examples_lib.SPLITS}
+  index: tuple[str, ...] = ()
+  markup: tuple[tuple[str, str], ...] = ()
   spans: tuple[tuple[str, str], ...] = ()
+
+  @property
+  def answer_bytes(self) -> int:
+    """The most that an answer takes."""
+    return _NAME_BYTES if self.words is None else max(map(len, self.words or ('0.0',)))
 
 
 _PAIR = ('sentence1', 'sentence2')
@@ -80,7 +97,9 @@ GLUE = {
     ('question1', 'question2'), ('not_duplicate', 'duplicate'), _f1_and_accuracy('duplicate')
   ),
   'stsb': Template(_PAIR, (), (scores.pearson_spearman,)),
-  'mnli': Template(_INFERENCE, ('entailment', 'neutral', 'contradiction'), _ACCURACY, _MNLI_SPLITS),
+  'mnli': Template(
+    _INFERENCE, ('entailment', 'neutral', 'contradiction'), _ACCURACY, splits=_MNLI_SPLITS
+  ),
   'qnli': Template(('question', 'sentence'), ('entailment', 'not_entailment'), _ACCURACY),
   'rte': Template(_PAIR, ('entailment', 'not_entailment'), _ACCURACY),
   'wnli': Template(_PAIR, ('not_entailment', 'entailment'), _ACCURACY),
@@ -92,6 +111,22 @@ SUPER_GLUE = {
   ),
   'copa': Template(
     ('choice1', 'choice2', 'premise', 'question'), ('choice1', 'choice2'), _ACCURACY
+  ),
+  'multirc': Template(
+    ('question', 'answer', 'paragraph'),
+    _TRUTH,
+    (scores.f1_of_class('True'),),
+    (scores.exact_match_of_groups,),
+    index=('paragraph', 'question', 'answer'),
+    markup=(('<br>', ' '), ('</?b>', '')),
+  ),
+  'record': Template(
+    ('query', 'entities', 'passage'),
+    None,
+    (scores.f1, scores.exact_match),
+    index=('query',),
+    # Lines between the sentences of a summary, which may lack their full stops.
+    markup=((r'([.?!"\'])\n@highlight\n', r'\1 '), (r'\n@highlight\n', '. ')),
   ),
   'rte': Template(_INFERENCE, ('entailment', 'not_entailment'), _ACCURACY),
   'wic': Template((*_PAIR, 'word'), _TRUTH, _ACCURACY),
@@ -113,8 +148,8 @@ def template(name: str) -> Template:
 
 def question(spec: Spec) -> questions.Question:
   """Returns what the questions of a task have in common."""
-  metrics, words = template(spec.base).metrics, template(spec.base).words
-  return questions.Question(metrics, max(map(len, words or ('0.0',))))
+  own = template(spec.base)
+  return questions.Question(own.metrics, own.answer_bytes, of_groups=own.of_groups)
 
 
 def task(spec: Spec) -> seqio.Task:
@@ -139,24 +174,43 @@ def render(config: str, template: Template, example: Mapping[str, Any]) -> quest
   Args:
     config: of TFDS.
     template: of `config`.
-    example: the fields of `template`, texts; 'idx', a whole number; 'label', -1 where withheld.
+    example: the fields of `template`; 'idx', a whole number or several by name; 'label', -1 where
+      withheld, or 'answers', none where withheld.
 
   Returns:
-    'id', 'inputs' and 'targets', scalars of tf.string.
+    'id', 'inputs' and 'targets', as questions.add takes them.
   """
   import tensorflow as tf
 
   texts = dict(example)
   if template.spans:
     texts['text'] = _marked(example, template.spans)
-  fields = [tf.strings.join([f'{field}: ', texts[field]]) for field in template.fields]
-  if template.words:
-    answer = tf.constant(('', *template.words))[example['label'] + 1]
-  else:
-    answer = _number(example['label'])
+  fields = [tf.strings.join([f'{field}: ', _joined(texts[field])]) for field in template.fields]
   name = config.removesuffix('.fixed')
   inputs = tf.strings.join([name, *fields], separator=' ')
-  return {'id': tf.strings.as_string(example['idx']), 'inputs': inputs, 'targets': answer}
+  for pattern, replacement in template.markup:
+    inputs = tf.strings.regex_replace(inputs, pattern, replacement)
+  index = [example['idx'][key] for key in template.index] or [example['idx']]
+  number = tf.strings.join(list(map(tf.strings.as_string, index)), separator='-')
+  return {'id': number, 'inputs': inputs, 'targets': _answer(template, example)}
+
+
+def _joined(texts: tf.Tensor) -> tf.Tensor:
+  """Makes one text of a text, or of several."""
+  import tensorflow as tf
+
+  return tf.strings.reduce_join(tf.reshape(texts, [-1]), separator=', ')
+
+
+def _answer(template: Template, example: Mapping[str, Any]) -> tf.Tensor:
+  """Returns the right answer, '' if it is withheld, or all that there are."""
+  import tensorflow as tf
+
+  if template.words is None:
+    return example['answers']
+  if not template.words:
+    return _number(example['label'])
+  return tf.constant(('', *template.words))[example['label'] + 1]
 
 
 def _number(label: tf.Tensor) -> tf.Tensor:

@@ -23,8 +23,8 @@ import pathlib
 from collections.abc import Callable, Collection
 from typing import TYPE_CHECKING
 
-from lex_fire import errors
-from lex_fire.data import batches, files, flow, reading
+from lex_fire import errors, storage
+from lex_fire.data import batches, flow, reading
 
 if TYPE_CHECKING:
   import seqio
@@ -73,7 +73,7 @@ class Live:
     self._eos_id = reading.vocabulary_of(task).eos_id
     self._isolate_documents = isolate_documents
     self._rows = len(batches.host_rows(batch_size, process_index, process_count))
-    self._host = f'host-{process_index}-of-{process_count}'
+    self._name, self._process_count = f'host-{process_index}-of-{process_count}', process_count
     self._made_of = {
       'task': [reading.fingerprint(task, SPLIT), reading.vocabulary_of(task).name],
       'seed': seed,
@@ -125,11 +125,11 @@ class Live:
     try:
       for old in path.parents[1].glob(f'*/{path.name}'):
         if int(old.parent.name) < max(keep, default=0) and int(old.parent.name) not in keep:
-          old.unlink()
+          old.unlink(missing_ok=True)
           with contextlib.suppress(OSError):  # another host's place is there still
             old.parent.rmdir()
       path.parent.mkdir(parents=True, exist_ok=True)
-      files.write_whole(path, lambda path: path.write_text(content))
+      storage.write(path, content)
     except OSError as error:
       raise errors.UserError(
         f'cannot write {str(path)!r}: {error.strerror}; make room, and start the run again'
@@ -149,11 +149,7 @@ class Live:
       if _sha256(saved) != sha256:
         raise ValueError('its hash is another')
     except OSError as error:
-      there = ', '.join(sorted(found.stem for found in path.parent.glob('host-*.json')))
-      raise errors.UserError(
-        f'{str(path.parent)!r} has no place in the data of {self._host}, but of: '
-        f'{there or "no host"}; go on with as many hosts as the run had'
-      ) from error
+      raise self._unread(path, error) from error
     except (ValueError, KeyError, TypeError, AttributeError) as error:
       raise errors.UserError(
         f'{str(path)!r} is damaged: {error!r}; '
@@ -168,7 +164,21 @@ class Live:
     self._done = step
 
   def _path(self, workdir, step):
-    return workdir / _FOLDER / str(step) / f'{self._host}.json'
+    return workdir / _FOLDER / str(step) / f'{self._name}.json'
+
+  def _unread(self, path: pathlib.Path, error: OSError) -> errors.UserError:
+    """Returns why there is no place: all are of another number of hosts, or this one is gone."""
+    found = {int(other.stem.rpartition('-')[2]) for other in path.parent.glob('host-*-of-*.json')}
+    if found and self._process_count not in found:
+      hosts = ' or '.join(map(str, sorted(found)))
+      return errors.UserError(
+        f'{str(path.parent)!r} has places in the data for process_count={hosts}, not '
+        f'{self._process_count}; go on with {hosts} hosts, as the run had'
+      )
+    return errors.UserError(
+      f'{str(path)!r}, the place of this host in the data, is unreadable: {error.strerror}; '
+      'delete the checkpoint of that step to go on from the one before'
+    )
 
 
 def _sha256(place: flow.Place) -> str:

@@ -28,6 +28,7 @@ from typing import Any
 
 from lex_fire import errors
 from lex_fire.data import (
+  batches,
   corpora,
   progress,
   reading,
@@ -38,6 +39,7 @@ from lex_fire.data import (
   workers,
 )
 
+_LENGTHS = (512, 2048, 8192)  # of which windows are counted [tokens]
 _FORMAT = 3  # raise it when what is written for the same corpus changes
 Identity = dict[str, Any]  # what a stream is made of, as its manifest says it
 
@@ -181,7 +183,6 @@ def define_parser(module: str, description: str | None) -> argparse.ArgumentPars
   parser.formatter_class = argparse.RawDescriptionHelpFormatter
   spec.define_arguments(parser)
   parser.add_argument('--vocabulary', default='bytes', help='bytes, t5, or a SentencePiece model')
-  parser.add_argument('--split', required=True, help='train or validation, or another of the Task')
   parser.add_argument('--directory', required=True, help='where all streams are kept')
   return parser
 
@@ -202,6 +203,8 @@ def status_of(command: Callable[[], None]) -> int:
 def report(path: pathlib.Path) -> None:
   """Compares the hashes of a stream and prints what is in it, and where it is.
 
+  A stream of documents serves every length: of each in _LENGTHS it says how many windows there are.
+
   Raises:
     errors.UserError: if it is damaged.
   """
@@ -209,6 +212,10 @@ def report(path: pathlib.Path) -> None:
   manifest = stream.read(path).manifest
   counts = (f'{manifest[name]:,} {name}' for name in ('documents', 'tokens'))
   print(f'{", ".join(counts)}, {len(manifest["parts"])} parts, all hashes right', file=sys.stderr)
+  if not stream.is_of_questions(manifest):
+    sizes = [part['tokens'] for part in manifest['parts']]
+    found = (f'{batches.num_windows(sizes, length):,} of {length:,}' for length in _LENGTHS)
+    print(f'windows: {", ".join(found)} tokens', file=sys.stderr)
   print(path)
 
 

@@ -60,7 +60,7 @@ class Progress:
       f' {tokens / seconds:,.0f} tokens/s'
     )
     done, total, pace = found[_DOCUMENTS], self._num_documents or 0, documents
-    if not total:
+    if done > total:  # it is not known, or a Task makes several documents of one
       done, total, pace = found[_PARTS], self._num_parts, parts
     left = f', {(total - done) * seconds / pace:,.0f} s left' if pace else ''
     return f'{line}{left}  '

@@ -3,7 +3,7 @@
 An example of such a Task has
   'inputs', 'targets': tokens of the question, without EOS, and of a right answer, with EOS;
   'inputs_pretokenized', 'targets_pretokenized': their texts;
-  'id': a text;
+  'id': a text, in which '-' may stand before the number in a group of questions;
 and facts, numbers or texts by which scores are broken down. The answer is '' where it is withheld,
 as in the test split of a benchmark. Examples with one 'id' are one question with several right
 answers. What a decoder reads between a question and its answer is reading.SEPARATOR.
@@ -11,13 +11,13 @@ answers. What a decoder reads between a question and its answer is reading.SEPAR
 A Task that the user has registered without `add` needs no 'id' and no texts, but metrics.
 
 The metrics of `scores` are those of the Task too, so that seqio.Evaluator can judge by them; it
-knows of one answer each.
+knows of one answer each, and of no groups.
 """
 
 from __future__ import annotations
 
 import collections
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -35,6 +35,7 @@ _TEXTS = ('inputs_pretokenized', 'targets_pretokenized')
 _NOT_FACTS = frozenset({'id', 'inputs', 'targets', *_TEXTS})
 
 Tensors = dict[str, 'tf.Tensor']
+OfGroups = Callable[[Sequence[str]], scores.Metric]
 
 
 class Question(NamedTuple):
@@ -45,12 +46,20 @@ class Question(NamedTuple):
     answer_bytes: the most that an answer takes in UTF-8, where it may be cut when it is generated.
     facts: names of what scores are broken down by.
     split: to be asked, unless another is named.
+    of_groups: each makes one more metric of the groups that answers belong to; questions are one
+      group whose ids agree before their last '-'.
   """
 
   metrics: tuple[scores.Metric, ...]
   answer_bytes: int
   facts: tuple[str, ...] = ()
   split: str = 'validation'
+  of_groups: tuple[OfGroups, ...] = ()
+
+  def judges(self, ids: Sequence[str]) -> tuple[scores.Metric, ...]:
+    """Returns all metrics, for answers to the questions of these ids in this order."""
+    groups = [name.rpartition('-')[0] for name in ids]
+    return (*self.metrics, *(make(groups) for make in self.of_groups))
 
 
 _ADDED: dict[str, Question] = {}  # by the name that a Task has in seqio.TaskRegistry
@@ -71,7 +80,8 @@ def add(
     question: of the Task.
     source: makes what it reads.
     render: an example of the source -> 'id', 'inputs' and 'targets', scalars of tf.string, and the
-      facts of `question`; in TensorFlow.
+      facts of `question`; in TensorFlow. If 'targets' is a vector, of all right answers, an example
+      of the Task is made of each, and one of '' where there is none.
 
   Raises:
     errors.UserError: as vocabularies.load does.
@@ -84,7 +94,7 @@ def add(
       name,
       source=source(),
       preprocessors=[
-        lambda dataset: dataset.map(render),
+        lambda dataset: _one_each(dataset.map(render)),
         seqio.preprocessors.tokenize,
         seqio.preprocessors.append_eos,
       ],
@@ -97,6 +107,23 @@ def add(
     )
   _ADDED[name] = question
   return seqio.TaskRegistry.get(name)
+
+
+def _one_each(dataset: tf.data.Dataset) -> tf.data.Dataset:
+  """Makes of an example with a vector of answers one of each, or one without if it is empty."""
+  import tensorflow as tf
+
+  made: Any = dataset.element_spec
+  if made['targets'].shape.rank == 0:
+    return dataset
+
+  def one_each(example):
+    answers = example['targets']
+    found = tf.cond(tf.size(answers) > 0, lambda: answers, lambda: tf.constant(['']))
+    of_each = tf.data.Dataset.from_tensor_slices(found)
+    return of_each.map(lambda answer: {**example, 'targets': answer})
+
+  return dataset.flat_map(one_each)
 
 
 def of_registered(task: seqio.Task, split: str) -> Question:

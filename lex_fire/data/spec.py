@@ -64,6 +64,7 @@ class Spec(NamedTuple):
       )
 
 
+FILE_TASKS = ('text', 'jsonl')  # that read the user's own files
 SPLITS_OF_FILES = ('train', 'validation')
 
 
@@ -81,15 +82,22 @@ def define_arguments(parser: argparse.ArgumentParser) -> None:
   parser.add_argument('--tfds_directory', default='', help='where TensorFlow Datasets are')
   for split in SPLITS_OF_FILES:
     parser.add_argument(f'--{split}_files', help=f'for text and jsonl: glob of split {split!r}')
+  parser.add_argument('--split', required=True, help='train or validation, or another of the Task')
 
 
 def of_arguments(arguments: argparse.Namespace, vocabulary: str = 'bytes') -> Spec:
   """Returns what the arguments of a command specify, once the modules they name are imported.
 
   Raises:
-    errors.UserError: if one cannot be imported.
+    errors.UserError: if one cannot be imported, or a task over files lacks those of the split.
   """
   lazy.import_modules(arguments.module_import)
   globs = {split: getattr(arguments, f'{split}_files') for split in SPLITS_OF_FILES}
   files = {split: pattern for split, pattern in globs.items() if pattern is not None}
+  if arguments.task in FILE_TASKS and arguments.split not in files:
+    named = ' or '.join(f'--{split}_files=GLOB' for split in SPLITS_OF_FILES)
+    raise errors.UserError(
+      f'task {arguments.task!r} has no files of --split={arguments.split}; give {named}, and the '
+      'split of that name'
+    )
   return Spec(arguments.task, vocabulary, files or None, arguments.tfds_directory)

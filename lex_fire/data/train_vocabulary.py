@@ -155,7 +155,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     formatter_class=argparse.RawDescriptionHelpFormatter,
   )
   spec.define_arguments(parser)
-  parser.add_argument('--split', required=True, help='train, or another of the Task')
   parser.add_argument('--size', type=int, default=32_000, help='number of token ids')
   parser.add_argument(
     '--output', required=True, help='path of the model, by custom NAME.model, where nothing is yet'

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from lex_fire.encodings import piecewise
-from lex_fire.kernels import decay, plan, tile
+from lex_fire.kernels import decay, plan, residuals, tile
 from lex_fire.kernels import mask as mask_lib
 
 # Measured on 2 CPU cores: larger tiles of an MLP bias leave the cache (FIRE, 4096 tokens: 1.0 s at
@@ -166,6 +166,7 @@ def flash(encoding, mask):
     carry = add_keys(encoding, mask, params, queries, keys, softmax_start(queries))
     out_IBHQC, log_norm_IBHQ = softmax_end(carry)
     out_IBHQC = out_IBHQC.astype(keys.value_JBGKC.dtype)
+    out_IBHQC, log_norm_IBHQ = residuals.named(out_IBHQC, log_norm_IBHQ)
     return out_IBHQC, (params, queries, keys, out_IBHQC, log_norm_IBHQ)
 
   def backward(saved, d_out_IBHQC):

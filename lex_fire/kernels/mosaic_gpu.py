@@ -26,7 +26,7 @@ from lex_fire.kernels import mosaic_gpu_backward as backward
 from lex_fire.kernels import mosaic_gpu_elementwise as elementwise
 from lex_fire.kernels import mosaic_gpu_plan as plan_lib
 from lex_fire.kernels import mosaic_gpu_tile as tile_lib
-from lex_fire.kernels import tile
+from lex_fire.kernels import residuals, tile
 
 CHANNELS = (64, 128, 256)  # of a head
 MOST_SEGMENTS = 1280  # of a table, whose gradient is summed in shared memory
@@ -174,7 +174,7 @@ def _flash(setup):
     return _forward(setup, table, inputs)[0]
 
   def forward(table, inputs):
-    out_BQHC, log_norm_BHQ = _forward(setup, table, inputs)
+    out_BQHC, log_norm_BHQ = residuals.named(*_forward(setup, table, inputs))
     return out_BQHC, (table, inputs, out_BQHC, log_norm_BHQ)
 
   def gradient(saved, d_out_BQHC):

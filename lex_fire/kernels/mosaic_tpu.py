@@ -21,7 +21,7 @@ from jax.experimental.pallas import tpu as pltpu
 
 from lex_fire import errors
 from lex_fire.encodings import base
-from lex_fire.kernels import decay, tile
+from lex_fire.kernels import decay, residuals, tile
 from lex_fire.kernels import mask as mask_lib
 from lex_fire.kernels import plan as plan_lib
 from lex_fire.kernels.mosaic_tpu_size import BLOCK, blocks, why_not
@@ -403,6 +403,7 @@ def _flash(setup, constants):
       ),
       [(*tile, channels), (*tile, 1), (*tile, 1)],
     )
+    out_BHQC, log_norm_BNHQ = residuals.named(out_BHQC, log_norm_BNHQ)
     return out_BHQC, (table, queries, keys, plan, out_BHQC, log_norm_BNHQ)
 
   def backward(saved, d_out_BHQC):

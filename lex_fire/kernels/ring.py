@@ -25,7 +25,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from lex_fire import errors
-from lex_fire.kernels import chunked
+from lex_fire.kernels import chunked, residuals
 from lex_fire.kernels import mask as mask_lib
 
 CHUNKS = 2  # that a device has of a row
@@ -113,6 +113,7 @@ def _flash(encoding, mask: mask_lib.Mask, *, axis: str):
     carry, _ = jax.lax.fori_loop(0, devices, step, start)
     out_IBHQC, log_norm_IBHQ = chunked.softmax_end(carry)
     out_IBHQC = out_IBHQC.astype(keys.value_JBGKC.dtype)
+    out_IBHQC, log_norm_IBHQ = residuals.named(out_IBHQC, log_norm_IBHQ)
     return out_IBHQC, (params, queries, keys, out_IBHQC, log_norm_IBHQ)
 
   def backward(saved, d_out_IBHQC):

@@ -1,0 +1,152 @@
+"""The processes of a run that several machines share: how they meet, agree and end.
+
+Each runs the same command. JAX finds the others by itself on Cloud TPU VMs, in GKE, under Slurm and
+Open MPI; elsewhere three flags say who they are. A process that fails leaves at once, and those
+that wait for it end soon after: none hangs.
+"""
+
+import faulthandler
+import json
+import os
+import sys
+from typing import Any, NoReturn
+
+import jax
+import numpy as np
+from absl import flags
+from jax.experimental import multihost_utils
+
+from lex_fire import errors
+
+# After so long without a sign of life from one process, JAX ends the others [s].
+HEARTBEAT_SECONDS = 30
+MEETING_SECONDS = 300  # that the first waits for the last
+
+
+def define_flags() -> None:
+  """Declares the flags that `join` reads."""
+  flags.DEFINE_string(
+    'coordinator_address',
+    None,
+    'HOST:PORT of process 0, where JAX cannot find the processes of a run by itself',
+  )
+  flags.DEFINE_integer(
+    'num_processes', None, 'of a run, likewise; 1: this one alone, whatever a cluster says'
+  )
+  flags.DEFINE_integer('process_id', None, 'of this process, from 0, likewise')
+
+
+def join() -> None:
+  """Meets the other processes of the run, before anything is computed; alone it does nothing.
+
+  Raises:
+    errors.UserError: if only some of the flags are given, or the others do not come.
+  """
+  given = _given()
+  if given['num_processes'] == 1:
+    return
+  is_told = given['num_processes'] is not None
+  try:
+    jax.distributed.initialize(
+      **given,
+      initialization_timeout=MEETING_SECONDS,
+      heartbeat_timeout_seconds=HEARTBEAT_SECONDS,
+    )
+  except (RuntimeError, ValueError) as error:
+    # JAX has found no cluster, or has computed already, as in a notebook.
+    is_alone = any(words in str(error) for words in ('coordinator_address', 'before any JAX calls'))
+    if is_alone and not is_told:
+      return
+    reason = ' '.join(str(error).split())[:200]
+    raise errors.UserError(
+      f'the processes of the run cannot meet as {given if is_told else "JAX found them"}: '
+      f'{reason}; start the same command on all of them'
+    ) from error
+  jax.devices()  # so that from here on all know each other
+  # JAX says which process has died and aborts; what each thread was doing would bury that.
+  faulthandler.disable()
+
+
+def _given() -> dict[str, Any]:
+  """Returns what the flags say of this process; all three of them, or None of each."""
+  names = ('coordinator_address', 'num_processes', 'process_id')
+  given = {name: flags.FLAGS[name].value for name in names}
+  known = {name: value for name, value in given.items() if value is not None}
+  count, number = given['num_processes'], given['process_id']
+  if known and count != 1 and len(known) < len(given):
+    lacking = ', '.join(f'--{name}' for name in given if name not in known)
+    raise errors.UserError(
+      f'{lacking} is missing beside --{next(iter(known))}={next(iter(known.values()))}; '
+      'give all three, or none where JAX finds the processes by itself'
+    )
+  if count is not None and not 0 <= (number or 0) < count:
+    raise errors.UserError(
+      f'--process_id={number} must be at least 0 and below --num_processes={count}'
+    )
+  return given
+
+
+def have_met() -> bool:
+  """Returns whether this process is one of several of a run."""
+  return jax.distributed.is_initialized() and jax.process_count() > 1
+
+
+def name() -> str:
+  """Returns what an error of this process begins with; '' if it is alone."""
+  return f'process {jax.process_index()} of {jax.process_count()}: ' if have_met() else ''
+
+
+def part() -> None:
+  """Waits until all processes are done, so that none takes the end of another for its death."""
+  if jax.distributed.is_initialized():
+    jax.distributed.shutdown()
+
+
+def leave(status: int) -> NoReturn:
+  """Ends this process; one of several at once, as a usual end would wait for the others."""
+  if have_met():
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)
+  sys.exit(status)
+
+
+def lost(error: Exception) -> str:
+  """Says what an error means of a computation that the processes share."""
+  reason = ' '.join(str(error).split())[:200]
+  return (
+    f'what the processes compute together has failed: {reason}; if one of them has ended, its own '
+    'error says why; the same command on all hosts goes on from the last checkpoint'
+  )
+
+
+def check_same(what: str, values: dict[str, Any]) -> None:
+  """Compares JSON values, such as a config, with those of process 0.
+
+  Args:
+    what: they are, for the error.
+    values: this process's.
+
+  Raises:
+    errors.UserError: if one of them is another.
+  """
+  if jax.process_count() == 1:
+    return
+  text = json.dumps(values)
+  own, first = json.loads(text), json.loads(_of_first(text))
+  for name in {**own, **first}:
+    here, there = own.get(name), first.get(name)
+    if here != there:
+      raise errors.UserError(
+        f'this process has {what} unlike process 0: {name} is {here}, there {there}; start the '
+        'same command on all hosts, with the same files'
+      )
+
+
+def _of_first(text: str) -> str:
+  """Returns the text that process 0 has."""
+  own = np.frombuffer(text.encode(), np.uint8)
+  (size,) = multihost_utils.broadcast_one_to_all(np.array([own.size]))
+  padded = np.zeros(size, np.uint8)
+  padded[: own.size] = own[:size]
+  return np.asarray(multihost_utils.broadcast_one_to_all(padded)).tobytes().decode()

@@ -1,0 +1,200 @@
+"""Runs of several processes, each with devices of its own: two on one machine, as two hosts."""
+
+import dataclasses
+import functools
+import json
+import os
+import signal
+import socket
+import time
+
+import jax
+import pytest
+import tiny
+from absl import flags
+from absl.testing import flagsaver
+
+from lex_fire import errors, evaluate, hosts, train
+
+STEPS = 36
+
+
+def free_port():
+  with socket.socket() as found:
+    found.bind(('localhost', 0))
+    return found.getsockname()[1]
+
+
+def run_as_host(environment, module, arguments, out, err):
+  """Runs a command where there are two devices, and where a dead host is soon missed."""
+  os.environ.update(environment)
+  jax.config.update('jax_num_cpu_devices', 2)
+  hosts.HEARTBEAT_SECONDS = 4
+  tiny.run(module, arguments, out, err)
+
+
+class Hosts:
+  """Two processes that run a command together."""
+
+  def __init__(self, directory, module, arguments, environments=({}, {})):
+    """Starts them, each with its own arguments and what its environment says besides."""
+    self.processes, self._outputs = [], []
+    for own, environment in zip(arguments, environments, strict=True):
+      paths = [directory / f'{name}-{time.monotonic_ns()}' for name in ('out', 'err')]
+      for path in paths:
+        path.touch()
+      self._outputs.append(paths)
+      self.processes.append(tiny.start(run_as_host, environment, module, own, *map(str, paths)))
+
+  def end(self):
+    """Waits for both and returns status, stdout and stderr of each."""
+    found = []
+    for process, paths in zip(self.processes, self._outputs, strict=True):
+      process.join(120)
+      found.append((process.exitcode, *(path.read_text() for path in paths)))
+    return found
+
+
+@pytest.fixture
+def start(tmp_path):
+  """Starts a command on two hosts that flags tell of each other; kills what a test leaves."""
+  started = []
+
+  def start_hosts(module, *arguments):
+    address = f'--coordinator_address=localhost:{free_port()}'
+    both = [(address, '--num_processes=2', f'--process_id={number}') for number in range(2)]
+    started.append(Hosts(tmp_path, module, [[*arguments, *who] for who in both]))
+    return started[-1]
+
+  yield start_hosts
+  for process in (process for of_hosts in started for process in of_hosts.processes):
+    process.kill()
+    process.join()
+    process.close()
+
+
+def metrics_of(workdir):
+  """Returns what a run has told of its steps."""
+  path = workdir / 'metrics.jsonl'
+  rows = path.read_text().splitlines(keepends=True) if path.exists() else ()
+  return [json.loads(row) for row in rows if row.endswith('\n')]
+
+
+def wait_for_step(workdir, step):
+  deadline = time.monotonic() + 120
+  while step not in [row['step'] for row in metrics_of(workdir)]:
+    assert time.monotonic() < deadline
+    time.sleep(0.002)
+
+
+def assert_same_metrics(workdir, expected, within):
+  for found, row in zip(metrics_of(workdir), metrics_of(expected), strict=True):
+    assert found['step'] == row['step']
+    for name in {'loss', 'gradient_norm', 'validation_loss'} & set(row):
+      assert found[name] == pytest.approx(row[name], rel=within)
+
+
+def test_two_hosts_die_go_on_are_told_to_end_and_evaluate_as_one_does(corpus, tmp_path, start):
+  # Parameters and batches lie on devices of both hosts, and then the tokens of each window do.
+  course, mesh = {'steps': STEPS, 'checkpoint_every': 12}, {'replica': 1, 'fsdp': 4, 'sequence': 1}
+  values = tiny.values(corpus, train=course, mesh=mesh)
+  workdir = tmp_path / 'two'
+  begin = functools.partial(start, 'lex_fire.train', f'--workdir={workdir}', *tiny.flags(values))
+
+  killed = begin()
+  wait_for_step(workdir, 14)
+  killed.processes[1].kill()
+  began = time.monotonic()
+  left, _ = killed.end()
+  seconds = time.monotonic() - began
+  told = begin()
+  wait_for_step(workdir, 16)
+  os.kill(told.processes[1].pid, signal.SIGTERM)
+  told = told.end()
+  ended = begin('--config.mesh.fsdp=1', '--config.mesh.sequence=4').end()
+
+  assert seconds < 60
+  assert left[0] not in (0, None)
+  assert 'stopped sending heartbeats' in left[2] or 'process 0 of 2: error: ' in left[2]
+  assert [status for status, *_ in (*told, *ended)] == [0, 0, 0, 0], ended
+  assert 'SIGTERM: saved after step' in told[0][1]
+  assert f'to {STEPS} of 8 x 32 tokens, on 4 cpu' in ended[0][1]
+  assert 'step' not in told[1][1] + ended[1][1]  # the first speaks for both
+  one = tiny.config(corpus, train=course)
+  train.train(one, tmp_path / 'one')
+  assert_same_metrics(workdir, tmp_path / 'one', within=1e-4)  # rounding grows over the steps
+
+  arguments = [f'--workdir={workdir}', '--sequence=4', '--lengths=32,128', f'--output={tmp_path}']
+  both = start('lex_fire.evaluate', *arguments, '--name=both').end()
+
+  assert [status for status, *_ in both] == [0, 0], both
+  assert 'written: ' in both[0][1]
+  (found,) = json.loads((tmp_path / 'both.json').read_text())['runs']
+  request = dataclasses.replace(one.evaluate, lengths=(32, 128))
+  (alone,) = evaluate.evaluate(workdir, request)
+  for of_both, of_one in zip(found['lengths'], alone['lengths'], strict=True):
+    assert of_both == pytest.approx(of_one, rel=1e-5)
+
+
+def test_several_hosts_are_refused_questions(start, fire_run):
+  both = start('lex_fire.evaluate', f'--workdir={fire_run[0]}', '--tasks=passkey').end()
+
+  message = '--tasks=passkey is for one process, and these are 2; start it on one host alone'
+  assert f'process 0 of 2: error: {message}' in both[0][2] or message in both[1][2]
+  assert all(status not in (0, None) for status, *_ in both)  # once one leaves, so does the other
+
+
+def test_hosts_of_slurm_find_each_other_and_refuse_to_run_different_configs(corpus, tmp_path):
+  common = {
+    **{'SLURM_JOB_ID': '1', 'SLURM_STEP_NODELIST': 'localhost', 'SLURM_NTASKS': '2'},
+    **{'SLURM_LOCALID': '0', 'JAX_COORDINATOR_PORT': str(free_port())},
+  }
+  environments = [{**common, 'SLURM_PROCID': str(number)} for number in range(2)]
+  arguments = [
+    [f'--workdir={tmp_path / "run"}', *tiny.flags(tiny.values(corpus, train={'seed': seed}))]
+    for seed in range(2)
+  ]
+
+  both = Hosts(tmp_path, 'lex_fire.train', arguments, environments).end()
+
+  assert both[1][0] == 2
+  message = (
+    'process 1 of 2: error: this process has a config unlike process 0: train.seed is 1, there 0'
+  )
+  assert message in both[1][2]
+  assert both[0][0] != 0
+
+
+@pytest.fixture
+def given():
+  """Sets flags of hosts for a test."""
+  if 'process_id' not in flags.FLAGS:
+    hosts.define_flags()
+  flags.FLAGS.mark_as_parsed()
+  with flagsaver.flagsaver():
+    yield lambda **values: [setattr(flags.FLAGS, *item) for item in values.items()]
+
+
+def test_who_a_process_is_must_be_told_whole(given):
+  given(coordinator_address='one:1234', process_id=0)
+
+  message = '--num_processes is missing beside --coordinator_address=one:1234; give all three'
+  with pytest.raises(errors.UserError, match=message):
+    hosts.join()
+
+
+def test_a_process_that_is_none_of_them_is_refused(given):
+  given(coordinator_address='localhost:1', process_id=3, num_processes=2)
+
+  with pytest.raises(errors.UserError, match='process_id=3 must be .* below --num_processes=2'):
+    hosts.join()
+
+
+@pytest.mark.parametrize('values', [{}, {'num_processes': 1}])
+def test_a_process_alone_meets_nobody(given, values):
+  given(**values)
+
+  hosts.join()
+
+  assert not jax.distributed.is_initialized()
+  assert hosts.name() == ''
