@@ -12,13 +12,14 @@ import pathlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
+import jax
 import numpy as np
 
-from lex_fire import errors, generate, model, sampling
+from lex_fire import errors, generate, hosts, model, sampling, sharding
 from lex_fire.data import examples, files, reading
 from lex_fire.data import text as text_lib
 
-TOKENS_PER_BATCH = 32_768  # prompts and answers together; at least one row
+TOKENS_PER_BATCH = 32_768  # a device, prompts and answers together; at least one row
 _LEAST_KEPT = 32  # tokens of inputs: with less there is no question
 
 
@@ -87,9 +88,11 @@ def answers(
 ) -> Iterator[Answered]:
   """Yields the prompts with their answers, batch by batch.
 
+  The devices of the mesh of `jax.set_mesh`, if any, share the rows of each batch.
+
   Args:
     transformer: a causal model.
-    params: its parameters.
+    params: its parameters, on that mesh.
     asked: in the order to answer in.
     codec: of the model's vocabulary.
     max_tokens: of an answer.
@@ -97,12 +100,12 @@ def answers(
   Raises:
     errors.UserError: as generate.generate does.
   """
-  start = 0
+  start, ways = 0, sharding.ways('B')
   while start < len(asked):
-    rows = _rows(len(asked[start].tokens_L) + max_tokens)
+    rows = ways * min(_rows(len(asked[start].tokens_L) + max_tokens), -(-len(asked) // ways))
     batch = asked[start : start + rows]
     # A last batch is filled up with its last prompt again, so that it needs no program of its own.
-    filling = [batch[-1]] * (min(rows, len(asked)) - len(batch))
+    filling = [batch[-1]] * (rows - len(batch))
     made = generate.generate(
       transformer,
       params,
@@ -117,7 +120,7 @@ def answers(
 
 
 def _rows(length: int) -> int:
-  """Returns how many rows a batch has: a power of two, as each number of rows is a program."""
+  """Returns how many rows a device has: a power of two, as each number of rows is a program."""
   return 1 << max(0, (TOKENS_PER_BATCH // length).bit_length() - 1)
 
 
@@ -132,7 +135,7 @@ class Kept:
 
   Its first line says of which model they are, each other line is a question with its answer. A line
   counts only for a question of the same tokens, so it is none if the text has changed since, or the
-  vocabulary.
+  vocabulary. Of several hosts the first reads and writes it, and the others go by what it finds.
 
   Attributes:
     path: of the file.
@@ -152,18 +155,11 @@ class Kept:
     """
     self.path = path
     prompts = {prompt.id: prompt for prompt in asked}
-    with _writing(path):
-      first, *lines = _whole_lines(path) or [None]
-      kept = lines if first == json.loads(json.dumps(identity)) else []
-      self.found = {
-        line['id']: _line(prompts[line['id']], line['prediction'])
-        for line in kept
-        if isinstance(line, dict) and {'id', 'prompt', 'prediction'} <= line.keys()
-        if line['id'] in prompts and line['prompt'] == _digest(prompts[line['id']])
-      }
-      content = ''.join(json.dumps(line) + '\n' for line in (identity, *self.found.values()))
-      path.parent.mkdir(parents=True, exist_ok=True)
-      files.write_whole(path, lambda temporary: temporary.write_text(content))
+    found = {}
+    if jax.process_index() == 0:
+      with _writing(path):
+        found = _begin(path, identity, prompts)
+    self.found = json.loads(hosts.of_first(json.dumps(found)))
 
   def add(self, answered: Answered) -> None:
     """Appends answers, so that they outlive this process.
@@ -172,9 +168,32 @@ class Kept:
       errors.UserError: if they cannot be written.
     """
     lines = [_line(prompt, prediction) for prompt, prediction in answered]
-    with _writing(self.path), self.path.open('a') as file:
-      file.writelines(json.dumps(line) + '\n' for line in lines)
+    if jax.process_index() == 0:
+      with _writing(self.path), self.path.open('a') as file:
+        file.writelines(json.dumps(line) + '\n' for line in lines)
     self.found |= {line['id']: line for line in lines}
+
+
+def _begin(path, identity, prompts) -> dict[str, dict[str, Any]]:
+  """Leaves in a file but the answers to prompts by id, or begins it; returns their lines by id."""
+  first, *lines = _whole_lines(path) or [None]
+  kept = lines if first == json.loads(json.dumps(identity)) else []
+  found = {
+    line['id']: _line(prompts[line['id']], line['prediction'])
+    for line in kept
+    if isinstance(line, dict) and {'id', 'prompt', 'prediction'} <= line.keys()
+    if line['id'] in prompts and line['prompt'] == _digest(prompts[line['id']])
+  }
+  content = ''.join(json.dumps(line) + '\n' for line in (identity, *found.values()))
+  path.parent.mkdir(parents=True, exist_ok=True)
+  files.write_whole(path, lambda temporary: temporary.write_text(content))
+  return found
+
+
+def digest(asked: Sequence[Prompt]) -> str:
+  """Returns what tells questions from others, or the same in another order."""
+  parts = [(prompt.id, prompt.references, _digest(prompt)) for prompt in asked]
+  return hashlib.sha256(repr(parts).encode()).hexdigest()[:16]
 
 
 def _line(prompt: Prompt, prediction: str) -> dict[str, Any]:

@@ -58,8 +58,12 @@ def _remember(cache: Cache, tokens: Cache) -> Cache:
   """Writes tokens of segment 1 over the oldest slots; those of segment 0 are padding, and lost."""
   slots = cache.position_BK.shape[1]
   slot_BL = jnp.where(tokens.segment_BK > 0, tokens.position_BK % slots, slots)
-  row_B1 = jnp.arange(slot_BL.shape[0])[:, None]
-  return jax.tree.map(lambda old, new: old.at[row_B1, slot_BL].set(new, mode='drop'), cache, tokens)
+
+  # Row by row, so that devices which share the rows have nothing to tell each other.
+  def of_row(old, new, slot_L):
+    return old.at[slot_L].set(new, mode='drop')
+
+  return jax.tree.map(lambda old, new: jax.vmap(of_row)(old, new, slot_BL), cache, tokens)
 
 
 class Attention(nn.Module):

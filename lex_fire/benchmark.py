@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from lex_fire import answers, asking, checkpoint, comparison, errors, model, sharding
+from lex_fire import answers, asking, checkpoint, comparison, errors, hosts, model, sharding
 from lex_fire import config as config_lib
 from lex_fire import report as report_lib
 from lex_fire.data import spec, tasks, vocabularies
@@ -107,22 +107,23 @@ def run(
   directory: pathlib.Path,
   progress: Progress = lambda case, prompts, are_new: None,
 ) -> list[Report]:
-  """Asks the newest checkpoint of a run.
+  """Asks the newest checkpoint of a run, on all devices of all hosts.
 
   Args:
     of_run: what is asked.
-    directory: where answers are kept, a file for each Task, length and case.
+    directory: where the first host keeps answers, a file for each Task, length and case.
     progress: is called with a case, questions, and whether they are answered now or were before.
 
   Returns:
-    A report for each case, of JSON values: what `comparison.of_case` says, and in 'tasks' for each
-    Task and length the questions, what was cut of them, their scores [percent], and the scores by
-    facts; a Task whose answers are withheld has none.
+    A report for each case, of JSON values: what `comparison.of_case` says, on how many devices it
+    was asked (by answers from before it may have been others), and in 'tasks' for each Task and
+    length the questions, what was cut of them, their scores [percent], and the scores by facts; a
+    Task whose answers are withheld has none.
 
   Raises:
     errors.UserError: if there is no checkpoint, or answers cannot be written.
   """
-  config, mesh = of_run.config, sharding.make_mesh(devices=jax.local_devices()[:1])
+  config, mesh = of_run.config, sharding.make_mesh()
   step, params = comparison.restore(config, of_run.workdir, mesh)
   reports = []
   for case in of_run.cases:
@@ -133,16 +134,34 @@ def run(
       'train_length': config.data.length,
       'train_task': config.data.task,
       'tokenizer': of_run.codec.vocabulary.name,
+      'devices': mesh.size,
     }
     ask = functools.partial(_ask, of_run, case, report, params, directory, progress)
-    reports.append({**report, 'tasks': list(map(ask, of_run.questions))})
+    with jax.set_mesh(mesh):
+      reports.append({**report, 'tasks': list(map(ask, of_run.questions))})
   return reports
+
+
+def check_same(plans: Sequence[Plan]) -> None:
+  """Refuses to ask on hosts of which some would ask other questions, or of other runs.
+
+  Raises:
+    errors.UserError: if this one would.
+  """
+  values = {}
+  for of_run in plans:
+    config, name = checkpoint.flat(of_run.config), of_run.name
+    values |= {f'{field} of {name}': value for field, value in config.items()}
+    values |= {
+      f'the hash of {_named(found)} for {name}': answers.digest(found.prompts)
+      for found in of_run.questions
+    }
+  hosts.check_same('an evaluation', values)
 
 
 def _ask(of_run, case, report, params, directory, progress, asked) -> Report:
   """Returns what a report says of a Task at a length."""
-  about = f'{report_lib.series(report)} {case.mask_name} {asked.task}'
-  about += '' if asked.length is None else f' at {asked.length}'
+  about = f'{report_lib.series(report)} {case.mask_name} {_named(asked)}'
   path = directory / f'{file_name(f"{about} {asked.split}")}.jsonl'
   kept = answers.Kept(path, _identity(of_run, case, report, _digest(params), asked), asked.prompts)
   answer = functools.partial(
@@ -161,6 +180,10 @@ def _ask(of_run, case, report, params, directory, progress, asked) -> Report:
     'by': _by_facts(asked.common, lines),
     'predictions': path.name,
   }
+
+
+def _named(asked: asking.Questions) -> str:
+  return asked.task if asked.length is None else f'{asked.task} at {asked.length}'
 
 
 def file_name(text: str, most: int = 100) -> str:

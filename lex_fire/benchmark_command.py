@@ -55,11 +55,6 @@ class Progress:
 def main() -> None:
   """The command."""
   f = flags.FLAGS
-  if jax.process_count() > 1:
-    raise errors.UserError(
-      f'--tasks={f.tasks} is for one process, and these are {jax.process_count()}; start it on one '
-      'host alone, with --num_processes=1'
-    )
   for name in _OF_LOSSES:
     if f[name].value is not None:
       raise errors.UserError(f'--{name}={f[name].value} is of losses, not of --tasks; leave it out')
@@ -71,15 +66,19 @@ def main() -> None:
   what = command.asked(about=benchmark.file_name(about), alike=())
   storage.local(what.directory, '--output')  # answers are appended as they come
   plans = benchmark.plan(what.workdirs, asked, what.request, what.runs)
-  progress = Progress(
+  benchmark.check_same(plans)
+  expected = [
     prompt for plan in plans for _ in plan.cases for q in plan.questions for prompt in q.prompts
-  )
+  ]
+  devices = f'{jax.device_count()} {jax.devices()[0].device_kind}'
+  reporting.say(f'{len(expected):,} answers are asked for, on {devices}')
+  progress = Progress(expected)
   kept = what.directory / what.name
   reports = [report for plan in plans for report in benchmark.run(plan, kept, progress)]
   paths = write(reports, what.directory, what.name)
-  print(plots.table(reports))
-  print(f'written: {", ".join(map(str, paths))}, and answers in {kept}')
-  if asked.max_examples is None:
+  reporting.say(plots.table(reports))
+  reporting.say(f'written: {", ".join(map(str, paths))}, and answers in {kept}')
+  if asked.max_examples is None and jax.process_index() == 0:  # which has the answers
     _hand_in(reports, kept)
 
 

@@ -9,11 +9,10 @@ from typing import Any
 
 import jax
 import orbax.checkpoint as ocp
-from jax.experimental import multihost_utils
 from orbax.checkpoint.checkpoint_managers import preservation_policy
 
 from lex_fire import config as config_lib
-from lex_fire import errors, storage
+from lex_fire import errors, hosts, storage
 
 _CONFIG = 'config.json'
 _DATA = 'data.json'
@@ -95,7 +94,13 @@ class Checkpoints:
 
     Orbax's own list has one that is being written, and lacks those that go once it is.
     """
-    return sorted(ocp.path.step.checkpoint_steps(self._manager.directory))
+    directory = storage.path(self._manager.directory)
+    if not directory.exists():  # in a bucket, where nothing has been saved yet
+      return []
+    found = [path for path in directory.iterdir() if path.name.isdecimal()]
+    if storage.is_bucket(directory):  # where Orbax renames nothing, and marks what is whole
+      found = [path for path in found if (path / 'commit_success.txt').exists()]
+    return sorted(int(path.name) for path in found)
 
   def latest(self) -> int | None:
     """Returns the newest whole checkpoint's step, or None."""
@@ -106,20 +111,29 @@ class Checkpoints:
   ) -> tuple[int, dict[str, Any]] | None:
     """Reads the newest checkpoint that is whole, as `restore`; None if there is no checkpoint.
 
-    One that is damaged is moved to `damaged` in the workdir, and the one before is read.
+    One that is damaged is moved to `damaged` in the workdir, and the one before is read. Of several
+    hosts one may find damage that others do not: it ends the run, to be started again.
 
     Args:
       abstract: as for restore.
       say: is told of damage.
 
     Raises:
-      errors.UserError: if it is of another model, or there are checkpoints and none is whole.
+      errors.UserError: if it is of another model, if there are checkpoints and none is whole, or if
+        one is damaged and this is one of several hosts.
     """
     damaged: list[tuple[int, Damaged]] = []
-    for step in reversed(self.steps()):
+    steps = self.steps()
+    for step in reversed(steps):
       try:
         restored = self.restore(step, abstract)
       except Damaged as error:
+        if jax.process_count() > 1 and step > steps[0]:
+          place = self._put_away(step)
+          raise errors.UserError(
+            f'{error}; it is now {str(place)!r}, and the same command on all hosts goes on from '
+            'the one before'
+          ) from error
         damaged.append((step, error))
         continue
       for of_damaged, error in damaged:
@@ -136,11 +150,8 @@ class Checkpoints:
     """Moves a checkpoint out of the way of those to come; returns where it is now."""
     directory = storage.path(self._manager.directory)
     place = directory.parent / 'damaged' / f'{step}-{int(time.time())}'
-    if jax.process_index() == 0:
-      place.parent.mkdir(exist_ok=True)
-      (directory / str(step)).rename(place)
-    if jax.process_count() > 1:
-      multihost_utils.sync_global_devices('a damaged checkpoint is put away')
+    with contextlib.suppress(FileNotFoundError):  # another host was faster
+      storage.move(directory / str(step), place)
     self._manager.reload()
     return place
 
@@ -173,7 +184,9 @@ class Checkpoints:
     items = {name: ocp.args.StandardRestore(tree) for name, tree in abstract.items()}
     try:
       return dict(self._manager.restore(step, args=ocp.args.Composite(**items)).items())
-    except (ValueError, KeyError, OSError) as error:
+    except jax.errors.JaxRuntimeError:  # no memory, or another host has gone
+      raise
+    except Exception as error:  # Orbax and TensorStore raise errors of all kinds, bare ones too
       path = storage.path(self._manager.directory) / str(step)
       reason = ' '.join(str(error).split())[:200]
       raise Damaged(f'checkpoint {str(path)!r} is damaged: {reason}') from error
@@ -213,7 +226,7 @@ def claim_workdir(workdir: pathlib.Path, config: config_lib.Config) -> None:
       _write_json(path, config.to_dict())
     except OSError as error:
       raise errors.UserError(
-        f'cannot write workdir {str(workdir)!r}: {error.strerror}; use another --workdir'
+        f'cannot write workdir {str(workdir)!r}: {error.strerror or error}; use another --workdir'
       ) from error
     return
   there, asked = (flat(c) for c in (read_config(workdir), config))
@@ -309,11 +322,12 @@ def restore_params(workdir: pathlib.Path, abstract_params: Any) -> tuple[int, An
   """Returns the newest checkpoint's step and its parameters.
 
   Raises:
-    errors.UserError: if the workdir has no checkpoint, or the newest is damaged or of another
-      model.
+    errors.UserError: if the workdir has no checkpoint, the newest is damaged or of another model,
+      or another process has found another.
   """
   with contextlib.closing(Checkpoints(workdir)) as checkpoints:
     step = checkpoints.latest()
+    hosts.check_same('a newest checkpoint', {'step': step})  # a run may be adding some
     if step is None:
       raise errors.UserError(
         f'no checkpoint in {str(workdir)!r}; train first, or give another --workdir'

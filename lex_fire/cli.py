@@ -59,9 +59,11 @@ def run(main: Callable[[], None], interrupted: str = 'interrupted') -> None:
     except Exception as error:
       if not hosts.have_met():
         raise
-      if isinstance(error, jax.errors.JaxRuntimeError):
-        fail(hosts.lost(error))
-      traceback.print_exc()
+      lost = hosts.lost(error) if isinstance(error, jax.errors.JaxRuntimeError) else None
+      if lost:
+        print(f'{hosts.name()}error: {lost}', file=sys.stderr)
+      else:
+        traceback.print_exc()
       hosts.leave(1)
 
   # Libraries' notes on how they save and compile are not for our users; what goes wrong they raise.

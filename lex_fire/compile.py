@@ -35,6 +35,7 @@ from lex_fire import (
   model,
   reporting,
   sharding,
+  storage,
   topologies,
   train,
 )
@@ -245,6 +246,10 @@ def main() -> None:
     )
   if f.topology != topologies.HERE:
     jax.config.update('jax_platforms', 'cpu')  # before JAX looks for what may not be here
+  for name, file in {'output': f.output, 'save': f.save}.items():
+    if file is not None:  # before minutes are spent on what cannot be written
+      path = storage.local(file, f'--{name}')
+      command.output_directory(path.parent, path.name)
   save = None if f.save is None else pathlib.Path(f.save)
   topology = topologies.find(f.topology, f.num_slices)
   found = compile_run(cli.config(), topology, reporting.say, save)

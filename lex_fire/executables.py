@@ -8,6 +8,7 @@ PICKLE RUNS WHAT ITS WRITER WANTS, and a compiled program besides: load only you
 tells of damage, not of malice.
 """
 
+import functools
 import hashlib
 import importlib.metadata
 import json
@@ -126,6 +127,8 @@ def _description(config: config_lib.Config, mesh: jax.sharding.Mesh) -> dict[str
   device = mesh.devices.flat[0]
   platform = 'gpu' if device.platform in ('cuda', 'rocm') else device.platform
   found = {
+    'lex_fire': _digest_of_sources(),
+    **{name: _version(name) for name in ('flax', 'optax')},
     'jax': jax.__version__,
     'jaxlib': jaxlib.version.__version__,
     **{name: _version(name) for name in _COMPILERS.get(platform, ())},
@@ -141,6 +144,14 @@ def _description(config: config_lib.Config, mesh: jax.sharding.Mesh) -> dict[str
     if name.partition('.')[0] in SECTIONS or name in FIELDS
   }
   return json.loads(json.dumps(found))
+
+
+@functools.cache
+def _digest_of_sources() -> str:
+  """Returns a hash of this package's code, of which the step is compiled."""
+  package = pathlib.Path(__file__).parent
+  files = (path.read_bytes() for path in sorted(package.rglob('*.py')))
+  return hashlib.sha256(b'\0'.join(files)).hexdigest()[:16]
 
 
 def _version(package: str) -> str | None:

@@ -53,10 +53,25 @@ def _apply(transformer, params, cache, tokens_BL, position_BL, segment_ids_BL):
   return logits_BLV, variables['cache']
 
 
+# Compiled, so that no device ever has the rows of all.
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _empty(config, slots, length_B):
+  """Returns the state before prompts of so many tokens."""
+  rows = length_B.size
+  state = State(
+    cache=model.empty_cache(config, rows, slots),
+    logits_BV=jnp.zeros((rows, config.vocab_size), jnp.float32),
+    position_B=length_B,
+    ended_B=jnp.zeros(rows, bool),
+  )
+  return sharding.constrain_tree(state)
+
+
 # The old cache is given away, so that the new one takes its memory.
 @functools.partial(jax.jit, static_argnums=0, donate_argnums=2)
 def _prefill(transformer, params, state, tokens_BL, start, length_B):
   """Feeds the tokens from `start` on of each row of `length_B` tokens, as many as it has here."""
+  tokens_BL = sharding.constrain(tokens_BL, 'BL')
   index_1L = start + jnp.arange(tokens_BL.shape[1])[None]
   is_token_BL = index_1L < length_B[:, None]
   # Padding repeats the last position: an encoding may depend on a row's greatest.
@@ -65,11 +80,13 @@ def _prefill(transformer, params, state, tokens_BL, start, length_B):
     transformer, params, state.cache, tokens_BL, position_BL, is_token_BL.astype(jnp.int32)
   )
   newest_BL = index_1L == length_B[:, None] - 1
-  row_B, newest_B = jnp.arange(tokens_BL.shape[0]), newest_BL.argmax(axis=1)
+  newest_B11 = newest_BL.argmax(axis=1)[:, None, None]
   logits_BV = jnp.where(
-    newest_BL.any(axis=1)[:, None], logits_BLV[row_B, newest_B], state.logits_BV
+    newest_BL.any(axis=1)[:, None],
+    jnp.take_along_axis(logits_BLV, newest_B11, axis=1)[:, 0],
+    state.logits_BV,
   )
-  return state._replace(cache=cache, logits_BV=logits_BV)
+  return sharding.constrain_tree(state._replace(cache=cache, logits_BV=logits_BV))
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1), donate_argnums=3)
@@ -86,7 +103,8 @@ def _step(transformer, sampling, params, state, seed, eos_id):
   )
   shown_B = jnp.where(state.ended_B, NO_TOKEN, token_B)
   ended_B = state.ended_B | (token_B == eos_id)
-  return State(cache, logits_BLV[:, 0], state.position_B + 1, ended_B), shown_B
+  state = State(cache, logits_BLV[:, 0], state.position_B + 1, ended_B)
+  return sharding.constrain_tree(state), sharding.constrain(shown_B, '')
 
 
 def cache_slots(mask: kernels.Mask, length: int, chunk: int = PREFILL_CHUNK) -> int:
@@ -118,7 +136,8 @@ def stream(
   A row's tokens are, to rounding, those that it would have alone in the same row of a batch, and
   those that the whole text so far would give without a cache (if the encoding is not
   `prefix_stable`, with keys as they stood when their layer's input was computed). Under one mask,
-  each batch size and number of slots compiles two programs, whatever the lengths.
+  each batch size and number of slots compiles two programs, whatever the lengths. The devices of
+  the mesh of `jax.set_mesh`, if any, share the rows, and the tokens come out on all hosts.
 
   Args:
     transformer: a causal model; its mask bounds the cache, if it is bounded.
@@ -135,7 +154,8 @@ def stream(
 
   Raises:
     errors.UserError: for a model that is not causal, a prompt that is empty or has a token beyond
-      the vocabulary, a length past the encoding's positions, or a number out of its range.
+      the vocabulary, a length past the encoding's positions, a number out of its range, or, once
+      it begins, rows that the devices do not divide.
   """
   rows = [np.asarray(prompt) for prompt in prompts]
   _check(transformer, rows, max_tokens, seed, chunk)
@@ -186,12 +206,7 @@ def _prefilled(transformer, params, rows, slots, chunk) -> State:
   length_B = np.array([row.size for row in rows], np.int32)
   padded = -(-length_B.max() // chunk) * chunk
   tokens_BL = np.stack([np.pad(row, (0, padded - row.size)) for row in rows]).astype(np.int32)
-  state = State(
-    cache=model.empty_cache(transformer.config, len(rows), slots),
-    logits_BV=jnp.zeros((len(rows), transformer.config.vocab_size), jnp.float32),
-    position_B=jnp.array(length_B),
-    ended_B=jnp.zeros(len(rows), bool),
-  )
+  state = _empty(transformer.config, slots, length_B)
   for start in range(0, padded, chunk):
     state = _prefill(
       transformer, params, state, tokens_BL[:, start : start + chunk], np.int32(start), length_B

@@ -9,6 +9,7 @@ import faulthandler
 import json
 import os
 import sys
+import warnings
 from typing import Any, NoReturn
 
 import jax
@@ -21,6 +22,8 @@ from lex_fire import errors
 # After so long without a sign of life from one process, JAX ends the others [s].
 HEARTBEAT_SECONDS = 30
 MEETING_SECONDS = 300  # that the first waits for the last
+
+_who = (0, 1)  # this process and their number, once they have met
 
 
 def define_flags() -> None:
@@ -39,13 +42,22 @@ def define_flags() -> None:
 def join() -> None:
   """Meets the other processes of the run, before anything is computed; alone it does nothing.
 
+  If they do not come within MEETING_SECONDS, JAX ends this process.
+
   Raises:
-    errors.UserError: if only some of the flags are given, or the others do not come.
+    errors.UserError: if only some of the flags are given, or what JAX found is not whole.
   """
   given = _given()
   if given['num_processes'] == 1:
     return
   is_told = given['num_processes'] is not None
+  # JAX ends a process by a signal if another does not come or dies, and says why; what each thread
+  # was doing would bury that.
+  faulthandler.disable()
+  if is_told:
+    print(f'waiting for all {given["num_processes"]} processes of the run', flush=True)
+  # In Kubernetes, that JAX could be told of its own clusters; a process alone needs none.
+  warnings.filterwarnings('ignore', 'Kubernetes environment detected', UserWarning)
   try:
     jax.distributed.initialize(
       **given,
@@ -60,11 +72,10 @@ def join() -> None:
     reason = ' '.join(str(error).split())[:200]
     raise errors.UserError(
       f'the processes of the run cannot meet as {given if is_told else "JAX found them"}: '
-      f'{reason}; start the same command on all of them'
+      f'{reason}; start the same command on all of them, or with --num_processes=1 to run alone'
     ) from error
-  jax.devices()  # so that from here on all know each other
-  # JAX says which process has died and aborts; what each thread was doing would bury that.
-  faulthandler.disable()
+  global _who
+  _who = (jax.process_index(), jax.process_count())
 
 
 def _given() -> dict[str, Any]:
@@ -73,10 +84,12 @@ def _given() -> dict[str, Any]:
   given = {name: flags.FLAGS[name].value for name in names}
   known = {name: value for name, value in given.items() if value is not None}
   count, number = given['num_processes'], given['process_id']
+  if count is not None and count < 1:
+    raise errors.UserError(f'--num_processes={count} must be at least 1')
   if known and count != 1 and len(known) < len(given):
-    lacking = ', '.join(f'--{name}' for name in given if name not in known)
+    lacking = ' and '.join(f'--{name}' for name in given if name not in known)
     raise errors.UserError(
-      f'{lacking} is missing beside --{next(iter(known))}={next(iter(known.values()))}; '
+      f'no {lacking} beside --{next(iter(known))}={next(iter(known.values()))}; '
       'give all three, or none where JAX finds the processes by itself'
     )
   if count is not None and not 0 <= (number or 0) < count:
@@ -88,12 +101,12 @@ def _given() -> dict[str, Any]:
 
 def have_met() -> bool:
   """Returns whether this process is one of several of a run."""
-  return jax.distributed.is_initialized() and jax.process_count() > 1
+  return _who[1] > 1
 
 
 def name() -> str:
   """Returns what an error of this process begins with; '' if it is alone."""
-  return f'process {jax.process_index()} of {jax.process_count()}: ' if have_met() else ''
+  return f'process {_who[0]} of {_who[1]}: ' if have_met() else ''
 
 
 def part() -> None:
@@ -111,8 +124,10 @@ def leave(status: int) -> NoReturn:
   sys.exit(status)
 
 
-def lost(error: Exception) -> str:
-  """Says what an error means of a computation that the processes share."""
+def lost(error: Exception) -> str | None:
+  """Says what an error means of a computation that processes share; None if it is of one alone."""
+  if not have_met() or 'RESOURCE_EXHAUSTED' in str(error):
+    return None
   reason = ' '.join(str(error).split())[:200]
   return (
     f'what the processes compute together has failed: {reason}; if one of them has ended, its own '
@@ -130,21 +145,27 @@ def check_same(what: str, values: dict[str, Any]) -> None:
   Raises:
     errors.UserError: if one of them is another.
   """
-  if jax.process_count() == 1:
-    return
   text = json.dumps(values)
-  own, first = json.loads(text), json.loads(_of_first(text))
+  own, first = json.loads(text), json.loads(of_first(text))
   for name in {**own, **first}:
     here, there = own.get(name), first.get(name)
     if here != there:
       raise errors.UserError(
         f'this process has {what} unlike process 0: {name} is {here}, there {there}; start the '
-        'same command on all hosts, with the same files'
+        'same command on all hosts, with the same files, and a workdir that all of them see'
       )
 
 
-def _of_first(text: str) -> str:
-  """Returns the text that process 0 has."""
+def wait(name: str) -> None:
+  """Waits until all processes have come to this point, which has a name of its own."""
+  if jax.process_count() > 1:
+    multihost_utils.sync_global_devices(name)
+
+
+def of_first(text: str) -> str:
+  """Returns the text that process 0 has, to all, each of which calls this with its own."""
+  if jax.process_count() == 1:
+    return text
   own = np.frombuffer(text.encode(), np.uint8)
   (size,) = multihost_utils.broadcast_one_to_all(np.array([own.size]))
   padded = np.zeros(size, np.uint8)

@@ -1,6 +1,7 @@
 """What a run reports: numbers by step in metrics.jsonl and TensorBoard, and a line with the ETA."""
 
 import json
+import math
 import pathlib
 import time
 
@@ -45,6 +46,9 @@ def utilization(flops_per_second: float) -> float | None:
   return None if peak is None else flops_per_second / (peak * jax.device_count())
 
 
+_BUCKET_SECONDS = 30.0  # between uploads of metrics.jsonl
+
+
 class Writer:
   """Appends metrics by step; on a resume it first drops what lies past the checkpoint.
 
@@ -54,6 +58,7 @@ class Writer:
   def __init__(self, workdir: pathlib.Path, first_step: int):
     """Opens the logs of a run whose next step is `first_step`, counted from 0."""
     self._path = workdir / 'metrics.jsonl'
+    self._unwritten, self._wrote = '', -math.inf
     self._active = jax.process_index() == 0
     if self._active:
       from tensorboardX import SummaryWriter
@@ -65,12 +70,23 @@ class Writer:
     """Writes the values after `step` steps."""
     if not self._active:
       return
-    storage.append(self._path, json.dumps({'step': step, **values}) + '\n')
+    self._unwritten += json.dumps({'step': step, **values}) + '\n'
+    # In a bucket each time is an upload of the whole file.
+    pause = _BUCKET_SECONDS if storage.is_bucket(self._path) else 0.0
+    if time.monotonic() - self._wrote >= pause:
+      self.flush()
     for name, value in values.items():
       self._tensorboard.add_scalar(name, value, step)
 
+  def flush(self) -> None:
+    """Writes the lines that are not in the file yet."""
+    if self._unwritten:
+      storage.append(self._path, self._unwritten)
+      self._unwritten, self._wrote = '', time.monotonic()
+
   def close(self) -> None:
     """Writes out what is buffered."""
+    self.flush()
     if self._active:
       self._tensorboard.close()
 

@@ -87,8 +87,6 @@ class Profile:
         f'the profile of steps {self.first} to {self.last} cannot be written into '
         f'{str(folder)!r}: {error}; make room, or leave out --profile'
       ) from error
-    reporting.say(
-      f'steps {self.first} to {self.last} are profiled: tensorboard --logdir={self._workdir}'
-    )
+    reporting.say(f'profile written: tensorboard --logdir={self._workdir}')
 
   close = stop  # when the run ends before

@@ -149,6 +149,7 @@ class Reporter:
       )
     bits = self._bits_per_byte('validation_', value)
     self._writer.write(done, {'validation_loss': value, **bits})
+    self._writer.flush()  # before the checkpoint of this step, from which a resume goes on
     line = f'step {done}: validation loss {value:.4f}'
     say(line + ''.join(f', {number:.4f} bits/byte' for number in bits.values()))
 

@@ -202,13 +202,13 @@ def split(function, table, arrays: dict[str, jax.Array | None]) -> jax.Array:
     table: a pytree of arrays with their shapes as suffix, such as a `piecewise.Table`.
     arrays: by name, likewise; None stays None.
   """
-  mesh = jax.sharding.get_abstract_mesh()
-  if mesh.empty or math.prod(mesh.shape.values()) == 1:
+  mesh_shape = _several()
+  if not mesh_shape:
     return function(table, **arrays)
-  specs = _specs(arrays, dict(mesh.shape))
+  specs = _specs(arrays, mesh_shape)
   split_function = jax.shard_map(
     lambda table, arrays: function(table, **arrays),
-    in_specs=(_specs(table, dict(mesh.shape)), specs),
+    in_specs=(_specs(table, mesh_shape), specs),
     out_specs=specs[next(iter(arrays))],
     check_vma=False,  # kernels do not say over what they vary
   )
@@ -216,10 +216,25 @@ def split(function, table, arrays: dict[str, jax.Array | None]) -> jax.Array:
 
 
 def constrain(array: jax.Array, letters: str) -> jax.Array:
-  """Asks the compiler to lay an activation out by RULES on the mesh of `jax.set_mesh`, if any."""
-  mesh = jax.sharding.get_abstract_mesh()
-  if mesh.empty or math.prod(mesh.shape.values()) == 1:
+  """Asks the compiler to lay an activation out by RULES on the mesh of `jax.set_mesh`, if any.
+
+  Without letters it is whole on every device, and so on every host.
+  """
+  mesh_shape = _several()
+  if not mesh_shape:
     return array
   return jax.lax.with_sharding_constraint(
-    array, spec(letters, array.shape, dict(mesh.shape), f'an activation {letters}')
+    array, spec(letters, array.shape, mesh_shape, f'an activation {letters}')
   )
+
+
+def constrain_tree(tree):
+  """Asks the same of each array of a pytree of named arrays, such as a cache."""
+  mesh_shape = _several()
+  return jax.lax.with_sharding_constraint(tree, _specs(tree, mesh_shape)) if mesh_shape else tree
+
+
+def _several() -> dict[str, int]:
+  """Returns the axes of the mesh of `jax.set_mesh`; {} if that has one device, or there is none."""
+  mesh = jax.sharding.get_abstract_mesh()
+  return dict(mesh.shape) if math.prod(mesh.shape.values()) > 1 else {}

@@ -110,6 +110,19 @@ def write(where: pathlib.Path, content: bytes | str) -> None:
     temporary.unlink(missing_ok=True)
 
 
+def move(where: pathlib.Path, target: pathlib.Path) -> None:
+  """Moves a file or a directory to a place whose directory is made if it is not there.
+
+  Raises:
+    OSError: if it is not there, or cannot be moved.
+  """
+  if is_bucket(where):
+    write(target.parent / '.directory', '')  # which in a bucket is there if something is in it
+  else:
+    target.parent.mkdir(parents=True, exist_ok=True)
+  where.rename(target)
+
+
 def append(where: pathlib.Path, text: str) -> None:
   """Appends to a file, which is made if it is not there.
 

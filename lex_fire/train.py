@@ -252,12 +252,15 @@ def train(
   workdir = storage.path(workdir)
   program, data = prepare(config, is_new=not (workdir / 'checkpoints').exists())
   if executable is not None:
-    loaded = executables.load(pathlib.Path(executable), config, program.mesh)
+    loaded = executables.load(storage.local(executable, '--executable'), config, program.mesh)
     program.step = OnMesh(program.mesh, loaded)
   checkpoint.claim_workdir(workdir, config)
   checkpoint.claim_data(workdir, data.hashes)
+  hosts.wait('the workdir')
   checkpoints = checkpoint.Checkpoints(workdir, config.train.keep_latest, config.train.keep_best)
   with contextlib.closing(checkpoints):
+    found = {'config': (workdir / 'config.json').exists(), 'steps': checkpoints.steps()}
+    hosts.check_same(f'a workdir {str(workdir)!r}', found)
     restored = checkpoints.restore_newest(program.abstract_state, reporting.say)
     first, state = restored or (0, first_state(config, program))
     if first:

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import tiny
 
-from lex_fire import answers, errors, generate, sampling, train
+from lex_fire import answers, errors, generate, sampling, sharding, train
 from lex_fire.data import batches, reading
 from lex_fire.data import text as text_lib
 from lex_fire.data.examples import Example
@@ -106,15 +106,22 @@ def ending_at(token):
   return BYTES._replace(vocabulary=dataclasses.replace(BYTES.vocabulary, eos_id=int(token)))
 
 
-# Batches of 4 rows, the last with one to fill up; of 1; and one of all.
-@pytest.mark.parametrize('budget, sizes', [(4 * 75, [4, 3]), (1, [1] * 7), (10**6, [7])])
-def test_answers_are_those_to_each_prompt_alone_whatever_the_batch(
-  budget, sizes, model, by_one, monkeypatch
+# Batches of 4 rows, the last with one to fill up, on one device and on two; of 1; and one of all.
+@pytest.mark.parametrize(
+  'budget, devices, sizes',
+  [(4 * 75, 1, [4, 3]), (2 * 75, 2, [4, 3]), (1, 1, [1] * 7), (10**6, 1, [7]), (10**6, 8, [7])],
+)
+def test_answers_are_those_to_each_prompt_alone_whatever_the_batch_and_the_devices(
+  budget, devices, sizes, model, by_one, monkeypatch
 ):
   monkeypatch.setattr(answers, 'TOKENS_PER_BATCH', budget)
   made = [prompt for prompt, _ in by_one]
+  transformer, params = model
+  mesh = sharding.make_mesh(devices=jax.devices()[:devices])
 
-  found = list(answers.answers(*model, made, BYTES, MOST))
+  with jax.set_mesh(mesh):
+    params = jax.device_put(params, jax.NamedSharding(mesh, jax.P()))
+    found = list(answers.answers(transformer, params, made, BYTES, MOST))
 
   assert [len(batch) for batch in found] == sizes
   expected = [(prompt.id, text(tokens_L)) for prompt, tokens_L in by_one]

@@ -327,6 +327,24 @@ def test_what_cannot_be_asked_is_refused(tasks, lengths, fields, message, workdi
   assert not asked and not (tmp_path / 'new').exists()
 
 
+def test_hosts_must_ask_the_same_of_the_same_checkpoint(workdir, tmp_path, monkeypatch):
+  def plans(**fields):
+    return benchmark.plan([workdir], asking.Asked((COPY,), **fields), request(32))
+
+  texts, same = [], plans()
+  monkeypatch.setattr(benchmark.hosts, 'of_first', lambda text: texts.append(text) or texts[0])
+  benchmark.check_same(same)
+
+  benchmark.check_same(same)
+  message = f'has an evaluation unlike process 0: the hash of {COPY} for fire is [0-9a-f]+,'
+  with pytest.raises(errors.UserError, match=message):
+    benchmark.check_same(plans(max_examples=9))
+  monkeypatch.setattr(benchmark.hosts, 'of_first', lambda text: '{"step": 3}')
+  message = 'has a newest checkpoint unlike process 0: step is 2, there 3'
+  with pytest.raises(errors.UserError, match=message):
+    benchmark.run(*same, tmp_path)
+
+
 def test_a_task_without_a_question_is_refused(workdir, tmp_path, monkeypatch):
   monkeypatch.setattr(asking.questions, 'examples', lambda task, split: iter(()))
 
@@ -384,7 +402,8 @@ def test_runs_and_masks_stand_in_one_table_and_pictures(
     split='validation', **arguments,
   )  # fmt: skip
 
-  head, *rows = capsys.readouterr().out.splitlines()[:4]
+  asked, head, *rows = capsys.readouterr().out.splitlines()[:5]
+  assert asked == '56 answers are asked for, on 8 cpu'
   assert head.split() == 'fire causal fire window:8 other causal other window:8'.split()
   assert [row.split() for row in rows] == [
     [COPY, '[accuracy,', '%]', *['100.00'] * 4],

@@ -82,6 +82,9 @@ class Handler(http.server.BaseHTTPRequestHandler):
     parts, query = self._request()
     if 'rewriteTo' in parts:
       source, target = parts[1], parts[-1]
+      if source not in self.server.objects:
+        self._reply(404, {'error': {'code': 404, 'message': 'none'}})
+        return
       about = self.server.put(target, self.server.objects[source][1])
       self._reply(200, {'done': True, 'resource': about})
       return

@@ -130,16 +130,23 @@ def test_outside_of_a_run_sigterm_does_what_it_did(fire_run, corpus):
 
 
 def damage(folder):
-  """Cuts the files short that hold a checkpoint's parameters."""
+  """Cuts the files short that say where a checkpoint's parameters are."""
   for file in (folder / 'params' / 'd').iterdir():
     file.write_bytes(file.read_bytes()[:100])
 
 
+def blot(folder):
+  """Makes zeros of the numbers of a checkpoint, a disk's way to lose them."""
+  file = max((folder / 'params').glob('ocdbt.process_0/d/*'), key=size)
+  file.write_bytes(bytes(size(file)))
+
+
+@pytest.mark.parametrize('harm', [damage, blot])
 def test_a_run_whose_newest_checkpoint_is_damaged_goes_on_from_the_one_before(
-  corpus, fire_run, tmp_path
+  corpus, fire_run, tmp_path, harm
 ):
   workdir = shutil.copytree(fire_run[0], tmp_path / 'run')
-  damage(workdir / 'checkpoints' / '12')
+  harm(workdir / 'checkpoints' / '12')
 
   # In a process of its own: Orbax leaves the other reads of a failed restore behind.
   command = [f'--workdir={workdir}', *tiny.flags(tiny.values(corpus))]

@@ -21,6 +21,7 @@ from lex_fire import (
   encodings,
   errors,
   generate,
+  hlo,
   kernels,
   model,
   train,
@@ -303,6 +304,36 @@ def test_other_lengths_and_seeds_do_not_recompile():
     list(generate.stream(counted, params, rows, max_tokens=max_tokens, seed=seed, chunk=CHUNK))
 
   assert len(traces) == 2 * SHAPE['num_layers']  # of prefill, and of a step
+
+
+def test_devices_keep_the_cache_of_their_own_rows_and_tell_each_other_but_tokens():
+  transformer, params = make('fire')
+  mesh, whole = train.sharding.make_mesh(), jax.P()
+  rows, slots = 2 * jax.device_count(), generate.cache_slots(transformer.mask, LENGTH, CHUNK)
+  tokens_BL, length_B = np.ones((rows, CHUNK), np.int32), np.full(rows, CHUNK, np.int32)
+
+  with jax.set_mesh(mesh):
+    params = jax.device_put(params, jax.NamedSharding(mesh, whole))
+    empty = generate._empty(transformer.config, slots, length_B)
+    arguments = (params, empty, tokens_BL, np.int32(0), length_B)
+    prefill = generate._prefill.lower(transformer, *arguments).compile()
+    empty_shards, filled = shard_rows(empty), prefill(*arguments)
+    arguments = (params, filled, SEED, -1)
+    step = generate._step.lower(transformer, GREEDY, *arguments).compile()
+    filled_shards, (state, tokens_B) = shard_rows(filled), step(*arguments)
+
+  assert empty_shards == filled_shards == shard_rows(state) == {2}
+  assert hlo.collectives(prefill.as_text()) == {}
+  messages = hlo.collectives(step.as_text())
+  assert set(messages) == {'all-gather'}
+  assert messages['all-gather'].bytes <= rows * (4 + 1)  # a token, and whether its row has ended
+  assert tokens_B.is_fully_replicated
+
+
+def shard_rows(state):
+  """Returns how many rows of its arrays each device has."""
+  leaves = jax.tree.leaves(state)
+  return {shard.data.shape[0] for leaf in leaves for shard in leaf.addressable_shards}
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,8 @@ import tiny
 from absl import flags
 from absl.testing import flagsaver
 
-from lex_fire import errors, evaluate, hosts, train
+from lex_fire import answers, asking, benchmark, errors, evaluate, hosts, train
+from lex_fire import config as config_lib
 
 STEPS = 36
 
@@ -60,10 +61,12 @@ def start(tmp_path):
   """Starts a command on two hosts that flags tell of each other; kills what a test leaves."""
   started = []
 
-  def start_hosts(module, *arguments):
+  def start_hosts(module, *arguments, own=((), ())):
     address = f'--coordinator_address=localhost:{free_port()}'
     both = [(address, '--num_processes=2', f'--process_id={number}') for number in range(2)]
-    started.append(Hosts(tmp_path, module, [[*arguments, *who] for who in both]))
+    started.append(
+      Hosts(tmp_path, module, [[*arguments, *a, *b] for a, b in zip(own, both, strict=True)])
+    )
     return started[-1]
 
   yield start_hosts
@@ -136,12 +139,27 @@ def test_two_hosts_die_go_on_are_told_to_end_and_evaluate_as_one_does(corpus, tm
     assert of_both == pytest.approx(of_one, rel=1e-5)
 
 
-def test_several_hosts_are_refused_questions(start, fire_run):
-  both = start('lex_fire.evaluate', f'--workdir={fire_run[0]}', '--tasks=passkey').end()
+def test_two_hosts_answer_as_one_does_and_go_on_from_what_the_first_has(fire_run, tmp_path, start):
+  task, first, other = 'copy:length=2,held_out=10', tmp_path / 'first', tmp_path / 'other'
+  request = config_lib.EvaluateConfig((32,))
+  (plan,) = benchmark.plan([fire_run[0]], asking.Asked((task,)), request)
+  (alone,) = benchmark.run(plan, first / 'all')
+  path = first / 'all' / alone['tasks'][0]['predictions']
+  expected = answers.read(path)
+  path.write_text(''.join(path.read_text().splitlines(keepends=True)[: 1 + 3]))
 
-  message = '--tasks=passkey is for one process, and these are 2; start it on one host alone'
-  assert f'process 0 of 2: error: {message}' in both[0][2] or message in both[1][2]
-  assert all(status not in (0, None) for status, *_ in both)  # once one leaves, so does the other
+  arguments = [f'--workdir={fire_run[0]}', f'--tasks={task}', '--lengths=32', '--name=all']
+  outputs = [[f'--output={directory}'] for directory in (first, other)]
+  both = start('lex_fire.evaluate', *arguments, own=outputs).end()
+
+  assert [status for status, *_ in both] == [0, 0], both
+  assert '10 answers are asked for, on 4 cpu' in both[0][1]
+  assert '3 answers are there already' in both[0][1]
+  assert 'answers' not in both[1][1] and not other.exists()  # the first speaks and writes for both
+  assert answers.read(path) == expected
+  (found,) = json.loads((first / 'all.json').read_text())['runs']
+  assert (alone['devices'], found['devices']) == (8, 4)
+  assert found['tasks'] == alone['tasks']
 
 
 def test_hosts_of_slurm_find_each_other_and_refuse_to_run_different_configs(corpus, tmp_path):
@@ -165,6 +183,21 @@ def test_hosts_of_slurm_find_each_other_and_refuse_to_run_different_configs(corp
   assert both[0][0] != 0
 
 
+def test_hosts_that_do_not_share_a_workdir_are_refused(corpus, tmp_path):
+  arguments = [
+    [f'--workdir={tmp_path / str(number)}', *tiny.flags(tiny.values(corpus))] for number in range(2)
+  ]
+  address = [f'--coordinator_address=localhost:{free_port()}', '--num_processes=2']
+  own = [[*arguments[number], *address, f'--process_id={number}'] for number in range(2)]
+
+  both = Hosts(tmp_path, 'lex_fire.train', own).end()
+
+  assert both[1][0] == 2, both
+  assert f"process 1 of 2: error: this process has a workdir '{tmp_path}/1' unlike" in both[1][2]
+  assert 'config is False, there True' in both[1][2]
+  assert both[0][0] not in (0, None)
+
+
 @pytest.fixture
 def given():
   """Sets flags of hosts for a test."""
@@ -178,7 +211,7 @@ def given():
 def test_who_a_process_is_must_be_told_whole(given):
   given(coordinator_address='one:1234', process_id=0)
 
-  message = '--num_processes is missing beside --coordinator_address=one:1234; give all three'
+  message = 'no --num_processes beside --coordinator_address=one:1234; give all three'
   with pytest.raises(errors.UserError, match=message):
     hosts.join()
 
@@ -187,6 +220,13 @@ def test_a_process_that_is_none_of_them_is_refused(given):
   given(coordinator_address='localhost:1', process_id=3, num_processes=2)
 
   with pytest.raises(errors.UserError, match='process_id=3 must be .* below --num_processes=2'):
+    hosts.join()
+
+
+def test_no_process_at_all_is_refused(given):
+  given(num_processes=0)
+
+  with pytest.raises(errors.UserError, match='--num_processes=0 must be at least 1'):
     hosts.join()
 
 

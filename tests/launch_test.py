@@ -4,6 +4,7 @@ import os
 import pathlib
 import signal
 import subprocess
+import time
 
 import pytest
 
@@ -46,6 +47,26 @@ def test_a_slice_runs_the_command_on_all_hosts_with_its_flags_as_they_were(launc
   _, _, command = start[-1].partition(' -m ')
   flags = subprocess.check_output(['bash', '-c', f'printf "%s\\n" {command.partition(">")[0]}'])
   assert tuple(flags.decode().splitlines()) == COMMAND
+
+
+def test_the_connection_to_a_slice_ends_and_the_command_goes_on(tmp_path):
+  script = '#!/usr/bin/env bash\ncd; last="${@: -1}"; exec bash -c "${last#--command=}"\n'
+  (tmp_path / 'gcloud').write_text(script)
+  python = tmp_path / 'lex_fire_checkout' / '.venv' / 'bin' / 'python'
+  python.parent.mkdir(parents=True)
+  python.write_text(f'#!/usr/bin/env bash\nsleep 1; echo "$@" > {tmp_path}/done\n')
+  (tmp_path / 'tail').write_text(f'#!/usr/bin/env bash\ntouch {tmp_path}/followed\n')
+  for name in (tmp_path / 'gcloud', tmp_path / 'tail', python):
+    name.chmod(0o755)
+  variables = {'PATH': f'{tmp_path}:{os.environ["PATH"]}', 'HOME': str(tmp_path), 'TPU': 'tpu'}
+
+  subprocess.run([LAUNCH / 'tpu_vm.sh', *COMMAND], env={**variables, **CLOUD}, check=True)
+
+  assert (tmp_path / 'followed').exists()
+  assert not (tmp_path / 'done').exists()
+  while not (tmp_path / 'done').exists() or not (tmp_path / 'done').read_text():
+    time.sleep(0.01)
+  assert (tmp_path / 'done').read_text().split(maxsplit=1) == ['-m', f'{" ".join(COMMAND)}\n']
 
 
 def test_gke_runs_the_command_in_each_of_the_slices(launch):
@@ -103,18 +124,34 @@ def test_a_box_starts_again_what_crashed(launch, python, tmp_path, status, calls
   assert lines == [' '.join(('-m', *COMMAND))] * calls
 
 
+def test_a_box_that_is_told_to_end_between_two_tries_does_not_try_again(python, tmp_path):
+  variables = {**python('exit 134'), 'PAUSE': '600'}
+  with subprocess.Popen(
+    [LAUNCH / 'box.sh', *COMMAND], env={**os.environ, **variables}, stderr=subprocess.PIPE
+  ) as script:
+    assert script.stderr is not None and b'status 134' in script.stderr.readline()
+
+    script.terminate()
+
+    assert script.wait(60) == 134
+  assert len((tmp_path / 'calls').read_text().splitlines()) == 1
+
+
 @pytest.mark.parametrize('sent', [signal.SIGTERM, signal.SIGINT])
 def test_a_box_that_is_told_to_end_tells_the_run_and_waits_for_it(python, tmp_path, sent):
   told = "trap 'touch saved; exit 1' TERM; touch started; while true; do sleep 0.01; done"
   variables = python(f'cd {tmp_path}; {told}')
-  script = subprocess.Popen(
-    [LAUNCH / 'box.sh', *COMMAND], env={**os.environ, **variables}, stderr=subprocess.DEVNULL
-  )
-  while not (tmp_path / 'started').exists():
-    assert script.poll() is None
+  with subprocess.Popen(
+    # Of what is started in the background a shell ignores SIGINT, and no trap changes that.
+    ['env', '--default-signal=INT', LAUNCH / 'box.sh', *COMMAND],
+    env={**os.environ, **variables},
+    stderr=subprocess.DEVNULL,
+  ) as script:
+    while not (tmp_path / 'started').exists():
+      assert script.poll() is None
 
-  script.send_signal(sent)
+    script.send_signal(sent)
 
-  assert script.wait(60) == 1
+    assert script.wait(60) == 1
   assert (tmp_path / 'saved').exists()
   assert len((tmp_path / 'calls').read_text().splitlines()) == 1

@@ -29,7 +29,7 @@ def test_a_run_leaves_a_trace_of_the_steps_asked_for_where_tensorboard_looks(
   train.train(tiny.config(corpus, train={'steps': 5}), tmp_path, profiled=(2, 3))
 
   assert traced(tmp_path, 'steps-2-3') == [2, 3]
-  assert f'steps 2 to 3 are profiled: tensorboard --logdir={tmp_path}' in capsys.readouterr().out
+  assert f'profile written: tensorboard --logdir={tmp_path}' in capsys.readouterr().out
 
 
 def test_a_run_that_ends_among_the_steps_writes_them_too(tmp_path):

@@ -123,7 +123,9 @@ def ended(process, directory):
   return (directory / 'out').read_text()
 
 
-def test_a_run_in_a_bucket_is_killed_goes_on_and_is_evaluated(served, corpus, fire_run, tmp_path):
+def test_a_run_in_a_bucket_is_killed_damaged_goes_on_and_is_evaluated(
+  served, corpus, fire_run, tmp_path
+):
   workdir = f'gs://{bucket.NAME}/runs/fire'
   arguments = [f'--workdir={workdir}', *tiny.flags(tiny.values(corpus))]
   begin = functools.partial(start_at, served, tmp_path, 'lex_fire.train', *arguments)
@@ -131,15 +133,21 @@ def test_a_run_in_a_bucket_is_killed_goes_on_and_is_evaluated(served, corpus, fi
   killed = begin()
   deadline = time.monotonic() + 120
   while 'runs/fire/checkpoints/4/commit_success.txt' not in served.objects:
-    assert time.monotonic() < deadline and killed.is_alive()
+    assert time.monotonic() < deadline and killed.is_alive(), (tmp_path / 'err').read_text()
     time.sleep(0.01)
   killed.kill()
   killed.join()
   said = ended(begin(), tmp_path)
+  manifest = next(name for name in served.objects if name.endswith('12/params/manifest.ocdbt'))
+  served.put(manifest, b'no manifest')
+  warned = ended(begin(), tmp_path)
   arguments = [f'--workdir={workdir}', '--lengths=32,64', '--max_tokens=512']
   told = ended(start_at(served, tmp_path, 'lex_fire.evaluate', *arguments), tmp_path)
 
   assert f'{workdir}: fire, ' in said
+  assert f"checkpoint '{workdir}/checkpoints/12' is damaged: " in warned
+  assert f'{workdir}: fire, 6,164 parameters, steps 8 to 12' in warned
+  assert any(name.startswith('runs/fire/damaged/12-') for name in served.objects)
   found, expected = (
     [{name: row[name] for name in ('step', 'loss') if name in row} for row in map(json.loads, rows)]
     for rows in (

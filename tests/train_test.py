@@ -303,22 +303,19 @@ def test_a_resumed_run_draws_the_masks_and_positions_of_an_unbroken_one(data, tm
   assert read_metrics(tmp_path / 'run') == before
 
 
-def read_batches(config, monkeypatch, process_index=0, process_count=1):
-  """Returns the batches of three steps and those of validation, as one host reads them."""
-  with monkeypatch.context() as patch:
-    patch.setattr(jax, 'process_index', lambda: process_index)
-    patch.setattr(jax, 'process_count', lambda: process_count)
-    data = feed.Data(config)
-    return [data.train_batch(step) for step in range(3)], list(data.validation_batches())
+def read_batches(config, index=0, count=1):
+  """Returns the batches of three steps and those of validation, as one of the hosts reads them."""
+  data = feed.Data(config, share=(index, count))
+  return [data.train_batch(step) for step in range(3)], list(data.validation_batches())
 
 
 @pytest.mark.parametrize('isolate_documents', [False, True])
-def test_hosts_together_read_what_one_host_reads(isolate_documents, data, monkeypatch):
+def test_hosts_together_read_what_one_host_reads(isolate_documents, data):
   changes = CHANGES | {'isolate_documents': isolate_documents}
   config = tiny.config(data, model=ENCODER, data=changes)
 
-  whole = sum(read_batches(config, monkeypatch), [])
-  parts = [sum(read_batches(config, monkeypatch, index, 2), []) for index in range(2)]
+  whole = sum(read_batches(config), [])
+  parts = [sum(read_batches(config, index, 2), []) for index in range(2)]
 
   for batch, *of_hosts in zip(whole, *parts, strict=True):
     for name, x in batch.items():
@@ -329,10 +326,10 @@ def test_hosts_together_read_what_one_host_reads(isolate_documents, data, monkey
         np.testing.assert_array_equal(np.concatenate(of_name), x)
 
 
-def test_training_draws_anew_at_each_step_and_validation_always_the_same(data, monkeypatch):
+def test_training_draws_anew_at_each_step_and_validation_always_the_same(data):
   def read(seed):
     config = tiny.config(data, model=ENCODER, data={'position_range': 500}, train={'seed': seed})
-    return read_batches(config, monkeypatch)
+    return read_batches(config)
 
   def drawn(batch):
     return (batch['loss_weights_BL'].tolist(), batch['position_BL'].tolist())
@@ -344,9 +341,9 @@ def test_training_draws_anew_at_each_step_and_validation_always_the_same(data, m
   assert_equal_bits(judged, other_judged)
 
 
-def test_a_bidirectional_model_restores_the_targets_of_a_causal_one(data, monkeypatch):
-  restored, _ = read_batches(tiny.config(data, model=ENCODER), monkeypatch)
-  predicted, _ = read_batches(tiny.config(data), monkeypatch)
+def test_a_bidirectional_model_restores_the_targets_of_a_causal_one(data):
+  restored, _ = read_batches(tiny.config(data, model=ENCODER))
+  predicted, _ = read_batches(tiny.config(data))
 
   for masked, plain in zip(restored, predicted, strict=True):
     np.testing.assert_array_equal(masked['targets_BL'], plain['targets_BL'])

@@ -10,15 +10,26 @@
 set -uo pipefail
 cd "$(dirname "$0")/../.."
 : "${1:?a module with its flags}"
-left=${RESTARTS:-10} child=0 told=0
-trap 'told=1; kill -TERM "$child" 2> /dev/null' TERM INT
-while true; do
+left=${RESTARTS:-10} child='' told=0 status=143
+trap 'told=1; [[ -n $child ]] && kill -TERM "$child" 2> /dev/null' TERM INT
+# Waits for a command in the background: a trap ends `wait`, not what it waits for, and may have come
+# before there was anyone to tell.
+finish() {
+  ((told)) && kill -TERM "$child" 2> /dev/null
+  while wait "$child"; status=$?; kill -0 "$child" 2> /dev/null; do :; done
+}
+
+while ! ((told)); do
   "${PYTHON:-.venv/bin/python}" -m "$@" &
   child=$!
-  # A trap ends `wait`, not what it waits for.
-  while wait "$child"; status=$?; kill -0 "$child" 2> /dev/null; do :; done
+  finish
   case $status in 0 | 2 | 3) exit "$status" ;; esac
   ((told || left-- == 0)) && exit "$status"
   echo "status $status; starting again, $left times more at most" >&2
-  sleep "${PAUSE:-10}"
+  failed=$status
+  sleep "${PAUSE:-10}" &
+  child=$!
+  finish
+  status=$failed
 done
+exit "$status"
