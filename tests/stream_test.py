@@ -67,6 +67,7 @@ def test_the_manifest_says_what_the_stream_is_and_what_its_parts_are(tmp_path):
     'documents': 3,
     'tokens': 7,
     'text_bytes': 4,
+    'windows': {'512': 0, '2048': 0, '8192': 0},
     'parts': [
       {
         'file': 'part-00000.npy',

@@ -28,7 +28,6 @@ from typing import Any
 
 from lex_fire import errors
 from lex_fire.data import (
-  batches,
   corpora,
   progress,
   reading,
@@ -39,7 +38,6 @@ from lex_fire.data import (
   workers,
 )
 
-_LENGTHS = (512, 2048, 8192)  # of which windows are counted [tokens]
 _FORMAT = 3  # raise it when what is written for the same corpus changes
 Identity = dict[str, Any]  # what a stream is made of, as its manifest says it
 
@@ -203,8 +201,6 @@ def status_of(command: Callable[[], None]) -> int:
 def report(path: pathlib.Path) -> None:
   """Compares the hashes of a stream and prints what is in it, and where it is.
 
-  A stream of documents serves every length: of each in _LENGTHS it says how many windows there are.
-
   Raises:
     errors.UserError: if it is damaged.
   """
@@ -212,9 +208,8 @@ def report(path: pathlib.Path) -> None:
   manifest = stream.read(path).manifest
   counts = (f'{manifest[name]:,} {name}' for name in ('documents', 'tokens'))
   print(f'{", ".join(counts)}, {len(manifest["parts"])} parts, all hashes right', file=sys.stderr)
-  if not stream.is_of_questions(manifest):
-    sizes = [part['tokens'] for part in manifest['parts']]
-    found = (f'{batches.num_windows(sizes, length):,} of {length:,}' for length in _LENGTHS)
+  if 'windows' in manifest:
+    found = (f'{count:,} of {int(length):,}' for length, count in manifest['windows'].items())
     print(f'windows: {", ".join(found)} tokens', file=sys.stderr)
   print(path)
 

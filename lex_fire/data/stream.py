@@ -21,9 +21,10 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from lex_fire import errors
-from lex_fire.data import arrays, files
+from lex_fire.data import arrays, batches, files
 
 MANIFEST = 'manifest.json'
+WINDOW_LENGTHS = (512, 2048, 8192)  # of which a manifest counts the windows [tokens]
 _COUNTS = ('documents', 'tokens', 'text_bytes')
 
 
@@ -49,9 +50,10 @@ class Stream(NamedTuple):
     parts: their tokens_L, memory-mapped.
     ends: of questions, [E, 3] of each part: in its tokens, where the inputs end, where the answer
       begins, and where it ends; None for documents.
-    manifest: the identity it was written with; documents, tokens and text_bytes; in `parts` those
-      of each, its file's name and file_bytes, and sha256 of its tokens' little-endian bytes; and
-      sha256 of the hashes of the parts, in hexadecimal, end to end.
+    manifest: the identity it was written with; documents, tokens and text_bytes; of documents
+      windows, {length: how many}; in `parts` those counts of each, its file's name and file_bytes,
+      and sha256 of its tokens' little-endian bytes; and sha256 of the hashes of the parts, in
+      hexadecimal, end to end.
   """
 
   parts: list[np.ndarray]
@@ -129,8 +131,20 @@ def manifest_of(name: str, identity: Mapping[str, Any], parts: list[dict[str, An
     raise errors.UserError(f'stream {name!r} would have no document; use another split')
   hashes = (part['sha256'] + part.get('ends_sha256', '') for part in parts)
   sha256 = hashlib.sha256(''.join(hashes).encode()).hexdigest()
-  manifest = {**identity, **totals, 'sha256': sha256, 'parts': parts}
+  manifest = {**identity, **totals, **_windows(parts), 'sha256': sha256, 'parts': parts}
   return json.dumps(manifest, indent=2) + '\n'
+
+
+def _windows(parts: list[dict[str, Any]]) -> dict[str, dict[str, int]]:
+  """Returns how many windows of WINDOW_LENGTHS there are, by length; {} of questions, a row each.
+
+  A stream serves every length; these are told for people.
+  """
+  if is_of_questions({'parts': parts}):
+    return {}
+  sizes = [part['tokens'] for part in parts]
+  counts = {str(length): batches.num_windows(sizes, length) for length in WINDOW_LENGTHS}
+  return {'windows': counts}
 
 
 def finish(
