@@ -63,11 +63,15 @@ def loss_sums(transformer: model.Transformer, params, batch: Batch) -> tuple[jax
 def gradient_sums(config: config_lib.Config, params, batch: Batch):
   """Returns the sums of `loss_sums` and the gradients of the first of them.
 
-  The batch is computed in config.train.accumulation parts. A part adds its gradients where they
-  arise, layer by layer, to arrays that are changed in place: were it to return them to be added,
-  there would be two copies of all.
+  The batch is computed in config.train.accumulation parts. If there are several, each adds its
+  gradients where they arise, layer by layer, to arrays that are changed in place: were it to return
+  them to be added, there would be two copies of all.
   """
-  transformer = make_model(config)
+  transformer, parts = make_model(config), config.train.accumulation
+  if parts == 1:
+    of_all = functools.partial(loss_sums, transformer, batch=batch)
+    (loss_sum, weight_sum), gradients = jax.value_and_grad(of_all, has_aux=True)(params)
+    return loss_sum, weight_sum, gradients
   gradients = jax.tree.map(lambda leaf: jax.new_ref(jnp.zeros_like(leaf)), params)
 
   def add_part(sums, part):
@@ -76,11 +80,8 @@ def gradient_sums(config: config_lib.Config, params, batch: Batch):
     backward.with_refs(gradients)(jnp.ones_like(loss_sum))
     return (sums[0] + loss_sum, sums[1] + weight_sum), None
 
-  zeros, parts = (jnp.float32(0), jnp.float32(0)), config.train.accumulation
-  if parts == 1:
-    sums, _ = add_part(zeros, batch)
-  else:
-    sums, _ = jax.lax.scan(add_part, zeros, jax.tree.map(lambda x: _split(x, parts), batch))
+  zeros = (jnp.float32(0), jnp.float32(0))
+  sums, _ = jax.lax.scan(add_part, zeros, jax.tree.map(lambda x: _split(x, parts), batch))
   return *sums, jax.tree.map(jax.freeze, gradients)
 
 
