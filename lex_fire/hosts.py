@@ -51,10 +51,8 @@ def join() -> None:
   if given['num_processes'] == 1:
     return
   is_told = given['num_processes'] is not None
-  # JAX ends a process by a signal if another does not come or dies, and says why; what each thread
-  # was doing would bury that.
-  faulthandler.disable()
   if is_told:
+    _disable_dumps()
     print(f'waiting for all {given["num_processes"]} processes of the run', flush=True)
   # In Kubernetes, that JAX could be told of its own clusters; a process alone needs none.
   warnings.filterwarnings('ignore', 'Kubernetes environment detected', UserWarning)
@@ -74,8 +72,17 @@ def join() -> None:
       f'the processes of the run cannot meet as {given if is_told else "JAX found them"}: '
       f'{reason}; start the same command on all of them, or with --num_processes=1 to run alone'
     ) from error
+  _disable_dumps()
   global _who
   _who = (jax.process_index(), jax.process_count())
+
+
+def _disable_dumps() -> None:
+  """Lets JAX have the last word when it ends a process by a signal, as another one is gone.
+
+  It says which; what each thread was doing would bury that.
+  """
+  faulthandler.disable()
 
 
 def _given() -> dict[str, Any]:

@@ -42,7 +42,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
       urllib.parse.parse_qsl(url.query)
     )
 
-  def do_GET(self):  # noqa: N802
+  def do_GET(self):
     """Describes the bucket, lists objects, or returns one or its description."""
     parts, query = self._request()
     objects = self.server.objects
@@ -68,7 +68,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
     headers['Content_Range'] = f'bytes {first}-{last}/{len(data)}'
     self._reply(206, data[first : last + 1], 'application/octet-stream', **headers)
 
-  def do_POST(self):  # noqa: N802
+  def do_POST(self):
     """Writes an object, or copies one, or deletes many."""
     body = self._body()
     if self.path.startswith('/batch'):
@@ -104,7 +104,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
     else:
       self._reply(200, self.server.put(name, body))
 
-  do_PUT = do_POST  # noqa: N815
+  do_PUT = do_POST
 
   def _batch(self, body):
     kind = self.headers['Content-Type']
@@ -118,7 +118,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
       )
     self._reply(200, ''.join([*replies, '--b--']).encode(), 'multipart/mixed; boundary=b')
 
-  def do_DELETE(self):  # noqa: N802
+  def do_DELETE(self):
     """Deletes an object."""
     self._body()
     parts, _ = self._request()

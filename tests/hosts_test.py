@@ -204,6 +204,17 @@ def test_hosts_that_do_not_share_a_workdir_are_refused(corpus, tmp_path):
   assert both[0][0] not in (0, None)
 
 
+def test_hosts_with_other_data_are_refused(corpus, tmp_path, monkeypatch):
+  def of_first(text):
+    values = json.loads(text)
+    return json.dumps(values | {'train': 'other'} if 'train' in values else values)
+
+  monkeypatch.setattr(hosts, 'of_first', of_first)
+
+  with pytest.raises(errors.UserError, match='this process has data unlike process 0: train is '):
+    train.train(tiny.config(corpus), tmp_path / 'run')
+
+
 @pytest.fixture
 def given():
   """Sets flags of hosts for a test."""
