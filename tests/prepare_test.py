@@ -1,6 +1,7 @@
 """Tests of `lex_fire/data/prepare.py`: parts, kills and restarts, several processes, command."""
 
 import concurrent.futures
+import fcntl
 import gzip
 import json
 import os
@@ -288,6 +289,18 @@ def test_of_two_processes_at_once_one_works_and_the_other_waits(
   assert all_tokens(path) == expected_tokens(globs, 'train')
   assert capfd.readouterr().err == f'{path.name}: another process prepares it; waiting\n'
   assert [file.name for file in directory.iterdir()] == [path.name]
+
+
+def test_a_worker_that_imports_a_script_which_prepares_says_so_and_does_not_wait(globs, tmp_path):
+  """For its parent, which waits for it: both would for ever."""
+  what = Spec('text', files=globs)
+  name = prepare.name_of(prepare.identity_of(what, 'train'))
+  with (tmp_path / f'.{name}.lock').open('w') as of_parent:
+    print(os.getppid(), file=of_parent, flush=True)
+    fcntl.flock(of_parent, fcntl.LOCK_EX)
+
+    with pytest.raises(errors.UserError, match="below if __name__ == '__main__':"):
+      prepare.prepare(what, 'train', tmp_path)
 
 
 def test_a_full_disk_is_said_in_a_sentence_and_loses_no_finished_part(

@@ -24,7 +24,7 @@ import os
 import pathlib
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import Any, TextIO
 
 from lex_fire import errors
 from lex_fire.data import (
@@ -115,17 +115,30 @@ def _work_directory(path: pathlib.Path) -> Iterator[pathlib.Path]:
   with contextlib.ExitStack() as stack:
     with stream.writing(place):
       place.mkdir(parents=True, exist_ok=True)
-      lock = stack.enter_context(path.with_name(f'.{path.name}.lock').open('w'))
+      lock = stack.enter_context(path.with_name(f'.{path.name}.lock').open('a+'))
       try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
       except BlockingIOError:
+        _refuse_to_wait_for_parent(lock)
         print(f'{path.name}: another process prepares it; waiting', file=sys.stderr, flush=True)
         fcntl.flock(lock, fcntl.LOCK_EX)
+      lock.truncate(0)
+      print(os.getpid(), file=lock, flush=True)
       if not path.exists():
         work.mkdir(exist_ok=True)
     yield work
     with stream.writing(place):
       pathlib.Path(lock.name).unlink(missing_ok=True)
+
+
+def _refuse_to_wait_for_parent(lock: TextIO) -> None:
+  """Ends a process whose parent waits for it: one of several that import the parent's script."""
+  lock.seek(0)
+  if lock.read().strip() == str(os.getppid()):
+    raise errors.UserError(
+      'a script that prepares data, or trains, does so as it is imported, and each of the processes '
+      "that share the work imports it; put what it does below if __name__ == '__main__':"
+    )
 
 
 def _by_all_cores(what: spec.Spec, identity: Identity, work: pathlib.Path) -> list[dict[str, Any]]:
