@@ -9,6 +9,7 @@ import http.server
 import itertools
 import json
 import re
+import sys
 import threading
 import urllib.parse
 
@@ -80,13 +81,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
       self._reply(200, self.server.put(urllib.parse.unquote(self.path.split('/')[-1]), body))
       return
     parts, query = self._request()
-    if 'rewriteTo' in parts:
-      source, target = parts[1], parts[-1]
-      if source not in self.server.objects:
-        self._reply(404, {'error': {'code': 404, 'message': 'none'}})
-        return
-      about = self.server.put(target, self.server.objects[source][1])
-      self._reply(200, {'done': True, 'resource': about})
+    if {'moveTo', 'rewriteTo'} & set(parts):
+      self._copy(parts[2], parts[1], parts[-1])
       return
     name = query.get('name')
     if query['uploadType'] == 'resumable':
@@ -105,6 +101,18 @@ class Handler(http.server.BaseHTTPRequestHandler):
       self._reply(200, self.server.put(name, body))
 
   do_PUT = do_POST
+
+  def _copy(self, how, source, target):
+    objects = self.server.objects
+    if source not in objects:
+      self._reply(404, {'error': {'code': 404, 'message': 'none'}})
+      return
+    about = self.server.put(target, objects[source][1])
+    if how == 'moveTo':
+      del objects[source]
+      self._reply(200, about)
+    else:
+      self._reply(200, {'done': True, 'resource': about})
 
   def _batch(self, body):
     kind = self.headers['Content-Type']
@@ -143,6 +151,8 @@ class Bucket(http.server.ThreadingHTTPServer):
 
   def handle_error(self, request, client_address):
     """Says nothing of clients that have gone."""
+    if not isinstance(sys.exc_info()[1], ConnectionError):
+      super().handle_error(request, client_address)
 
   def put(self, name, data):
     with self._lock:
