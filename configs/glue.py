@@ -5,9 +5,12 @@
     python -m lex_fire.evaluate --workdir=runs/sst2/fire --tasks=glue_sst2 --lengths=512
 
 TFDS_DIR is where TFDS has made glue/sst2 (`tfds build glue/sst2 --data_dir=TFDS_DIR`, which loads
-it from the web). Li et al. 2023 ask the same of FIRE. Length and batch are those of T5's finetuning
-(Raffel et al. 2020, section 3.1.2); learning rate and steps are our own: 256,000 rows, under one
-pass over MNLI and a thousand over CB, for which --config.train.steps may be less.
+it from the web). Length and batch are those of T5's finetuning (Raffel et al. 2020, section 3.1.2);
+learning rate and steps are our own: 256,000 rows, under one pass over MNLI and a thousand over CB,
+for which --config.train.steps may be less.
+
+Published: Li et al. 2023, and a review of it: an unknown number of tokens, on unknown hardware; on
+short texts FIRE is not better than RoPE, as the reviewer reads its scores.
 
 Arguments: task (a name for `evaluate --tasks`: glue_sst2, super_glue_boolq ...), length, checkpoint
 (the workdir of a run: its model, encoding and vocabulary are taken, and its newest parameters to

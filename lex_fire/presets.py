@@ -1,8 +1,10 @@
 """Runs as published, as data: what a preset says replaces the defaults of `config`.
 
 `base` and `large` are FIRE's (Li et al. 2023, arXiv:2310.04418, section 4 and appendix),
-`lex_medium` is LeX's (Sun et al. 2022, arXiv:2212.10554, section 4). The papers' text leaves open
-the warmup of FIRE and both weight decays; those are ours.
+`lex_medium` is LeX's (Sun et al. 2022, arXiv:2212.10554, section 4.1); `published` has what came of
+them. What is not theirs is ours: warmups, weight decays, clipping and what the defaults of `config`
+say of the model; FIRE's betas; LeX's steps, width of the MLP, pieces (T5's) and cosine, where its
+learning rate falls by a polynomial.
 """
 
 from typing import Any
@@ -48,7 +50,7 @@ PRESETS: dict[str, dict[str, dict[str, Any]]] = {
   'lex_medium': {
     'model': {**_350M, 'd_ff': 4096, **_PAPER},
     'data': {'length': 1024, 'batch_size': 512},
-    'optimizer': {'learning_rate': 3e-4, 'beta2': 0.98, 'warmup_steps': 375},
+    'optimizer': {'learning_rate': 3e-4, 'beta2': 0.98, 'epsilon': 1e-6, 'warmup_steps': 375},
     'train': {'steps': 50_000, 'checkpoint_every': 1000, 'log_every': 100},
     'evaluate': {'lengths': (256, 512, 1024, 2048, 4096), 'protocol': 'same_tokens'},
   },
@@ -85,6 +87,10 @@ def mesh(name: str) -> dict[str, int]:
 
 def make(size: str, encoding_name: str, **sections: dict[str, Any]) -> dict[str, Any]:
   """Returns the config of a preset as nested dicts, for `config.Config.from_dict` or a ConfigDict.
+
+  >>> values = make('base', 'fire', data={'length': 512})
+  >>> values['model']['num_layers'], values['data']['length'], values['encoding']['threshold']
+  (12, 512, 512.0)
 
   Args:
     size: a key of PRESETS.
