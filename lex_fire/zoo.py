@@ -4,6 +4,7 @@ A name is ENCODING-SIZE. The weights that ship with the package are in `weights/
 precision, no pickle) beside NAME.json (the config of the run); experiments/zoo makes them.
 """
 
+import contextlib
 import functools
 import json
 import pathlib
@@ -16,8 +17,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from lex_fire import checkpoint, encodings, errors, model, optimizer, presets, storage, train
 from lex_fire import config as config_lib
-from lex_fire import encodings, errors, model, presets, train
 
 WEIGHTS = pathlib.Path(__file__).parent / 'weights'
 
@@ -51,6 +52,10 @@ def config(name: str) -> config_lib.Config:
 def load(name: str) -> tuple[model.Transformer, dict[str, Any]]:
   """Returns a trained model and its parameters, float32: `model.apply({'params': params}, tokens)`.
 
+  >>> transformer, params = load('fire-tiny')
+  >>> transformer.encoding.name, transformer.config.vocab_size
+  ('fire', 259)
+
   Args:
     name: one of `shipped()`. Their tokens are bytes: id 3 + byte; id 1 ends a document.
 
@@ -71,6 +76,29 @@ def load(name: str) -> tuple[model.Transformer, dict[str, Any]]:
       f'the weights of {name!r} do not fit its config; install the package again'
     )
   return train.make_model(run), params
+
+
+def unpack(name: str, workdir: str | pathlib.Path) -> None:
+  """Makes a workdir of a trained model, which `evaluate`, `analyze` and `generate` take as a run's.
+
+  It has the model's config and one checkpoint, after the last step. The optimizer's state is that
+  of a first step, since none ships: to train on, start another run from it (`train.start_from`).
+  Where that is already, nothing changes.
+
+  Args:
+    name: one of `shipped()`.
+    workdir: a new one, or of a run of the same config.
+
+  Raises:
+    errors.UserError: as `load` does, or if the workdir has another config or cannot be written.
+  """
+  run, (_, params) = config(name), load(name)
+  workdir = storage.path(workdir)
+  checkpoint.claim_workdir(workdir, run)
+  with contextlib.closing(checkpoint.Checkpoints(workdir)) as checkpoints:
+    if checkpoints.latest() is None:
+      state = {'params': params, 'optimizer': optimizer.make(run).init(params)}
+      checkpoints.save(run.train.steps, state, None)
 
 
 def read(path: pathlib.Path) -> dict[str, Any]:

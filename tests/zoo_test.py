@@ -8,8 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from lex_fire import checkpoint, encodings, errors, loss, presets, sharding, train, zoo
 from lex_fire import config as config_lib
-from lex_fire import encodings, errors, loss, presets, zoo
 
 FIRST_BYTE = 3
 LARGEST = 10e6  # bytes that all weights may take together
@@ -40,6 +40,23 @@ def test_a_shipped_model_is_what_its_name_says(name):
   assert run == config_lib.Config.from_dict(run.to_dict())
   for leaf in jax.tree.leaves(zoo.load(name)[1]):
     assert leaf.dtype == jnp.float32 and np.isfinite(leaf).all()
+
+
+def test_a_shipped_model_becomes_a_run_whose_newest_checkpoint_it_is(tmp_path):
+  zoo.unpack('fire-tiny', tmp_path / 'fire')
+  zoo.unpack('fire-tiny', str(tmp_path / 'fire'))  # again: nothing changes
+
+  run = checkpoint.read_config(tmp_path / 'fire')
+  program = train.Program(run, sharding.make_mesh())
+  abstract = program.abstract_state['params']
+  step, params = checkpoint.restore_params(tmp_path / 'fire', abstract)
+
+  assert run == zoo.config('fire-tiny')
+  assert step == run.train.steps
+  expected = zoo.load('fire-tiny')[1]
+  jax.tree.map(np.testing.assert_array_equal, params, expected)
+  with refuses('holds a run of another config, encoding.name='):
+    zoo.unpack('rope-tiny', tmp_path / 'fire')
 
 
 def test_any_encoding_has_the_published_sizes():

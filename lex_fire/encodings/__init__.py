@@ -49,6 +49,11 @@ ENCODINGS: dict[str, Callable[..., Encoding]] = {
 def get(name: str, /, **changes: Any) -> Encoding:
   """Makes the encoding registered as `name`.
 
+  >>> get('fire', hidden_layers=2).learned
+  True
+  >>> options('rope')
+  {'base_period': 10000.0, 'pairing': 'halves'}
+
   Args:
     name: a key of ENCODINGS.
     **changes: options of its factory, e.g. `get('fire', hidden_layers=2)`; see `options`.
@@ -72,13 +77,16 @@ def get(name: str, /, **changes: Any) -> Encoding:
       raise errors.UserError(
         f'encoding option {option}={value!r} of {name!r} must be of type {type(default).__name__}'
       )
-  return _make(name, **changes)
+  return _make(ENCODINGS[name], **changes)
 
 
 @functools.lru_cache(maxsize=256)
-def _make(name: str, **changes: Any) -> Encoding:
-  """Makes an encoding once: equal encodings are one value, for which nothing compiles twice."""
-  return ENCODINGS[name](**changes)
+def _make(factory: Callable[..., Encoding], /, **changes: Any) -> Encoding:
+  """Makes an encoding once: equal encodings are one value, for which nothing compiles twice.
+
+  By its factory, not by its name: who registers another under the same name gets that.
+  """
+  return factory(**changes)
 
 
 def options(name: str) -> dict[str, Any]:
