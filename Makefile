@@ -1,7 +1,8 @@
 # Two commands: `make quickstart` trains, evaluates and plots; `make test` lints, checks types and tests.
 # A third, `make test-tpu`, compiles kernels and steps for TPUs, in an environment of its own, without one.
 # A fourth, `make test-beam`, prepares streams by Apache Beam, in one of its own as well.
-# The first two make .venv from PYTHON (3.11 or newer) first; another PYTHON makes it anew.
+# A fifth, `make docs`, builds the pages of docs/ and those that they lead to, with warnings as errors, and loads nothing.
+# `quickstart`, `test` and `docs` make .venv from PYTHON (3.11 or newer) first; another PYTHON makes it anew.
 
 PYTHON ?= python3
 RUNS ?= runs/quickstart
@@ -9,7 +10,7 @@ VERSION := $(shell $(PYTHON) -c 'import sys; print("%d.%d" % sys.version_info[:2
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet
 
-.PHONY: quickstart test test-tpu test-beam clean
+.PHONY: quickstart test test-tpu test-beam docs clean
 .DELETE_ON_ERROR:
 
 quickstart: .venv/installed-$(VERSION)
@@ -27,14 +28,19 @@ test: .venv/tested-$(VERSION)
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/pyright --pythonpath $(BIN)/python
-	$(BIN)/python -m pytest -q --durations=10
+	$(BIN)/python -m pytest -q -n auto --maxprocesses 8 --dist loadfile --durations=10
 
 # Of the files that it imports, none needs what requirements.txt has besides.
 test-tpu: .venv-tpu/installed-$(VERSION)
-	JAX_PLATFORMS=cpu .venv-tpu/bin/python -m pytest -q tests/compile_tpu_test.py tests/compile_command_tpu_test.py
+	JAX_PLATFORMS=cpu .venv-tpu/bin/python -m pytest -q tests/compile_tpu_test.py tests/compile_command_tpu_test.py \
+	  tests/notebooks_test.py
 
 test-beam: .venv-beam/installed-$(VERSION)
 	JAX_PLATFORMS=cpu .venv-beam/bin/python -m pytest -q tests/prepare_beam_test.py
+
+docs: .venv/documented-$(VERSION)
+	$(BIN)/python -m sphinx -W --keep-going -q -b html -c docs . docs/_build/html
+	@echo 'open docs/_build/html/docs/index.html'
 
 .venv-tpu/installed-$(VERSION): requirements-tpu.txt
 	$(PYTHON) -m venv --clear .venv-tpu
@@ -61,5 +67,9 @@ test-beam: .venv-beam/installed-$(VERSION)
 	@$(PIP) -r requirements-dev.txt
 	@touch $@
 
+.venv/documented-$(VERSION): .venv/installed-$(VERSION) requirements-docs.txt
+	@$(PIP) -r requirements-docs.txt
+	@touch $@
+
 clean:
-	rm -rf .venv .venv-tpu .venv-beam runs
+	rm -rf .venv .venv-tpu .venv-beam runs docs/_build

@@ -38,6 +38,9 @@ def resolution(score: np.ndarray) -> np.ndarray:
   are none that this equation can have. Hundredths of it would be of the size that encodings alone
   have for the paper's heads, but its text names no unit.)
 
+  >>> resolution(np.array([[0.0, 0.0, 0.0], [0.0, -1.0, -2.0]])).round(3).tolist()
+  [0.0, 0.318]
+
   Args:
     score: [..., N + 1] at the distances 0 .. N in tokens [nats].
 

@@ -374,6 +374,9 @@ class Config:
   def from_dict(cls, values: Mapping[str, Any]) -> 'Config':
     """Makes a Config from nested mappings: a ConfigDict, or the workdir's JSON.
 
+    >>> Config.from_dict(Config().to_dict()) == Config()
+    True
+
     Raises:
       errors.UserError: for an unknown or missing key, a value of another type, or out of range.
     """

@@ -235,6 +235,13 @@ def generate(
 ) -> list[np.ndarray]:
   """Returns what `stream` adds to each prompt, as arrays of tokens, EOS included where it came.
 
+  >>> from lex_fire import zoo
+  >>> transformer, params = zoo.load('fire-tiny')  # of bytes: id 3 + byte
+  >>> prompt = [3 + byte for byte in b'import ']
+  >>> (tokens,) = generate(transformer, params, [prompt], max_tokens=6)
+  >>> tokens.shape
+  (6,)
+
   Args:
     transformer: as `stream` takes it.
     params: likewise.

@@ -492,9 +492,9 @@ def test_accumulation_gives_the_same_step_to_rounding(accumulation, packed):
 
 
 def test_parts_of_a_batch_need_no_second_copy_of_the_gradients():
-  """Only one of a layer: of 16 layers whose parameters are most of the memory, at as many rows a part.
+  """Only one of a layer: 16 layers, whose parameters are most of the memory, as many rows a part.
 
-  Its layers are a scan; where they are not, it is the compiler's to say when each is added.
+  The layers are a scan; where they are not, it is the compiler's to say when each is added.
   """
   wide = {'num_layers': 16, 'd_model': 32, 'd_ff': 512, 'scan_layers': True, 'remat': 'block'}
   params = jax.eval_shape(make(**wide).init, jax.random.key(0), tokens(1, 1))['params']

@@ -1,4 +1,4 @@
-"""Tests that what the README shows is what was measured, and that its Python runs."""
+"""Tests that what the README shows is what was measured; docs_test.py has its links and code."""
 
 import json
 import pathlib
@@ -10,6 +10,7 @@ from lex_fire import encodings, report
 
 ROOT = pathlib.Path(__file__).parents[1]
 README = (ROOT / 'README.md').read_text()
+DOCS = ROOT / 'docs'
 RESULTS = ROOT / 'experiments' / 'quickstart' / 'fire_rope_same_tokens.json'
 
 
@@ -20,6 +21,9 @@ def test_the_table_is_the_one_that_was_measured():
 
   for text in (README, (RESULTS.parent / 'README.md').read_text()):
     assert '\n'.join(f'    {line}' for line in table.splitlines()) in text
+  assert (
+    f'```text\n{table.strip()}\n```' in (DOCS / 'howto' / 'evaluate_a_checkpoint.md').read_text()
+  )
 
 
 def test_the_zoo_lists_every_encoding_as_it_was_measured():
@@ -41,17 +45,25 @@ def test_the_zoo_lists_every_encoding_as_it_was_measured():
     assert cost == f'{found["cost"]:.2f}'
 
 
-def test_the_python_of_the_readme_runs():
-  blocks = re.findall(r'```python\n(.*?)```', README, re.DOTALL)
+def test_the_answers_about_encodings_are_what_was_measured():
+  text = (DOCS / 'faq.md').read_text()
 
-  assert blocks
-  for block in blocks:
-    exec(compile(block, 'README.md', 'exec'), {})
+  measured = json.loads((ROOT / 'experiments' / 'zoo' / 'summary.json').read_text())['encodings']
+  change = {name: f'{found["change"]:.2f}' for name, found in measured.items()}
+  assert f"xPos loses {change['xpos']} nats, T5's bias {change['t5']}." in text
+  assert f'RoPE loses {change["rope"]}, sinusoids {change["sinusoidal"]}.' in text
+  for name in ('fire', 'kerple_log', 'kerple_power', 'sandwich', 'alibi'):
+    assert measured[name]['change'] < 0.01
+  assert min(measured, key=lambda name: measured[name]['longest']) == 'kerple_power'
 
 
-def test_the_files_that_the_readme_points_to_exist():
-  for target in re.findall(r'\]\((?!http)([^)]+)\)', README):
-    assert (ROOT / target).exists(), target
+def test_the_table_of_summaries_is_the_one_that_was_measured():
+  table = re.search(
+    r'```text\n(length .*?)```', (DOCS / 'howto' / 'finetune_on_scrolls.md').read_text(), re.DOTALL
+  )
+
+  measured = (ROOT / 'experiments' / 'qmsum' / 'README.md').read_text()
+  assert all(f'    {line}\n' in measured for line in table.group(1).splitlines())
 
 
 def test_the_table_of_compiled_kernels_is_the_one_that_was_measured():

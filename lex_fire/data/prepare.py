@@ -136,8 +136,8 @@ def _refuse_to_wait_for_parent(lock: TextIO) -> None:
   lock.seek(0)
   if lock.read().strip() == str(os.getppid()):
     raise errors.UserError(
-      'a script that prepares data, or trains, does so as it is imported, and each of the processes '
-      "that share the work imports it; put what it does below if __name__ == '__main__':"
+      'a script that prepares data, or trains, does so as it is imported, and each of the '
+      "processes that share the work imports it; put what it does below if __name__ == '__main__':"
     )
 
 

@@ -36,6 +36,13 @@ class Encoding(NamedTuple):
   matters: whoever computes a tile of logits subtracts an origin near it, so that neither factor
   leaves float32's range at any length, and rotated keys can be cached.
 
+  >>> import jax.numpy as jnp
+  >>> from lex_fire import encodings
+  >>> alibi = encodings.get('alibi')
+  >>> query_position_BQ, key_position_BK = jnp.array([[9]]), jnp.array([[7, 8]])
+  >>> alibi.bias({}, query_position_BQ, key_position_BK, 2).tolist()  # [B, H, Q, K]
+  [[[[-0.125, -0.0625]], [[-0.0078125, -0.00390625]]]]
+
   Attributes:
     name: as registered.
     init: (rng, *, num_heads, head_dim, d_model) -> params.

@@ -74,6 +74,11 @@ def as_fire(
   least the length, it interpolates as FIRE does. Layers of one model must share their options: make
   their biases the heads of one table for `table_as_fire`, which share all but w_out_WH and b_out_H.
 
+  >>> from lex_fire import encodings
+  >>> found = as_fire(encodings.get('alibi'), {}, num_heads=4, length=100)
+  >>> found.options['psi'], found.error < 1e-4
+  ('identity', True)
+
   Args:
     encoding: one whose bias is a function of distance: ALiBi, T5, Kerple, Sandwich.
     params: its parameters.

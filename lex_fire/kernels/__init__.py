@@ -132,6 +132,15 @@ def attention(
 ) -> jax.Array:
   """Softmax attention under a position encoding: out_i = sum_j softmax_j(logits_ij) value_j.
 
+  >>> import jax.numpy as jnp
+  >>> from lex_fire import encodings
+  >>> value_BKGC, position_BL = jnp.arange(4.0).reshape(1, 4, 1, 1), jnp.arange(4)[None]
+  >>> zero_BKGC = jnp.zeros_like(value_BKGC)  # scores are equal: each sees a mean of two values
+  >>> nope = {'encoding': encodings.get('nope'), 'params': {}, 'mask': Mask(window=2)}
+  >>> positions = {'query_position_BQ': position_BL, 'key_position_BK': position_BL}
+  >>> attention(zero_BKGC, zero_BKGC, value_BKGC, **nope, **positions).ravel().tolist()
+  [0.0, 0.5, 1.5, 2.5]
+
   Args:
     query_BQHC: queries, already rotated by `encoding.rotate`.
     key_BKGC: keys, likewise; head h of the queries reads head h // (H / G) of the keys.

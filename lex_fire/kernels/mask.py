@@ -26,6 +26,10 @@ class Mask:
       1 1 1 1 .     1 1 1 1 .     . 1 1 1 .
       1 1 1 1 1     . . 1 1 1     . . 1 1 1
 
+  >>> position_BL = jnp.arange(5)[None]
+  >>> Mask(block=2).visible(position_BL, position_BL)[0, 4].tolist()
+  [False, False, True, True, True]
+
   Attributes:
     causal: only keys with j <= i.
     block: blockwise attention (LeX, arXiv:2212.10554, section 3): only the query's block of this
