@@ -1,0 +1,195 @@
+"""What sweeps measured: as tables, as plots and as rankings. Nothing here measures.
+
+    python -m experiments.sweep_results
+
+remakes NAME.md and NAME.png from every QUESTION/NAME.jsonl, whose lines are a run's evaluations.
+"""
+
+import json
+import math
+import pathlib
+import statistics
+import textwrap
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+from lex_fire import cli, errors, plot, published
+
+HERE = pathlib.Path(__file__).parent
+FIELDS = ('length', 'tokens', 'documents', 'nats_per_token')  # of a line, at each length
+Line = dict[str, Any]  # of a run's evaluation under one mask, by one protocol
+# What is published of the variants that are encodings, by mask: (paper, run, length, mask).
+PUBLISHED = {
+  'causal': (("FIRE's paper", 'fire_base', 8192, None), ("LeX's", 'lex', 4096, 'causal')),
+  'blockwise': (("LeX's paper", 'lex', 4096, 'blockwise'),),
+}
+
+
+class Row(NamedTuple):
+  """What a variant loses, over seeds.
+
+  Attributes:
+    variant: its name.
+    seeds: how many.
+    losses: {length: the loss of each seed} [nats per token].
+  """
+
+  variant: str
+  seeds: int
+  losses: dict[int, list[float]]
+
+  def mean(self, length: int) -> float:
+    """Returns the mean over seeds."""
+    return statistics.fmean(self.losses[length])
+
+  def deviation(self, length: int) -> float:
+    """Returns the sample standard deviation over seeds; one has none."""
+    return statistics.stdev(self.losses[length]) if self.seeds > 1 else math.nan
+
+  def text(self, length: int) -> str:
+    """Returns both as text."""
+    spread = f' +-{self.deviation(length):.3f}' if self.seeds > 1 else ''
+    return f'{self.mean(length):.3f}{spread}'
+
+
+def read(path: pathlib.Path) -> list[Line]:
+  """Reads the lines of a file.
+
+  Raises:
+    errors.UserError: if one is no JSON.
+  """
+  lines = []
+  for number, text in enumerate(path.read_text().splitlines(), 1):
+    try:
+      lines.append(json.loads(text))
+    except ValueError as error:
+      raise errors.UserError(
+        f'line {number} of {str(path)!r} is no JSON: {error}; delete it and run again'
+      ) from error
+  return lines
+
+
+def rows(lines: Sequence[Line], protocol: str, mask: str) -> list[Row]:
+  """Returns a row a variant, the least loss at the longest length first."""
+  found: dict[str, dict[int, Line]] = {}
+  for line in lines:
+    if (line['protocol'], line['mask']) == (protocol, mask):
+      found.setdefault(line['variant'], {})[line['seed']] = line
+  made = []
+  for variant, of_seed in found.items():
+    losses: dict[int, list[float]] = {}
+    for _, line in sorted(of_seed.items()):
+      for at in line['lengths']:
+        losses.setdefault(at['length'], []).append(at['nats_per_token'])
+    made.append(Row(variant, len(of_seed), losses))
+  return sorted(made, key=lambda row: row.mean(max(row.losses)))
+
+
+def table(made: Sequence[Row]) -> str:
+  """Returns rows as text: mean and standard deviation over seeds at each length."""
+  lengths = sorted(made[0].losses)
+  width = max(len('variant'), *(len(row.variant) for row in made))
+  lines = [f'{"variant":<{width}}  seeds' + ''.join(f'{length:>16}' for length in lengths)]
+  for row in made:
+    cells = ''.join(f'{row.text(length):>16}' for length in lengths)
+    lines.append(f'{row.variant:<{width}}{row.seeds:>7}{cells}')
+  return '\n'.join(lines)
+
+
+def rankings(made: Sequence[Row], mask: str) -> list[str]:
+  """Returns a sentence for each published ranking of some of the rows."""
+  measured = [row.variant for row in made]
+  sentences = []
+  for paper, run, length, of in PUBLISHED[mask]:
+    places = published.ranking(run, length, of)
+    agreeing, pairs = published.agreement(places, measured)
+    if pairs:
+      common = {variant for shared in places for variant in shared}
+      own = ', '.join(name for name in measured if name in common)
+      sentences.append(
+        f'Best first here: {own}. In {paper} at {length}: {published.in_words(places)}; in '
+        f'brackets no order is known. Of {pairs} pairs of known order {agreeing} are in it here.'
+      )
+  return sentences
+
+
+def cases(lines: Sequence[Line]) -> list[tuple[str, str]]:
+  """Returns each protocol and mask of some lines, in their order."""
+  return list(dict.fromkeys((line['protocol'], line['mask']) for line in lines))
+
+
+def heading(line: Line) -> str:
+  """Says what the table of a protocol and mask shows, by one of its lines."""
+  counts = dict.fromkeys(f'{at["tokens"]:,}' for at in line['lengths'])
+  last = line['lengths'][-1]
+  return (
+    f'`{line["protocol"]}`, {line["mask"]}: nats per token of {", ".join(counts)} tokens, of '
+    f'{last["documents"]} documents at {last["length"]}; mean and standard deviation over seeds'
+  )
+
+
+def tables(lines: Sequence[Line]) -> str:
+  """Returns the table of each protocol and mask, in Markdown."""
+  parts = []
+  for protocol, mask in cases(lines):
+    some = next(line for line in lines if (line['protocol'], line['mask']) == (protocol, mask))
+    made = rows(lines, protocol, mask)
+    parts += [heading(some), textwrap.indent(table(made), '    '), *rankings(made, mask)]
+  return '\n\n'.join(parts) + '\n'
+
+
+def draw(lines: Sequence[Line], path: pathlib.Path) -> None:
+  """Draws loss by length under each mask, with standard deviations over seeds."""
+  from matplotlib import colormaps
+  from matplotlib.figure import Figure
+  from matplotlib.ticker import FuncFormatter
+
+  protocol = lines[0]['protocol']
+  masks = [mask for of, mask in cases(lines) if of == protocol]
+  ranked = [row.variant for row in rows(lines, protocol, masks[0])]
+  figure = Figure(figsize=(11, 4.8), layout='constrained')
+  panels = figure.subplots(1, len(masks), sharey=True, squeeze=False)[0]
+  for axes, mask in zip(panels, masks, strict=True):
+    for row in rows(lines, protocol, mask):
+      place = ranked.index(row.variant)
+      axes.errorbar(
+        sorted(row.losses),
+        [row.mean(length) for length in sorted(row.losses)],
+        yerr=[row.deviation(length) for length in sorted(row.losses)],
+        color=colormaps['turbo'](place / len(ranked)),
+        marker='osD^v'[place % 5],
+        linewidth=3 if row.variant == 'fire' else 1.3,
+        markersize=4,
+        capsize=3,
+        label=row.variant,
+      )
+    axes.set_xscale('log', base=2)
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f'{value:g}'))
+    plot.mark_training(axes, {line['train_length'] for line in lines})
+    axes.set(title=f'{mask} ({protocol})', xlabel='window length [tokens]')
+    axes.grid(alpha=0.3)
+  panels[0].set_ylabel('loss [nats per token]')
+  figure.legend(*panels[0].get_legend_handles_labels(), loc='outside right')
+  figure.savefig(path, dpi=120)
+
+
+def write(path: pathlib.Path) -> str:
+  """Writes the tables and the plot of a file of lines beside it, and returns the tables."""
+  lines = read(path)
+  text = tables(lines)
+  path.with_suffix('.md').write_text(text)
+  draw(lines, path.with_suffix('.png'))
+  return text
+
+
+def main() -> None:
+  """The command."""
+  paths = sorted(HERE.glob('*/*.jsonl'))
+  if not paths:
+    raise errors.UserError(f'{str(HERE)!r} has no results; run one of the sweeps first')
+  for path in paths:
+    print(f'{path.stem}\n\n{write(path)}')
+
+
+if __name__ == '__main__':
+  cli.run(main)

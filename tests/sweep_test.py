@@ -1,0 +1,158 @@
+"""Tests of `experiments/sweep.py`, of the sweeps, and that what they show is what they measured."""
+
+import importlib
+import json
+import math
+import pathlib
+
+import numpy as np
+import pytest
+import tiny
+
+from experiments import sweep, sweep_results
+from lex_fire import encodings, errors, published, train
+
+ROOT = pathlib.Path(sweep.__file__).parent
+QUESTIONS = ('fire_ablations', 'length_generalization')
+MEASURED = sorted(ROOT.glob('*/*.jsonl'))
+ANYWHERE = sweep.Corpus('stdlib', {}, ('same_tokens', 'windows'))
+
+
+def variants_of(question, scale):
+  return importlib.import_module(f'experiments.{question}.run').variants(scale)
+
+
+def line(variant, seed, losses, mask='causal', protocol='same_tokens'):
+  lengths = [
+    {'length': length, 'tokens': 64, 'documents': 2, 'nats_per_token': loss}
+    for length, loss in losses.items()
+  ]
+  common = {'seed': seed, 'protocol': protocol, 'mask': mask, 'train_length': 32}
+  return {'variant': variant, **common, 'lengths': lengths}
+
+
+# What is measured
+
+
+@pytest.mark.parametrize('scale', sweep.SCALES.values(), ids=sweep.SCALES)
+@pytest.mark.parametrize('question', QUESTIONS)
+def test_every_run_of_a_sweep_has_a_config_of_its_own_that_reaches_all_lengths(question, scale):
+  variants = variants_of(question, scale)
+
+  configs = [sweep.config(scale, ANYWHERE, of, seed) for of in variants.values() for seed in (0, 1)]
+
+  assert len(set(configs)) == 2 * len(variants)
+  for config in configs:
+    assert config.data.length == scale.lengths[0] == min(config.evaluate.lengths)
+    assert (config.encoding.make().max_length or math.inf) >= max(config.evaluate.lengths)
+    for text in variants['rope'].after.values() if 'rope' in variants else ():
+      config.encoding.replaced_by(text, config.data.length)
+
+
+def test_length_generalization_compares_every_encoding():
+  variants = variants_of('length_generalization', sweep.SCALES['laptop'])
+
+  names = [name for own, variant in variants.items() for name in (own, *variant.after)]
+
+  assert sorted(names) == sorted(encodings.ENCODINGS)
+
+
+def test_runs_that_lack_a_line_are_left_seed_by_seed():
+  variants = {'a': sweep.Variant('nope'), 'b': sweep.Variant('rope', after={'c': 'ntk:scale=2'})}
+  lines = [
+    line(variant, 0, {32: 1.0}, mask, protocol)
+    for variant in 'abc'
+    for mask in sweep.MASKS
+    for protocol in ANYWHERE.protocols
+  ]
+
+  assert sweep.left(ANYWHERE, variants, (0,), []) == [('a', 0), ('b', 0)]
+  assert sweep.left(ANYWHERE, variants, (0, 1), lines) == [('a', 1), ('b', 1)]
+  assert sweep.left(ANYWHERE, variants, (0,), lines[:-1]) == [('b', 0)]
+
+
+def test_a_directory_without_books_is_named(tmp_path):
+  with pytest.raises(errors.UserError, match=f"--data_dir='{tmp_path}' has no '.*books/train"):
+    sweep.corpus(str(tmp_path))
+
+
+def test_a_sweep_measures_what_is_left_and_shows_it(corpus, tmp_path, monkeypatch):
+  scale = sweep.Scale(
+    {
+      'model': tiny.MODEL,
+      'data': {**corpus, 'length': 32, 'batch_size': 8},
+      'optimizer': {'warmup_steps': 1},
+      'train': {'steps': 2, 'validation_windows': 8},
+    },
+    lengths=(32, 64),
+    max_tokens=256,
+  )
+  own = {'turned': sweep.Variant('rope', {'pairing': 'halves'}, after={'ntk': 'ntk:scale=2'})}
+  of = sweep.Corpus('tiny', {}, ('same_tokens',))
+  trained, train_as_ever = [], train.train
+
+  def train_and_tell(config, workdir):
+    trained.append((config.encoding.name, config.train.seed, workdir.name))
+    return train_as_ever(config, workdir)
+
+  monkeypatch.setattr(train, 'train', train_and_tell)
+  path = tmp_path / 'measured.jsonl'
+
+  sweep.run(scale, of, own, (0,), path, tmp_path / 'runs')
+  assert trained == [('rope', 0, 'turned-0')]
+  text = sweep.run(scale, of, own, (0, 1), path, tmp_path / 'runs')
+  assert trained[1:] == [('rope', 1, 'turned-1')]
+
+  lines = sweep_results.read(path)
+  assert len(lines) == 2 * 2 * len(sweep.MASKS)
+  rows = sweep_results.rows(lines, 'same_tokens', 'blockwise')
+  assert {row.variant: row.seeds for row in rows} == {'turned': 2, 'ntk': 2}
+  assert (tmp_path / 'measured.md').read_text() == text == sweep_results.tables(lines)
+  assert (tmp_path / 'measured.png').stat().st_size > 10_000
+
+
+# What is shown
+
+
+def test_rows_are_means_and_deviations_over_seeds_the_best_at_the_longest_first():
+  losses = np.array([[2.0, 2.5], [2.25, 2.75], [1.0, 3.5]])
+  lines = [line('far', seed, {32: a, 64: b}) for seed, (a, b) in enumerate(losses)]
+  lines += [line('near', 0, {32: 9.0, 64: 1.5}), line('near', 0, {32: 0.0, 64: 0.0}, 'blockwise')]
+
+  near, far = sweep_results.rows(lines, 'same_tokens', 'causal')
+
+  assert (near.variant, near.seeds, near.mean(64)) == ('near', 1, 1.5)
+  assert math.isnan(near.deviation(64))
+  for at, length in enumerate((32, 64)):
+    np.testing.assert_allclose(far.mean(length), losses[:, at].mean(), rtol=1e-15)
+    np.testing.assert_allclose(far.deviation(length), losses[:, at].std(ddof=1), rtol=1e-15)
+  assert sweep_results.table([near, far]).splitlines()[1:] == [
+    'near         1           9.000           1.500',
+    'far          3   1.750 +-0.661   2.917 +-0.520',
+  ]
+
+
+def test_a_ranking_stands_beside_the_published_one():
+  lines = [line(name, 0, {64: at}) for at, name in enumerate(('xpos', 'rope', 'late', 'alibi'))]
+
+  made = sweep_results.rows(lines, 'same_tokens', 'causal')
+  (of_lex,) = sweep_results.rankings(made, 'causal')  # and of FIRE's no two of known order
+
+  assert of_lex.startswith('Best first here: xpos, rope, alibi. ')
+  places = published.ranking('lex', 4096, 'causal')
+  assert f': {published.in_words(places)}; ' in of_lex
+  assert of_lex.endswith('Of 3 pairs of known order 1 are in it here.')
+
+
+def test_a_line_that_is_torn_is_named(tmp_path):
+  path = tmp_path / 'torn.jsonl'
+  path.write_text(f'{json.dumps(line("a", 0, {32: 1.0}))}\n{{"variant"')
+
+  with pytest.raises(errors.UserError, match=f"line 2 of '{path}' is no JSON"):
+    sweep_results.read(path)
+
+
+@pytest.mark.parametrize('path', MEASURED, ids=lambda path: f'{path.parent.name}-{path.stem}')
+def test_tables_are_those_of_what_was_measured(path):
+  assert path.with_suffix('.md').read_text() == sweep_results.tables(sweep_results.read(path))
+  assert path.with_suffix('.png').exists()
