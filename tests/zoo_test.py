@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from experiments.zoo import cards
 from lex_fire import checkpoint, encodings, errors, loss, presets, sharding, train, zoo
 from lex_fire import config as config_lib
 
@@ -40,6 +41,11 @@ def test_a_shipped_model_is_what_its_name_says(name):
   assert run == config_lib.Config.from_dict(run.to_dict())
   for leaf in jax.tree.leaves(zoo.load(name)[1]):
     assert leaf.dtype == jnp.float32 and np.isfinite(leaf).all()
+
+
+def test_each_shipped_model_has_a_card_of_what_was_measured():
+  for name, card in cards.cards().items():
+    assert (zoo.WEIGHTS / f'{name}.md').read_text() == card
 
 
 def test_a_shipped_model_becomes_a_run_whose_newest_checkpoint_it_is(tmp_path):
