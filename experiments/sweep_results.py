@@ -2,7 +2,7 @@
 
     python -m experiments.sweep_results
 
-remakes NAME.md and NAME.png from every QUESTION/NAME.jsonl, whose lines are a run's evaluations.
+remakes NAME.txt and NAME.png from every QUESTION/NAME.jsonl, whose lines are a run's evaluations.
 """
 
 import json
@@ -129,7 +129,7 @@ def heading(line: Line) -> str:
 
 
 def tables(lines: Sequence[Line]) -> str:
-  """Returns the table of each protocol and mask, in Markdown."""
+  """Returns the table of each protocol and mask."""
   parts = []
   for protocol, mask in cases(lines):
     some = next(line for line in lines if (line['protocol'], line['mask']) == (protocol, mask))
@@ -177,7 +177,7 @@ def write(path: pathlib.Path) -> str:
   """Writes the tables and the plot of a file of lines beside it, and returns the tables."""
   lines = read(path)
   text = tables(lines)
-  path.with_suffix('.md').write_text(text)
+  path.with_suffix('.txt').write_text(text)
   draw(lines, path.with_suffix('.png'))
   return text
 

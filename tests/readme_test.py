@@ -3,7 +3,9 @@
 import json
 import pathlib
 import re
+import textwrap
 
+from experiments.attention_resolution import run as attention_resolution
 from experiments.attention_tpu import run as attention_tpu
 from experiments.compile_table import run as compile_table
 from lex_fire import encodings, report
@@ -71,6 +73,16 @@ def test_the_table_of_compiled_kernels_is_the_one_that_was_measured():
 
   for line in attention_tpu.table(measured).splitlines():
     assert f'    {line}'.rstrip() in (attention_tpu.HERE / 'README.md').read_text()
+
+
+def test_resolutions_beside_the_published_ones_are_those_that_were_measured():
+  here = attention_resolution.HERE
+  (path,) = here.glob('*_laptop.json')
+
+  text = textwrap.indent(attention_resolution.table(json.loads(path.read_text())), '    ')
+
+  assert path.with_suffix('.txt').read_text() == f'{text}\n'
+  assert text in (here / 'README.md').read_text()
 
 
 def test_the_table_of_compiled_steps_is_the_one_that_was_measured():

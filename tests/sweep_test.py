@@ -107,7 +107,7 @@ def test_a_sweep_measures_what_is_left_and_shows_it(corpus, tmp_path, monkeypatc
   assert len(lines) == 2 * 2 * len(sweep.MASKS)
   rows = sweep_results.rows(lines, 'same_tokens', 'blockwise')
   assert {row.variant: row.seeds for row in rows} == {'turned': 2, 'ntk': 2}
-  assert (tmp_path / 'measured.md').read_text() == text == sweep_results.tables(lines)
+  assert (tmp_path / 'measured.txt').read_text() == text == sweep_results.tables(lines)
   assert (tmp_path / 'measured.png').stat().st_size > 10_000
 
 
@@ -154,5 +154,5 @@ def test_a_line_that_is_torn_is_named(tmp_path):
 
 @pytest.mark.parametrize('path', MEASURED, ids=lambda path: f'{path.parent.name}-{path.stem}')
 def test_tables_are_those_of_what_was_measured(path):
-  assert path.with_suffix('.md').read_text() == sweep_results.tables(sweep_results.read(path))
+  assert path.with_suffix('.txt').read_text() == sweep_results.tables(sweep_results.read(path))
   assert path.with_suffix('.png').exists()
