@@ -39,7 +39,7 @@ test-beam: .venv-beam/installed-$(VERSION)
 	JAX_PLATFORMS=cpu .venv-beam/bin/python -m pytest -q tests/prepare_beam_test.py
 
 docs: .venv/documented-$(VERSION)
-	$(BIN)/python -m sphinx -W --keep-going -q -b html -c docs . docs/_build/html
+	$(BIN)/python -m sphinx -E -W --keep-going -q -b html -c docs . docs/_build/html
 	@echo 'open docs/_build/html/docs/index.html'
 
 .venv-tpu/installed-$(VERSION): requirements-tpu.txt

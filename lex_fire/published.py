@@ -61,7 +61,7 @@ RUNS: dict[str, Run] = {
     hardware=None,
     best='fire',
     finding='FIRE loses least at every length, and leads the best baseline by 2.28 of perplexity, '
-    'of which neither size nor length is known here',
+    'at a size and a length that are not known here',
   ),
   'fire_large': Run(
     source='Li et al. 2023, sections 1 and 4.1, 350M parameters',
@@ -97,12 +97,12 @@ RUNS: dict[str, Run] = {
     finding='on short texts FIRE is not better than RoPE, as the reviewer reads its scores',
   ),
   'lex': Run(
-    source='Sun et al. 2022, section 4.1, of which it does not tell the 50,000 steps',
+    source='Sun et al. 2022, section 4.1',
     config='pile',
     arguments='size=lex_medium',
     encodings=_OF_LEX,
     lengths=_LEX_LENGTHS,
-    tokens=26_214_400_000,
+    tokens=None,
     hardware='16 V100',
     best=None,
     finding='xPos in blocks is the only one whose perplexity falls up to 4096',

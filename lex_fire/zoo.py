@@ -87,10 +87,10 @@ def unpack(name: str, workdir: str | pathlib.Path) -> None:
 
   Args:
     name: one of `shipped()`.
-    workdir: a new one, or of a run of the same config.
+    workdir: a new one, or one that this made.
 
   Raises:
-    errors.UserError: as `load` does, or if the workdir has another config or cannot be written.
+    errors.UserError: as `load` does, or if the workdir has another run or cannot be written.
   """
   run, (_, params) = config(name), load(name)
   workdir = storage.path(workdir)
@@ -99,6 +99,21 @@ def unpack(name: str, workdir: str | pathlib.Path) -> None:
     if checkpoints.latest() is None:
       state = {'params': params, 'optimizer': optimizer.make(run).init(params)}
       checkpoints.save(run.train.steps, state, None)
+  _check_unpacked(name, workdir, run.train.steps, params)
+
+
+def _check_unpacked(name, workdir, steps, params):
+  """Refuses a workdir whose newest checkpoint is not the model's, as of a run of its config."""
+  abstract = jax.tree.map(
+    lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), params
+  )
+  step, found = checkpoint.restore_params(workdir, abstract)
+  same = jax.tree.map(np.array_equal, found, params)
+  if step != steps or not all(jax.tree.leaves(same)):
+    raise errors.UserError(
+      f'{str(workdir)!r} holds a run of the config of {name!r} at step {step}, and not its shipped '
+      'parameters; give another workdir'
+    )
 
 
 def read(path: pathlib.Path) -> dict[str, Any]:

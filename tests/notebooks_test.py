@@ -53,7 +53,7 @@ def test_a_notebook_that_is_not_fit_to_be_kept_is_found_out():
     f"cell '{code[0].id}' says when it ran",
     f"cell '{code[1].id}' writes to stderr or raises",
     f"cell '{code[1].id}' names the path /home/me/a.py",
-    f'it has {len(nbformat.writes(notebook).encode()):,} bytes, more than 300,000',
+    f'it has {len(nbformat.writes(notebook).encode()):,} bytes, more than {run.LARGEST:,}',
   ]
 
 

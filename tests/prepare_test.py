@@ -4,6 +4,7 @@ import concurrent.futures
 import fcntl
 import gzip
 import json
+import multiprocessing
 import os
 import pathlib
 import re
@@ -12,6 +13,7 @@ import signal
 import sys
 import threading
 import time
+import types
 from concurrent.futures import process as process_lib
 
 import numpy as np
@@ -291,12 +293,16 @@ def test_of_two_processes_at_once_one_works_and_the_other_waits(
   assert [file.name for file in directory.iterdir()] == [path.name]
 
 
-def test_a_worker_that_imports_a_script_which_prepares_says_so_and_does_not_wait(globs, tmp_path):
+def test_a_worker_that_imports_a_script_which_prepares_says_so_and_does_not_wait(
+  globs, tmp_path, monkeypatch
+):
   """For its parent, which waits for it: both would for ever."""
+  parent = types.SimpleNamespace(pid=12345)
+  monkeypatch.setattr(multiprocessing, 'parent_process', lambda: parent)
   what = Spec('text', files=globs)
   name = prepare.name_of(prepare.identity_of(what, 'train'))
   with (tmp_path / f'.{name}.lock').open('w') as of_parent:
-    print(os.getppid(), file=of_parent, flush=True)
+    print(parent.pid, file=of_parent, flush=True)
     fcntl.flock(of_parent, fcntl.LOCK_EX)
 
     with pytest.raises(errors.UserError, match="below if __name__ == '__main__':"):
@@ -336,7 +342,7 @@ def test_a_worker_that_is_ended_from_outside_is_said(globs, tmp_path, monkeypatc
 
   monkeypatch.setattr(concurrent.futures.ProcessPoolExecutor, 'map', fail)
 
-  with pytest.raises(errors.UserError, match='one of 2 worker processes was ended from outside'):
+  with pytest.raises(errors.UserError, match='one of 2 worker processes was ended'):
     prepare.prepare(Spec('text', files=globs), 'train', tmp_path / 'streams')
 
 

@@ -1,5 +1,6 @@
 """Tests `../lex_fire/zoo.py`: the named models, and the weights that ship with the package."""
 
+import contextlib
 import re
 import string
 
@@ -63,6 +64,17 @@ def test_a_shipped_model_becomes_a_run_whose_newest_checkpoint_it_is(tmp_path):
   jax.tree.map(np.testing.assert_array_equal, params, expected)
   with refuses('holds a run of another config, encoding.name='):
     zoo.unpack('rope-tiny', tmp_path / 'fire')
+
+
+def test_a_run_of_a_shipped_models_config_is_not_taken_for_it(tmp_path):
+  run, (_, params) = zoo.config('fire-tiny'), zoo.load('fire-tiny')
+  checkpoint.claim_workdir(tmp_path, run)
+  state = {'params': jax.tree.map(jnp.zeros_like, params), 'optimizer': params}
+  with contextlib.closing(checkpoint.Checkpoints(tmp_path)) as checkpoints:
+    checkpoints.save(run.train.steps, state, None)
+
+  with refuses(f"run of the config of 'fire-tiny' at step {run.train.steps}, and not its shipped"):
+    zoo.unpack('fire-tiny', tmp_path)
 
 
 def test_any_encoding_has_the_published_sizes():

@@ -36,7 +36,7 @@ NOTEBOOKS = {
   'your_encoding': 'seqio',
   'pod': 'libtpu',
 }
-LARGEST = 300_000  # bytes of a notebook with its outputs
+LARGEST = 400_000  # bytes of a notebook with its outputs
 COLORS = 48  # of a picture; curves, their shades and a few colormaps need no more
 SECONDS_PER_CELL = 600
 TIMES = HERE / 'times.json'

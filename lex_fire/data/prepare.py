@@ -20,6 +20,7 @@ import contextlib
 import dataclasses
 import fcntl
 import functools
+import multiprocessing
 import os
 import pathlib
 import sys
@@ -133,8 +134,9 @@ def _work_directory(path: pathlib.Path) -> Iterator[pathlib.Path]:
 
 def _refuse_to_wait_for_parent(lock: TextIO) -> None:
   """Ends a process whose parent waits for it: one of several that import the parent's script."""
+  parent = multiprocessing.parent_process()
   lock.seek(0)
-  if lock.read().strip() == str(os.getppid()):
+  if parent is not None and lock.read().strip() == str(parent.pid):
     raise errors.UserError(
       'a script that prepares data, or trains, does so as it is imported, and each of the '
       "processes that share the work imports it; put what it does below if __name__ == '__main__':"

@@ -40,8 +40,9 @@ def pool(count: int, counts: Any) -> Iterator[Any]:
     yield executor.map
   except process.BrokenProcessPool as error:
     raise errors.UserError(
-      f'one of {count} worker processes was ended from outside, as when memory is short, or by '
-      'what is said above; run the same again, which goes on with the parts that are missing'
+      f'one of {count} worker processes was ended by what is said above or, if nothing is, from '
+      'outside, as when memory is short; run the same again, which goes on with the parts that are '
+      'missing'
     ) from error
   finally:
     executor.shutdown(cancel_futures=True)
