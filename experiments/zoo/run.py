@@ -1,11 +1,11 @@
-"""The whole zoo under one recipe: what each encoding adds, what it keeps past training, its cost.
+"""The whole zoo under one recipe: what each encoding adds, and what it keeps past training.
 
     python -m experiments.zoo.run --runs=runs/zoo [--ship]
 
-Trains the quickstart's model with every encoding that a model is trained with, evaluates all of
-them at up to 16 times the training length, and times attention under each. A run that is there is
-not trained again, so the command can be interrupted. Writes zoo.{json,csv,png} and summary.json
-beside this file; with --ship also the weights of lex_fire/weights.
+Trains the quickstart's model with every encoding that a model is trained with, and evaluates all of
+them at up to 16 times the training length. A run that is there is not trained again, so the command
+can be interrupted. Writes zoo.{json,csv,png} and summary.json beside this file; with --ship also
+the weights of lex_fire/weights.
 """
 
 import dataclasses
@@ -13,10 +13,8 @@ import functools
 import json
 import math
 import pathlib
-import time
 
 import jax
-import jax.numpy as jnp
 from absl import flags
 
 from configs import quickstart
@@ -27,7 +25,6 @@ from lex_fire import (
   documents,
   encodings,
   evaluate,
-  kernels,
   train,
   zoo,
 )
@@ -44,7 +41,6 @@ OF_ROPE = {
   'yarn': 'yarn:scale=16,train_length=256',
 }
 SHIPPED = ('fire', 'xpos', 'alibi', 'rope')
-COST = {'heads': 12, 'head_dim': 64, 'length': 2048, 'rounds': 12}
 
 
 def config(name: str) -> config_lib.Config:
@@ -63,53 +59,6 @@ def reports_of(name: str, runs: pathlib.Path) -> list[dict]:
   return evaluate.evaluate(workdir, request, progress)
 
 
-def costs() -> dict[str, float]:
-  """Returns the time of attention forward and backward under each encoding, NoPE's being 1.
-
-  The least over rounds, each of which runs every encoding once: other work only ever adds to it.
-  """
-  position_BL = jnp.arange(COST['length'])[None]
-  shape = (1, COST['length'], COST['heads'], COST['head_dim'])
-  arrays = [jax.random.normal(key, shape) for key in jax.random.split(jax.random.key(0), 3)]
-
-  def timed(name):
-    encoding = encodings.get(name)
-    params = encoding.init(
-      jax.random.key(1),
-      num_heads=COST['heads'],
-      head_dim=COST['head_dim'],
-      d_model=COST['heads'] * COST['head_dim'],
-    )
-
-    def total(params, query_BLHC, key_BLHC, value_BLHC):
-      if encoding.rotate is not None:
-        query_BLHC = encoding.rotate(params, query_BLHC, position_BL)
-        key_BLHC = encoding.rotate(params, key_BLHC, position_BL)
-      return kernels.attention(
-        query_BLHC,
-        key_BLHC,
-        value_BLHC,
-        encoding=encoding,
-        params=params,
-        query_position_BQ=position_BL,
-        key_position_BK=position_BL,
-      ).sum()
-
-    gradient = jax.jit(jax.grad(total, argnums=(0, 1, 2, 3)))
-    return lambda: jax.block_until_ready(gradient(params, *arrays))
-
-  programs = {name: timed(name) for name in encodings.ENCODINGS}
-  seconds = {name: [] for name in programs}
-  for done in range(COST['rounds'] + 1):
-    for name, program in programs.items():
-      start = time.perf_counter()
-      program()
-      if done:  # the first round compiles
-        seconds[name].append(time.perf_counter() - start)
-    print(f'cost: round {done} of {COST["rounds"]}', flush=True)
-  return {name: min(values) / min(seconds['nope']) for name, values in seconds.items()}
-
-
 def parameters_added(name: str) -> int:
   """Returns how many parameters the encoding adds to the quickstart's model."""
   run = config(name)
@@ -118,7 +67,7 @@ def parameters_added(name: str) -> int:
   return sum(math.prod(leaf.shape) for path, leaf in leaves if 'encoding' in str(path))
 
 
-def summary(reports: list[dict], ratios: dict[str, float]) -> dict[str, dict]:
+def summary(reports: list[dict]) -> dict[str, dict]:
   """Returns the numbers of README's table for each encoding, in the registry's order."""
   of_name = {report['encoding']['name']: report for report in reports}
   return {
@@ -128,7 +77,6 @@ def summary(reports: list[dict], ratios: dict[str, float]) -> dict[str, dict]:
       'longest': of_name[name]['lengths'][-1]['nats_per_token'],
       'change': of_name[name]['change']['nats_per_token'],
       'standard_error': of_name[name]['change']['standard_error'],
-      'cost': ratios[name],
     }
     for name in encodings.ENCODINGS
   }
@@ -151,8 +99,7 @@ def main() -> None:
   names = [name for name in encodings.ENCODINGS if name not in OF_ROPE]
   reports = [report for name in names for report in reports_of(name, runs)]
   evaluate.write(reports, HERE, 'zoo')
-  numbers = {'lengths': [LENGTHS[0], LENGTHS[-1]], 'cost_of': COST}
-  numbers['encodings'] = summary(reports, costs())
+  numbers = {'lengths': [LENGTHS[0], LENGTHS[-1]], 'encodings': summary(reports)}
   (HERE / 'summary.json').write_text(json.dumps(numbers, indent=2) + '\n')
   if flags.FLAGS.ship:
     ship(runs)
