@@ -20,6 +20,7 @@ from typing import Any, NamedTuple
 
 from absl import flags
 
+from configs import quickstart
 from experiments import sweep_results
 from lex_fire import cli, command, documents, errors, evaluate, metrics, presets, train
 from lex_fire import config as config_lib
@@ -39,14 +40,13 @@ class Scale(NamedTuple):
   max_tokens: int
 
 
+_QUICKSTART = quickstart.get_config().to_dict()
 SCALES = {
   # The quickstart's model and recipe (experiments/quickstart), at twice its length.
   'laptop': Scale(
     {
-      'model': {'activation': 'swiglu', 'd_ff': 344, 'norm': 'rmsnorm'},
+      **{section: _QUICKSTART[section] for section in ('model', 'optimizer', 'train')},
       'data': {'length': 512, 'batch_size': 4},
-      'optimizer': {'learning_rate': 4e-3, 'warmup_steps': 40, 'encoding_rate': 10.0},
-      'train': {'steps': 400, 'log_every': 20, 'checkpoint_every': 200},
     },
     lengths=(512, 1024, 2048, 4096, 8192, 16384),
     max_tokens=65_536,
