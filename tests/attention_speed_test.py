@@ -37,6 +37,11 @@ def found(times, platform='cpu', process_bytes=2e9, absent=()):
   }
 
 
+@pytest.mark.parametrize('name', encodings.ENCODINGS)
+def test_every_encoding_can_be_timed_by_its_name(name):
+  assert programs.encoding_of(name).name == encodings.get(name).name
+
+
 @pytest.mark.parametrize('path', MEASURED, ids=lambda path: path.name)
 def test_the_readme_shows_the_table_that_was_measured(path):
   table = results.table(json.loads(path.read_text()))

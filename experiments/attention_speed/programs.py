@@ -18,6 +18,7 @@ from lex_fire import config as config_lib
 from lex_fire import encodings, errors, kernels
 
 HEADS, HEAD_DIM = 12, 64
+TRAIN_LENGTH = 2048  # of the encodings that want to be told it, as of FIRE's models [tokens]
 LEAST_TURN = (
   0.02  # seconds; shorter passes are repeated, so that the clock and the call do not count
 )
@@ -41,7 +42,7 @@ class Case(NamedTuple):
 
 def encoding_of(text: str) -> encodings.Encoding:
   """Makes NAME or NAME:OPTION=VALUE,OPTION=VALUE."""
-  return config_lib.EncodingConfig(text.partition(':')[0]).replaced_by(text, train_length=0).make()
+  return config_lib.EncodingConfig(text.partition(':')[0]).replaced_by(text, TRAIN_LENGTH).make()
 
 
 def inputs(encoding: encodings.Encoding, case: Case) -> tuple[Any, jax.Array, list[jax.Array]]:
