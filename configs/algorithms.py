@@ -16,7 +16,8 @@ from lex_fire.data import algorithm_tasks, algorithms, examples, reading, spec
 
 def _row(task: str, length: int, hints: bool) -> int:
   """Returns the tokens, here bytes, of the longest question in training and its answer."""
-  inputs, answer = algorithms.ALGORITHMS[task](examples.generator('a row'), length, hints)
+  ring = algorithms.markers(length) if hints else ()
+  inputs, answer = algorithms.ALGORITHMS[task](examples.generator('a row'), length, ring)
   return len(inputs) + len(reading.SEPARATOR) + len(answer) + 1  # and EOS
 
 

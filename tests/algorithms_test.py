@@ -2,7 +2,6 @@
 
 import itertools
 import re
-import string
 
 import numpy as np
 import pytest
@@ -75,14 +74,15 @@ def test_hints_change_nothing_but_the_markers(name, split):
 
 @every_algorithm
 def test_every_symbol_follows_a_marker_and_markers_follow_the_alphabet(name):
-  ring = [a + b for a in string.ascii_uppercase for b in string.ascii_uppercase]
+  letters = 'ABCDEFG'  # 49 pairs, and 36 of one letter less, are enough for 8 times 6 and a carry
+  ring = [a + b for a in letters for b in letters]
   for example in make(name, count=50, hints=True):
     for text in (*example.inputs.removesuffix('=').split('+'), *example.references):
       assert re.fullmatch('([A-Z]{2}[a-z0-9])+', text)
     for operand in example.inputs.removesuffix('=').split('+'):
       markers = [marker for marker, _ in marked(operand)]
       first = ring.index(markers[0])
-      assert markers == [ring[(first + place) % 676] for place in range(len(markers))]
+      assert markers == [ring[(first + place) % 49] for place in range(len(markers))]
 
 
 @pytest.mark.parametrize('name', ['copy', 'reverse', 'sort'])
@@ -102,9 +102,8 @@ def test_a_digit_of_a_sum_bears_the_marker_of_its_place():
     answer = marked(example.references[0])
     markers = [marker for marker, _ in answer]
     assert [marker for marker, _ in left] == [marker for marker, _ in right] == markers[:-1]
-    assert algorithms.MARKERS.index(markers[-1]) == (
-      (algorithms.MARKERS.index(markers[-2]) + 1) % len(algorithms.MARKERS)
-    )
+    ring = algorithms.markers(6)
+    assert ring.index(markers[-1]) == (ring.index(markers[-2]) + 1) % len(ring)
 
 
 def test_a_parity_bears_the_marker_of_the_last_bit():
@@ -117,8 +116,24 @@ def test_short_questions_show_every_marker_and_every_step_to_the_next():
   for example in make('copy', length=5, count=4000, hints=True):
     seen |= set(itertools.pairwise(marker for marker, _ in marked(example.inputs)))
 
-  ring = algorithms.MARKERS
+  ring = algorithms.markers(5)
   assert seen == set(zip(ring, (*ring[1:], ring[0]), strict=True))
+
+
+@pytest.mark.parametrize('length', [2, 5, 20, 84])
+def test_the_ring_is_of_the_fewest_letters_that_give_each_place_its_marker(length):
+  ring = algorithms.markers(length)
+  letters = len({letter for marker in ring for letter in marker})
+
+  assert len(set(ring)) == len(ring) == letters**2
+  assert (letters - 1) ** 2 < 8 * length + 1 <= letters**2  # a sum has a digit more
+
+
+def test_neither_letter_of_a_marker_tells_the_place_in_a_long_question_of_training():
+  question, _ = algorithms.ALGORITHMS['copy'](np.random.default_rng(0), 20, algorithms.markers(20))
+  for letter in (0, 1):
+    letters = [marker[letter] for marker, _ in marked(question)]
+    assert len(set(letters)) < 20
 
 
 @every_algorithm

@@ -46,7 +46,7 @@ def task(spec: Spec) -> seqio.Task:
   counts, asked = _asked(spec)
   make = functools.partial(_examples, spec.base, asked)
   source = functools.partial(generated.source, counts, make, {'length': int})
-  name = '_'.join(map(str, [spec.base, *counts.values(), *asked.values()]))
+  name = '_'.join(map(str, [spec.base, *counts.values(), *asked.values(), algorithms.VERSION]))
   return questions.add(name, spec, question(spec), source, dict)
 
 

@@ -13,8 +13,10 @@ arXiv:2402.09371) put a marker before each symbol. A symbol of the answer bears 
 symbol that it comes from, so that a model can find one by the other: 'CPaCQb=' reversed is
 'CQbCPa'. Digits of one place share a marker in both numbers and their sum; a parity bears
 the last bit's. Markers follow one another from a random first one, as in both papers, so that the
-many markers of a long question are all known from short ones. Departure: the order is a ring, AA to
-ZZ and round again, so that no marker is more frequent than another.
+many markers of a long question are all known from short ones. Departures: the order is a ring, AA
+to its last and round again, so that no marker is more frequent than another; and a marker is two
+tokens, of as few letters as make enough. Questions of 20 then repeat each letter in training, so
+that a model has to read both: with 26, the second alone would do there, and mislead it later.
 
 A question of a length that has at least MIN_TO_SPLIT of them belongs to one split by a hash of it
 without its hints. Shorter ones are too few to hold any out: they may stand in every split.
@@ -24,8 +26,9 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import math
 import string
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import numpy as np
 
@@ -33,8 +36,9 @@ from lex_fire import errors
 from lex_fire.data import examples as examples_lib
 
 MULTIPLES = (0.5, 1, 2, 4, 8)  # of the longest length in training: the lengths to evaluate
-MARKERS = tuple(map(''.join, itertools.product(string.ascii_uppercase, repeat=2)))
 MIN_TO_SPLIT = 1000
+VERSION = 2  # of what is made of an address; prepared streams of another are others
+_MOST_MARKERS = len(string.ascii_uppercase) ** 2
 _NO_MARKERS = str.maketrans('', '', string.ascii_uppercase)
 
 Placed = Iterable[tuple[int, str]]  # symbols, each with the place whose marker it bears
@@ -54,16 +58,24 @@ class Algorithm:
   operands: int
   solve: Callable[..., Placed]
 
-  def __call__(self, generator: np.random.Generator, length: int, hints: bool) -> tuple[str, str]:
-    """Draws a question of `length` symbols an operand; returns it and its answer."""
-    first = int(generator.integers(len(MARKERS)))  # drawn without hints too: the same symbols
+  def __call__(
+    self, generator: np.random.Generator, length: int, ring: Sequence[str] = ()
+  ) -> tuple[str, str]:
+    """Draws a question; returns it and its answer.
+
+    Args:
+      generator: draws the same symbols with any ring.
+      length: symbols of an operand.
+      ring: the markers in their order, more than `length`; (): no hints.
+    """
+    first = int(generator.random() * len(ring))
     drawn = generator.integers(len(self.alphabet), size=(self.operands, length))
     operands = [''.join(self.alphabet[index] for index in row) for row in drawn]
 
     def write(symbols: Placed) -> str:
-      if not hints:
+      if not ring:
         return ''.join(symbol for _, symbol in symbols)
-      return ''.join(MARKERS[(first + place) % len(MARKERS)] + symbol for place, symbol in symbols)
+      return ''.join(ring[(first + place) % len(ring)] + symbol for place, symbol in symbols)
 
     inputs = '+'.join(write(enumerate(operand)) for operand in operands) + '='
     return inputs, write(self.solve(*operands))
@@ -142,18 +154,31 @@ def examples(
   if length < 2:
     raise errors.UserError(f'{length=} has no half to evaluate; use at least 2')
   longest = round(max(MULTIPLES) * length)
-  if hints and longest >= len(MARKERS):
+  if hints and longest >= _MOST_MARKERS:
     raise errors.UserError(
-      f'{length=} is evaluated up to {longest}, for which the {len(MARKERS)} index hints are too'
-      f' few; use at most {round((len(MARKERS) - 1) // max(MULTIPLES))}, or no hints'
+      f'{length=} is evaluated up to {longest}, for which the {_MOST_MARKERS} index hints are too'
+      f' few; use at most {round((_MOST_MARKERS - 1) // max(MULTIPLES))}, or no hints'
     )
-  return (
-    _example(name, split, length, seed, hints, index) for index in range(start, start + count)
-  )
+  ring = markers(length) if hints else ()
+  return (_example(name, split, length, seed, ring, index) for index in range(start, start + count))
+
+
+def markers(length: int) -> tuple[str, ...]:
+  """Returns the ring of markers for training up to a length: AA, AB, to the last letter twice.
+
+  >>> len(markers(20)), markers(20)[-1]  # 161 places of 160 digits and a carry
+  (169, 'MM')
+
+  Args:
+    length: of the longest question in training, in symbols of an operand.
+  """
+  places = round(max(MULTIPLES) * length) + 1
+  letters = string.ascii_uppercase[: math.isqrt(places - 1) + 1]
+  return tuple(map(''.join, itertools.product(letters, repeat=2)))
 
 
 def _example(
-  name: str, split: str, length: int, seed: int, hints: bool, index: int
+  name: str, split: str, length: int, seed: int, ring: Sequence[str], index: int
 ) -> examples_lib.Example:
   """Draws the example of an address, again and again until its question is of the split."""
   algorithm = ALGORITHMS[name]
@@ -163,7 +188,7 @@ def _example(
   else:
     size = int(generator.integers(1, length + 1))
   while True:
-    inputs, answer = algorithm(generator, size, hints)
+    inputs, answer = algorithm(generator, size, ring)
     home = examples_lib.split_of(name + inputs.translate(_NO_MARKERS))
     if home == split or not algorithm.can_split(size):
       return examples_lib.Example(f'{name}_{split}_{index}', inputs, (answer,), {'length': size})
