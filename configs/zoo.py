@@ -1,0 +1,32 @@
+"""The models that ship with the package: the quickstart's, on windows twice as long, and for longer.
+
+    python -m lex_fire.train --config=configs/zoo.py:encoding=fire --workdir=runs/shipped/fire
+
+Expect what their cards say (lex_fire/weights/NAME.md). experiments/shipped/README.md has how the
+recipe was found.
+
+Arguments: encoding (any of lex_fire.encodings.ENCODINGS; four ship).
+"""
+
+from ml_collections import config_dict
+
+from lex_fire import config, presets
+
+LENGTHS = (512, 1024, 2048, 4096, 8192, 16384)  # evaluated [tokens]
+
+
+def get_config(arg: str = '') -> config_dict.ConfigDict:
+  """Returns the config of a model that ships."""
+  encoding = config.parse_arg(arg, encoding='fire')['encoding']
+  return config_dict.ConfigDict(
+    presets.make(
+      'tiny',
+      encoding,
+      encoding=presets.reaching(encoding, max(LENGTHS)),
+      model={'activation': 'swiglu', 'd_ff': 344, 'norm': 'rmsnorm'},
+      data={'length': min(LENGTHS), 'batch_size': 8},
+      optimizer={'learning_rate': 2e-3, 'warmup_steps': 100, 'encoding_rate': 10.0},
+      train={'steps': 1500, 'log_every': 20, 'checkpoint_every': 500},
+      evaluate={'lengths': LENGTHS, 'max_tokens': 65_536},
+    )
+  )
