@@ -10,6 +10,7 @@ whose lines are in QUESTION/CORPUS_SCALE.jsonl is not repeated. In the end, and 
 --seeds may run at a time.
 """
 
+import contextlib
 import dataclasses
 import itertools
 import json
@@ -22,7 +23,17 @@ from absl import flags
 
 from configs import quickstart
 from experiments import sweep_results
-from lex_fire import cli, command, documents, errors, evaluate, metrics, presets, train
+from lex_fire import (
+  checkpoint,
+  cli,
+  command,
+  documents,
+  errors,
+  evaluate,
+  metrics,
+  presets,
+  train,
+)
 from lex_fire import config as config_lib
 
 
@@ -134,7 +145,7 @@ def measure(
 ) -> Iterator[sweep_results.Line]:
   """Trains a run, or goes on with it, and yields what is kept of each of its evaluations."""
   run = config(scale, of, variant, seed)
-  train.train(run, workdir)
+  train_to_the_end(run, workdir)
   names = {None: name} | {text: other for other, text in variant.after.items()}
   for protocol in of.protocols:
     texts = (config_lib.AS_TRAINED, *variant.after.values())
@@ -187,12 +198,43 @@ def run(
     runs: where the runs are kept.
   """
   todo = left(of, variants, seeds, sweep_results.read(path) if path.exists() else [])
+
+  def measured(name: str, seed: int) -> Iterator[sweep_results.Line]:
+    return measure(scale, of, name, variants[name], seed, runs / f'{name}-{seed}')
+
+  return complete(todo, measured, path)
+
+
+def train_to_the_end(config: config_lib.Config, workdir: pathlib.Path) -> None:
+  """Trains a run, or goes on with it; one that SIGTERM ended is not taken for one that is done.
+
+  Raises:
+    KeyboardInterrupt: if SIGTERM came.
+  """
+  train.train(config, workdir)
+  with contextlib.closing(checkpoint.Checkpoints(workdir, read_only=True)) as checkpoints:
+    if checkpoints.latest() != config.train.steps:
+      raise KeyboardInterrupt
+
+
+def complete(
+  todo: Sequence[tuple[str, int]],
+  measure: Callable[[str, int], Iterator[sweep_results.Line]],
+  path: pathlib.Path,
+) -> str:
+  """Measures runs, adds the lines of each to a file, and writes and returns its tables.
+
+  Args:
+    todo: the runs, (name, seed), in order.
+    measure: name, seed -> the lines of a run.
+    path: of all lines.
+  """
   start = time.monotonic()
   for done, (name, seed) in enumerate(todo):
     each = (time.monotonic() - start) / max(done, 1)
     eta = f', ETA {metrics.clock(each * (len(todo) - done))}' if done else ''
     print(f'run {done + 1} of {len(todo)}: {name}, seed {seed}{eta}', flush=True)
-    measured = list(measure(scale, of, name, variants[name], seed, runs / f'{name}-{seed}'))
+    measured = list(measure(name, seed))
     with path.open('a') as file:  # at once: a kill leaves all lines of a run, or none
       file.write(''.join(json.dumps(line) + '\n' for line in measured))
   return sweep_results.write(path)

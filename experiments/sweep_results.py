@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 from lex_fire import cli, errors, plot, published
 
 HERE = pathlib.Path(__file__).parent
-FIELDS = ('length', 'tokens', 'documents', 'nats_per_token')  # of a line, at each length
+FIELDS = ('length', 'tokens', 'documents', 'nats_per_token')  # of a line of losses, at each length
 Line = dict[str, Any]  # of a run's evaluation under one mask, by one protocol
 # What is published of the variants that are encodings, by mask: (paper, run, length, mask).
 PUBLISHED = {
@@ -25,26 +25,44 @@ PUBLISHED = {
 }
 
 
+class Measure(NamedTuple):
+  """What lines tell of a run at each length.
+
+  Attributes:
+    field: of a line, at each length.
+    label: of the axis on which it is drawn, with its unit.
+    sign: 1 if less is better, -1 if more is.
+  """
+
+  field: str
+  label: str
+  sign: int
+
+
+LOSS = Measure('nats_per_token', 'loss [nats per token]', sign=1)
+ROUGE = Measure('rouge_geometric_mean', 'ROUGE, geometric mean [percent]', sign=-1)
+
+
 class Row(NamedTuple):
-  """What a variant loses, over seeds.
+  """What a variant does, over seeds.
 
   Attributes:
     variant: its name.
     seeds: how many.
-    losses: {length: the loss of each seed} [nats per token].
+    values: {length: that of each seed}, of what the lines measure.
   """
 
   variant: str
   seeds: int
-  losses: dict[int, list[float]]
+  values: dict[int, list[float]]
 
   def mean(self, length: int) -> float:
     """Returns the mean over seeds."""
-    return statistics.fmean(self.losses[length])
+    return statistics.fmean(self.values[length])
 
   def deviation(self, length: int) -> float:
     """Returns the sample standard deviation over seeds; one has none."""
-    return statistics.stdev(self.losses[length]) if self.seeds > 1 else math.nan
+    return statistics.stdev(self.values[length]) if self.seeds > 1 else math.nan
 
   def text(self, length: int) -> str:
     """Returns both as text."""
@@ -69,25 +87,31 @@ def read(path: pathlib.Path) -> list[Line]:
   return lines
 
 
+def measure(lines: Sequence[Line]) -> Measure:
+  """Returns what lines are of: all of a file are of one measure."""
+  return next(of for of in (LOSS, ROUGE) if of.field in lines[0]['lengths'][0])
+
+
 def rows(lines: Sequence[Line], protocol: str, mask: str) -> list[Row]:
-  """Returns a row a variant, the least loss at the longest length first."""
+  """Returns a row a variant, the best at the longest length first."""
+  of = measure(lines)
   found: dict[str, dict[int, Line]] = {}
   for line in lines:
     if (line['protocol'], line['mask']) == (protocol, mask):
       found.setdefault(line['variant'], {})[line['seed']] = line
   made = []
   for variant, of_seed in found.items():
-    losses: dict[int, list[float]] = {}
+    values: dict[int, list[float]] = {}
     for _, line in sorted(of_seed.items()):
       for at in line['lengths']:
-        losses.setdefault(at['length'], []).append(at['nats_per_token'])
-    made.append(Row(variant, len(of_seed), losses))
-  return sorted(made, key=lambda row: row.mean(max(row.losses)))
+        values.setdefault(at['length'], []).append(at[of.field])
+    made.append(Row(variant, len(of_seed), values))
+  return sorted(made, key=lambda row: of.sign * row.mean(max(row.values)))
 
 
 def table(made: Sequence[Row]) -> str:
   """Returns rows as text: mean and standard deviation over seeds at each length."""
-  lengths = sorted(made[0].losses)
+  lengths = sorted(made[0].values)
   width = max(len('variant'), *(len(row.variant) for row in made))
   lines = [f'{"variant":<{width}}  seeds' + ''.join(f'{length:>16}' for length in lengths)]
   for row in made:
@@ -120,12 +144,16 @@ def cases(lines: Sequence[Line]) -> list[tuple[str, str]]:
 
 def heading(line: Line) -> str:
   """Says what the table of a protocol and mask shows, by one of its lines."""
-  counts = dict.fromkeys(f'{at["tokens"]:,}' for at in line['lengths'])
   last = line['lengths'][-1]
-  return (
-    f'`{line["protocol"]}`, {line["mask"]}: nats per token of {", ".join(counts)} tokens, of '
-    f'{last["documents"]} documents at {last["length"]}; mean and standard deviation over seeds'
-  )
+  if measure([line]) == ROUGE:
+    what = f'geometric mean of ROUGE-1, 2 and L of {last["questions"]} questions, in percent'
+  else:
+    counts = dict.fromkeys(f'{at["tokens"]:,}' for at in line['lengths'])
+    what = (
+      f'nats per token of {", ".join(counts)} tokens, of {last["documents"]} documents at '
+      f'{last["length"]}'
+    )
+  return f'`{line["protocol"]}`, {line["mask"]}: {what}; mean and standard deviation over seeds'
 
 
 def tables(lines: Sequence[Line]) -> str:
@@ -134,12 +162,13 @@ def tables(lines: Sequence[Line]) -> str:
   for protocol, mask in cases(lines):
     some = next(line for line in lines if (line['protocol'], line['mask']) == (protocol, mask))
     made = rows(lines, protocol, mask)
-    parts += [heading(some), textwrap.indent(table(made), '    '), *rankings(made, mask)]
+    parts += [heading(some), textwrap.indent(table(made), '    ')]
+    parts += rankings(made, mask) if measure(lines) == LOSS else []  # what is published is of it
   return '\n\n'.join(parts) + '\n'
 
 
 def draw(lines: Sequence[Line], path: pathlib.Path) -> None:
-  """Draws loss by length under each mask, with standard deviations over seeds."""
+  """Draws what is measured by length under each mask, with standard deviations over seeds."""
   from matplotlib import colormaps
   from matplotlib.figure import Figure
   from matplotlib.ticker import FuncFormatter
@@ -153,9 +182,9 @@ def draw(lines: Sequence[Line], path: pathlib.Path) -> None:
     for row in rows(lines, protocol, mask):
       place = ranked.index(row.variant)
       axes.errorbar(
-        sorted(row.losses),
-        [row.mean(length) for length in sorted(row.losses)],
-        yerr=[row.deviation(length) for length in sorted(row.losses)],
+        sorted(row.values),
+        [row.mean(length) for length in sorted(row.values)],
+        yerr=[row.deviation(length) for length in sorted(row.values)],
         color=colormaps['turbo'](place / len(ranked)),
         marker='osD^v'[place % 5],
         linewidth=3 if row.variant == 'fire' else 1.3,
@@ -168,7 +197,7 @@ def draw(lines: Sequence[Line], path: pathlib.Path) -> None:
     plot.mark_training(axes, {line['train_length'] for line in lines})
     axes.set(title=f'{mask} ({protocol})', xlabel='window length [tokens]')
     axes.grid(alpha=0.3)
-  panels[0].set_ylabel('loss [nats per token]')
+  panels[0].set_ylabel(measure(lines).label)
   figure.legend(*panels[0].get_legend_handles_labels(), loc='outside right')
   figure.savefig(path, dpi=120)
 
