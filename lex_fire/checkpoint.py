@@ -38,7 +38,15 @@ class Checkpoints:
     keep_best: int = 1,
     read_only: bool = False,
   ):
-    """Opens `workdir`/checkpoints, made if it is not there and may be written."""
+    """Opens `workdir`/checkpoints, made if it is not there and may be written.
+
+    Args:
+      workdir: of the run.
+      keep_latest: how many of the newest are kept.
+      keep_best: how many are kept as those of the lowest validation loss; 0: none, and the loss is
+        not saved.
+      read_only: whether nothing may be written.
+    """
     # LatestN beside BestN: keeping only the best would delete the newest when it is worse, and a
     # resume would go back in time.
     policy = preservation_policy.AnyPreservationPolicy(
@@ -54,9 +62,13 @@ class Checkpoints:
       raise errors.UserError(f'{str(directory)!r} must be a directory; move that file away')
     self._manager = ocp.CheckpointManager(
       directory,
-      # best_fn makes Orbax write the metrics: without it the policy forgets them at a restart.
+      # best_fn makes Orbax write the metrics, without which the policy forgets them at a restart,
+      # and warn of those that are missing.
       options=ocp.CheckpointManagerOptions(
-        preservation_policy=policy, best_fn=_loss, best_mode='min', read_only=read_only
+        preservation_policy=policy,
+        best_fn=_loss if keep_best else None,
+        best_mode='min',
+        read_only=read_only,
       ),
       item_names=('params', 'optimizer'),
     )

@@ -1,5 +1,6 @@
 """Runs of several processes, each with devices of its own: two on one machine, as two hosts."""
 
+import contextlib
 import dataclasses
 import functools
 import json
@@ -20,10 +21,23 @@ from lex_fire import config as config_lib
 STEPS = 36
 
 
-def free_port():
-  with socket.socket() as found:
-    found.bind(('localhost', 0))
-    return found.getsockname()[1]
+@pytest.fixture
+def find_port():
+  """Finds ports that no other process is given before the test ends; a coordinator can bind them.
+
+  Each stays bound, at all addresses as it will be, by a socket that takes no connections and lets
+  those bind it too that ask to share it (SO_REUSEPORT), as gRPC does.
+  """
+  with contextlib.ExitStack() as held:
+
+    def find():
+      family = socket.AF_INET6 if socket.has_dualstack_ipv6() else socket.AF_INET
+      holder = held.enter_context(socket.socket(family))
+      holder.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+      holder.bind(('', 0))
+      return holder.getsockname()[1]
+
+    yield find
 
 
 def run_as_host(environment, module, arguments, out, err):
@@ -57,12 +71,12 @@ class Hosts:
 
 
 @pytest.fixture
-def start(tmp_path):
+def start(tmp_path, find_port):
   """Starts a command on two hosts that flags tell of each other; kills what a test leaves."""
   started = []
 
   def start_hosts(module, *arguments, own=((), ())):
-    address = f'--coordinator_address=localhost:{free_port()}'
+    address = f'--coordinator_address=localhost:{find_port()}'
     both = [(address, '--num_processes=2', f'--process_id={number}') for number in range(2)]
     started.append(
       Hosts(tmp_path, module, [[*arguments, *a, *b] for a, b in zip(own, both, strict=True)])
@@ -74,6 +88,15 @@ def start(tmp_path):
     process.kill()
     process.join()
     process.close()
+
+
+def test_a_port_is_kept_for_the_test_that_found_it(find_port):
+  port = find_port()
+
+  for host in ('localhost', ''):
+    with socket.socket() as other, pytest.raises(OSError, match='Address already in use'):
+      other.bind((host, port))
+  assert find_port() != port
 
 
 def metrics_of(workdir):
@@ -168,10 +191,10 @@ def test_two_hosts_answer_as_one_does_and_go_on_from_what_the_first_has(fire_run
   assert found['tasks'] == alone['tasks']
 
 
-def test_hosts_of_slurm_find_each_other_and_refuse_to_run_different_configs(corpus, tmp_path):
+def test_hosts_of_slurm_meet_and_refuse_to_run_different_configs(corpus, tmp_path, find_port):
   common = {
     **{'SLURM_JOB_ID': '1', 'SLURM_STEP_NODELIST': 'localhost', 'SLURM_NTASKS': '2'},
-    **{'SLURM_LOCALID': '0', 'JAX_COORDINATOR_PORT': str(free_port())},
+    **{'SLURM_LOCALID': '0', 'JAX_COORDINATOR_PORT': str(find_port())},
   }
   environments = [{**common, 'SLURM_PROCID': str(number)} for number in range(2)]
   arguments = [
@@ -189,11 +212,11 @@ def test_hosts_of_slurm_find_each_other_and_refuse_to_run_different_configs(corp
   assert both[0][0] != 0
 
 
-def test_hosts_that_do_not_share_a_workdir_are_refused(corpus, tmp_path):
+def test_hosts_that_do_not_share_a_workdir_are_refused(corpus, tmp_path, find_port):
   arguments = [
     [f'--workdir={tmp_path / str(number)}', *tiny.flags(tiny.values(corpus))] for number in range(2)
   ]
-  address = [f'--coordinator_address=localhost:{free_port()}', '--num_processes=2']
+  address = [f'--coordinator_address=localhost:{find_port()}', '--num_processes=2']
   own = [[*arguments[number], *address, f'--process_id={number}'] for number in range(2)]
 
   both = Hosts(tmp_path, 'lex_fire.train', own).end()

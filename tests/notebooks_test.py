@@ -1,7 +1,9 @@
 """Every notebook of `../experiments/notebooks` runs from top to bottom, and is kept as it ran."""
 
 import re
+import site
 
+import matplotlib
 import nbformat
 import pytest
 
@@ -17,12 +19,22 @@ def kept(name):
   return nbformat.read(run.path_of(name), as_version=4)
 
 
+@pytest.fixture(scope='module')
+def home(tmp_path_factory):
+  """Returns what the kernels have for the home of whoever runs them; the first prepares text."""
+  return tmp_path_factory.mktemp('home')
+
+
 @every_notebook
 # Of third parties, who talk to the kernel.
 @pytest.mark.filterwarnings('ignore')
-def test_a_notebook_runs_from_top_to_bottom(name):
+def test_a_notebook_runs_from_top_to_bottom(name, home, monkeypatch):
   if run.lacks(name):
     pytest.skip(f'needs {run.lacks(name)}: make test{"-tpu" * (name == "pod")}')
+  # Packages may be installed there, and Matplotlib would look for fonts anew, and say so.
+  monkeypatch.setenv('PYTHONUSERBASE', site.getuserbase())
+  monkeypatch.setenv('MPLCONFIGDIR', matplotlib.get_cachedir())
+  monkeypatch.setenv('HOME', str(home))
 
   assert not run.mistakes(run.clean(run.execute(name)))
 
