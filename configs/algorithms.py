@@ -5,7 +5,8 @@
     python -m lex_fire.evaluate --workdir=runs/addition/fire --tasks=addition
 
 Arguments: task (a key of lex_fire.data.algorithms.ALGORITHMS), length (of the longest question in
-training, in symbols), hints (true: each symbol follows a marker of its place), encoding, size.
+training, in symbols), hints (true: each symbol follows a marker of its place), randomized (true:
+positions are drawn from as many as the longest questions of tests have), encoding, size.
 """
 
 from ml_collections import config_dict
@@ -24,7 +25,9 @@ def _row(task: str, length: int, hints: bool) -> int:
 def get_config(arg: str = '') -> config_dict.ConfigDict:
   """Returns the config of an algorithm."""
   args = config.parse_arg(
-    arg, task='addition', length='20', hints='false', encoding='fire', size='tiny'
+    arg,
+    **{'task': 'addition', 'length': '20', 'hints': 'false', 'randomized': 'false'},
+    **{'encoding': 'fire', 'size': 'tiny'},
   )
   task = f'{args["task"]}:length={args["length"]},hints={args["hints"]}'
   if args['task'] not in algorithms.ALGORITHMS:
@@ -33,13 +36,16 @@ def get_config(arg: str = '') -> config_dict.ConfigDict:
   asked = algorithm_tasks.options(spec.Spec(task))
   length = _row(args['task'], asked['length'], asked['hints'])
   longest = round(length * max(algorithms.MULTIPLES))
+  if args['randomized'] not in ('true', 'false'):
+    raise errors.UserError(f'randomized={args["randomized"]!r} must be true or false')
+  position_range = longest if args['randomized'] == 'true' else 0
   return config_dict.ConfigDict(
     presets.make(
       args['size'],
       args['encoding'],
       encoding=presets.reaching(args['encoding'], longest),
       model={'activation': 'swiglu', 'd_ff': 344, 'norm': 'rmsnorm'},
-      data={'task': task, 'length': length, 'batch_size': 64},
+      data={'task': task, 'length': length, 'batch_size': 64, 'position_range': position_range},
       optimizer={'learning_rate': 2e-3, 'warmup_steps': 100, 'encoding_rate': 10.0},
       train={'steps': 3000, 'log_every': 50, 'checkpoint_every': 500},
       evaluate={'lengths': (length,)},

@@ -1,4 +1,4 @@
-"""The models that ship with the package: the quickstart's, on windows twice as long, and for longer.
+"""The models that ship with the package: the quickstart's, on windows twice as long, for longer.
 
     python -m lex_fire.train --config=configs/zoo.py:encoding=fire --workdir=runs/shipped/fire
 

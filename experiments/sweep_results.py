@@ -10,7 +10,7 @@ import math
 import pathlib
 import statistics
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 from lex_fire import cli, errors, plot, published
@@ -31,16 +31,44 @@ class Measure(NamedTuple):
   Attributes:
     field: of a line, at each length.
     label: of the axis on which it is drawn, with its unit.
+    lengths: of the other axis, likewise.
     sign: 1 if less is better, -1 if more is.
+    of: a line's lengths -> what the numbers are, and of how much.
   """
 
   field: str
   label: str
+  lengths: str
   sign: int
+  of: Callable[[Sequence[dict[str, Any]]], str]
 
 
-LOSS = Measure('nats_per_token', 'loss [nats per token]', sign=1)
-ROUGE = Measure('rouge_geometric_mean', 'ROUGE, geometric mean [percent]', sign=-1)
+def _of_tokens(lengths: Sequence[dict[str, Any]]) -> str:
+  counts, last = dict.fromkeys(f'{at["tokens"]:,}' for at in lengths), lengths[-1]
+  return (
+    f'nats per token of {", ".join(counts)} tokens, of {last["documents"]} documents at '
+    f'{last["length"]}'
+  )
+
+
+_WINDOW = 'window length [tokens]'
+LOSS = Measure('nats_per_token', 'loss [nats per token]', _WINDOW, 1, _of_tokens)
+ROUGE = Measure(
+  'rouge_geometric_mean',
+  'ROUGE, geometric mean [percent]',
+  _WINDOW,
+  -1,
+  lambda lengths: (
+    f'geometric mean of ROUGE-1, 2 and L of {lengths[-1]["questions"]} questions, in percent'
+  ),
+)
+ACCURACY = Measure(
+  'accuracy',
+  'right answers [percent]',
+  'digits of a number',
+  -1,
+  lambda lengths: f'right answers to {lengths[-1]["questions"]} questions a length, in percent',
+)
 
 
 class Row(NamedTuple):
@@ -89,7 +117,7 @@ def read(path: pathlib.Path) -> list[Line]:
 
 def measure(lines: Sequence[Line]) -> Measure:
   """Returns what lines are of: all of a file are of one measure."""
-  return next(of for of in (LOSS, ROUGE) if of.field in lines[0]['lengths'][0])
+  return next(of for of in (LOSS, ROUGE, ACCURACY) if of.field in lines[0]['lengths'][0])
 
 
 def rows(lines: Sequence[Line], protocol: str, mask: str) -> list[Row]:
@@ -144,15 +172,7 @@ def cases(lines: Sequence[Line]) -> list[tuple[str, str]]:
 
 def heading(line: Line) -> str:
   """Says what the table of a protocol and mask shows, by one of its lines."""
-  last = line['lengths'][-1]
-  if measure([line]) == ROUGE:
-    what = f'geometric mean of ROUGE-1, 2 and L of {last["questions"]} questions, in percent'
-  else:
-    counts = dict.fromkeys(f'{at["tokens"]:,}' for at in line['lengths'])
-    what = (
-      f'nats per token of {", ".join(counts)} tokens, of {last["documents"]} documents at '
-      f'{last["length"]}'
-    )
+  what = measure([line]).of(line['lengths'])
   return f'`{line["protocol"]}`, {line["mask"]}: {what}; mean and standard deviation over seeds'
 
 
@@ -195,7 +215,7 @@ def draw(lines: Sequence[Line], path: pathlib.Path) -> None:
     axes.set_xscale('log', base=2)
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f'{value:g}'))
     plot.mark_training(axes, {line['train_length'] for line in lines})
-    axes.set(title=f'{mask} ({protocol})', xlabel='window length [tokens]')
+    axes.set(title=f'{mask} ({protocol})', xlabel=measure(lines).lengths)
     axes.grid(alpha=0.3)
   panels[0].set_ylabel(measure(lines).label)
   figure.legend(*panels[0].get_legend_handles_labels(), loc='outside right')

@@ -58,7 +58,12 @@ PRETRAINING = {
 }
 FINETUNING = {'size': presets.PRESETS, 'vocabulary': ('t5', 'bytes')}
 ARGUMENTS = {
-  'algorithms': {'task': algorithms.ALGORITHMS, 'length': ('5', '40'), 'hints': ('true', 'false')},
+  'algorithms': {
+    'task': algorithms.ALGORITHMS,
+    'length': ('5', '40'),
+    'hints': ('true', 'false'),
+    'randomized': ('true', 'false'),
+  },
   'c4': PRETRAINING,
   'glue': {'task': glue.TASKS, 'length': ('256', '512'), **FINETUNING},
   'mlm': {'encoding': encodings.ENCODINGS},
@@ -183,6 +188,7 @@ def test_config_files_refuse_an_unknown_argument():
   ('file', 'arg', 'message'),
   [
     ('algorithms', 'length=abc', 'option length=abc .* must be of type int'),
+    ('algorithms', 'randomized=maybe', "randomized='maybe' must be true or false"),
     ('algorithms', 'hints=maybe', 'option hints=maybe .* must be of type bool'),
     ('algorithms', 'task=divide', "unknown task='divide'; known: copy, "),
     ('needles', 'length=-4', 'config argument length=-4 must be a whole number above 0'),

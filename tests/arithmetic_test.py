@@ -1,0 +1,148 @@
+"""Tests `../experiments/arithmetic/run.py`: what is asked, and when an answer is right."""
+
+import functools
+
+import numpy as np
+import pytest
+import tiny
+
+from experiments import sweep_results
+from experiments.arithmetic import run as arithmetic
+from lex_fire import generate, sampling, train
+from lex_fire.data import algorithms, reading
+from lex_fire.data import text as text_lib
+
+pytest.importorskip('seqio')
+every_scale = pytest.mark.parametrize('scale', arithmetic.SCALES.values(), ids=arithmetic.SCALES)
+TINY = arithmetic.Scale(
+  2,
+  {
+    'model': tiny.MODEL,
+    'data': {'batch_size': 8},
+    'optimizer': {'warmup_steps': 1},
+    'train': {'steps': 2, 'checkpoint_every': 2, 'validation_windows': 8},
+  },
+  questions=3,
+)
+
+
+def codec(config):
+  return text_lib.codec(config.data.spec())
+
+
+@every_scale
+def test_every_run_has_a_config_of_its_own_with_positions_for_the_longest_questions(scale):
+  configs = [
+    arithmetic.config(scale, variant, seed)
+    for variant in arithmetic.VARIANTS.values()
+    for seed in (0, 1)
+  ]
+
+  asked = arithmetic.rows(scale._replace(questions=1), codec(configs[0]))
+
+  assert len(set(configs)) == 4 * len(arithmetic.ENCODINGS)
+  longest = max(of_length.tokens_WL.shape[1] for of_length in asked.values())
+  for config in configs:
+    assert config.data.position_range == 0 or config.data.position_range >= longest
+  drawn = [bool(config.data.position_range) for config in configs]
+  assert drawn == [False, False, True, True] * len(arithmetic.ENCODINGS)
+
+
+@every_scale
+def test_rows_are_questions_with_their_answers_at_every_multiple(scale):
+  config = arithmetic.config(scale, arithmetic.Variant('nope', False), 0)
+  asked = arithmetic.rows(scale._replace(questions=2), codec(config))
+
+  assert list(asked) == [multiple * scale.digits for multiple in algorithms.MULTIPLES]
+  for digits, of_length in asked.items():
+    assert len(of_length.tokens_WL) == 2
+    for tokens_L in of_length.tokens_WL:
+      assert tokens_L[0] == tokens_L[-1] == codec(config).eos_id
+      question = bytes((tokens_L[1 : of_length.answer] - 3).tolist()).decode()
+      answer = bytes((tokens_L[of_length.answer : -1] - 3).tolist()).decode()
+      assert question.endswith('=' + reading.SEPARATOR)
+      left, right, total = (
+        int(''.join(filter(str.isdigit, text))[::-1]) for text in (*question.split('+'), answer)
+      )
+      assert left + right == total and len(answer) == 3 * (digits + 1)
+
+
+@pytest.fixture(scope='module')
+def untrained():
+  config = arithmetic.config(TINY, arithmetic.Variant('rope', False), 0)
+  params = functools.partial(train.init, config)()['params']
+  return config, train.make_model(config), params
+
+
+def test_an_answer_is_right_if_it_is_what_the_model_writes(untrained):
+  config, transformer, params = untrained
+  asked = arithmetic.rows(TINY, codec(config))[4]
+  prompts, room = asked.tokens_WL[:, : asked.answer], asked.tokens_WL.shape[1] - asked.answer
+  written = generate.generate(
+    transformer, params, list(prompts), max_tokens=room, sampling=sampling.GREEDY
+  )
+
+  own = np.concatenate([prompts, np.stack(written)], axis=1).astype(np.int32)
+  early, late = own.copy(), own.copy()
+  early[0, asked.answer] ^= 1
+  late[1, -1] ^= 1
+
+  for tokens_WL, expected in (
+    (own, [True, True, True]),
+    (early, [False, True, True]),
+    (late, [True, False, True]),
+    (asked.tokens_WL, [False, False, False]),
+  ):
+    found = arithmetic.right(transformer, params, asked._replace(tokens_WL=tokens_WL), config.data)
+    assert found.tolist() == expected
+
+
+def test_drawn_positions_are_those_of_a_row_of_training_until_a_question_is_longer():
+  data = arithmetic.config(TINY, arithmetic.Variant('fire', True), 0).data
+
+  short, row, long = (
+    arithmetic.position(data, length, 3)[0] for length in (10, data.length, data.length + 50)
+  )
+
+  np.testing.assert_array_equal(short, row[:10])
+  for position_L in (row, long):
+    assert (np.diff(position_L) > 0).all() and position_L[-1] < data.position_range
+  assert np.diff(row).mean() > np.diff(long).mean() > 1
+  assert arithmetic.position(data, 10, 4)[0].tolist() != short.tolist()
+
+
+def test_the_sweep_measures_what_is_left_and_shows_it(tmp_path, monkeypatch):
+  trained, train_as_ever = [], train.train
+
+  def train_and_tell(config, workdir):
+    trained.append(workdir.name)
+    return train_as_ever(config, workdir)
+
+  monkeypatch.setattr(train, 'train', train_and_tell)
+  monkeypatch.setattr(
+    arithmetic,
+    'VARIANTS',
+    {name: arithmetic.VARIANTS[name] for name in ('nope', 'nope, randomized')},
+  )
+  scale = TINY._replace(
+    sections={
+      **TINY.sections,
+      'data': {
+        'task': 'addition:length=2,hints=true,count=40,held_out=10',
+        **{'batch_size': 8, 'directory': str(tmp_path / 'data')},
+      },
+    }
+  )
+  path = tmp_path / 'measured.jsonl'
+
+  text = arithmetic.run(scale, (0,), path, tmp_path / 'runs')
+  again = arithmetic.run(scale, (0,), path, tmp_path / 'runs')
+
+  assert trained == ['nope-0', 'nope, randomized-0']
+  assert again == text == path.with_suffix('.txt').read_text()
+  lines = sweep_results.read(path)
+  for line in lines:
+    assert [at['length'] for at in line['lengths']] == [1, 2, 4, 8, 16]
+  assert 'right answers to 3 questions a length, in percent' in text
+  assert path.with_suffix('.png').stat().st_size > 10_000
+  assert len(lines) == 2
