@@ -6,7 +6,8 @@
 
 Arguments: task (a key of lex_fire.data.algorithms.ALGORITHMS), length (of the longest question in
 training, in symbols), hints (true: each symbol follows a marker of its place), randomized (true:
-positions are drawn from as many as the longest questions of tests have), encoding, size.
+positions are drawn from as many as eight rows of training have, which `evaluate --tasks` has no
+answers for; experiments/arithmetic asks such runs), encoding, size.
 """
 
 from ml_collections import config_dict
@@ -34,6 +35,7 @@ def get_config(arg: str = '') -> config_dict.ConfigDict:
     known = ', '.join(algorithms.ALGORITHMS)
     raise errors.UserError(f'unknown task={args["task"]!r}; known: {known}')
   asked = algorithm_tasks.options(spec.Spec(task))
+  algorithm_tasks.question(spec.Spec(task))  # refuses what is wrong
   length = _row(args['task'], asked['length'], asked['hints'])
   longest = round(length * max(algorithms.MULTIPLES))
   if args['randomized'] not in ('true', 'false'):

@@ -35,6 +35,7 @@ from lex_fire import (
   train,
 )
 from lex_fire import config as config_lib
+from lex_fire.data import stream
 
 
 class Scale(NamedTuple):
@@ -228,6 +229,9 @@ def complete(
     todo: the runs, (name, seed), in order.
     measure: name, seed -> the lines of a run.
     path: of all lines.
+
+  Raises:
+    errors.UserError: if they cannot be written.
   """
   start = time.monotonic()
   for done, (name, seed) in enumerate(todo):
@@ -235,9 +239,25 @@ def complete(
     eta = f', ETA {metrics.clock(each * (len(todo) - done))}' if done else ''
     print(f'run {done + 1} of {len(todo)}: {name}, seed {seed}{eta}', flush=True)
     measured = list(measure(name, seed))
-    with path.open('a') as file:  # at once: a kill leaves all lines of a run, or none
+    with stream.writing(path.parent), path.open('a') as file:
+      # At once: a kill leaves all lines of a run, or none.
       file.write(''.join(json.dumps(line) + '\n' for line in measured))
-  return sweep_results.write(path)
+  with stream.writing(path.parent):
+    return sweep_results.write(path)
+
+
+def seeds_of_flags() -> tuple[int, ...]:
+  """Returns the numbers of --seeds.
+
+  Raises:
+    errors.UserError: if there are none, or they are not whole.
+  """
+  seeds = cli.whole_numbers('seeds')
+  if not seeds or min(seeds) < 0:
+    raise errors.UserError(
+      f'--seeds={",".join(map(str, seeds or ()))} must be one or more whole numbers of at least 0'
+    )
+  return seeds
 
 
 def define_flags(question: str) -> None:
@@ -256,6 +276,6 @@ def main(directory: pathlib.Path, make_variants: Callable[[Scale], Variants]) ->
     make_variants: returns the variants that it compares at a scale.
   """
   of, scale = corpus(flags.FLAGS.data_dir), SCALES[flags.FLAGS.scale]
-  name, seeds = f'{of.name}_{flags.FLAGS.scale}', cli.whole_numbers('seeds') or ()
+  name, seeds = f'{of.name}_{flags.FLAGS.scale}', seeds_of_flags()
   runs = pathlib.Path(flags.FLAGS.runs) / name
   print(run(scale, of, make_variants(scale), seeds, directory / f'{name}.jsonl', runs))

@@ -74,7 +74,7 @@ def test_hints_change_nothing_but_the_markers(name, split):
 
 @every_algorithm
 def test_every_symbol_follows_a_marker_and_markers_follow_the_alphabet(name):
-  letters = 'ABCDEFG'  # 49 pairs, and 36 of one letter less, are enough for 8 times 6 and a carry
+  letters = 'ABCDEFG'  # 49 pairs are as many as the places of 8 times 6 and a carry
   ring = [a + b for a in letters for b in letters]
   for example in make(name, count=50, hints=True):
     for text in (*example.inputs.removesuffix('=').split('+'), *example.references):
@@ -129,11 +129,13 @@ def test_the_ring_is_of_the_fewest_letters_that_give_each_place_its_marker(lengt
   assert (letters - 1) ** 2 < 8 * length + 1 <= letters**2  # a sum has a digit more
 
 
-def test_neither_letter_of_a_marker_tells_the_place_in_a_long_question_of_training():
-  question, _ = algorithms.ALGORITHMS['copy'](np.random.default_rng(0), 20, algorithms.markers(20))
-  for letter in (0, 1):
-    letters = [marker[letter] for marker, _ in marked(question)]
-    assert len(set(letters)) < 20
+@pytest.mark.parametrize('length', range(2, 85))
+def test_neither_letter_of_a_marker_tells_the_place_in_a_long_question_of_training(length):
+  ring = algorithms.markers(length)
+  for first in range(len(ring)):
+    question = [ring[(first + place) % len(ring)] for place in range(length)]
+    tells = [len(set(letters)) == length for letters in zip(*question, strict=True)]
+    assert any(tells) == (length < algorithms.MIN_TO_READ_BOTH)
 
 
 @every_algorithm

@@ -1,5 +1,6 @@
 """Tests `../experiments/arithmetic/run.py`: what is asked, and when an answer is right."""
 
+import dataclasses
 import functools
 
 import numpy as np
@@ -9,7 +10,7 @@ import tiny
 from experiments import sweep_results
 from experiments.arithmetic import run as arithmetic
 from lex_fire import generate, sampling, train
-from lex_fire.data import algorithms, reading
+from lex_fire.data import algorithms, draws, positions, reading
 from lex_fire.data import text as text_lib
 
 pytest.importorskip('seqio')
@@ -99,16 +100,38 @@ def test_an_answer_is_right_if_it_is_what_the_model_writes(untrained):
 
 def test_drawn_positions_are_those_of_a_row_of_training_until_a_question_is_longer():
   data = arithmetic.config(TINY, arithmetic.Variant('fire', True), 0).data
+  counted = {
+    'inputs_BL': np.zeros((1, data.length), np.int32),
+    'position_BL': np.arange(data.length)[None],
+  }
+  of_training = positions.randomize(counted, data.position_range, seed=draws.JUDGE, ordinal=3)
 
   short, row, long = (
     arithmetic.position(data, length, 3)[0] for length in (10, data.length, data.length + 50)
   )
 
+  np.testing.assert_array_equal(row, of_training['position_BL'][0])
   np.testing.assert_array_equal(short, row[:10])
-  for position_L in (row, long):
-    assert (np.diff(position_L) > 0).all() and position_L[-1] < data.position_range
-  assert np.diff(row).mean() > np.diff(long).mean() > 1
+  assert (np.diff(long) > 0).all() and long[-1] < data.position_range
   assert arithmetic.position(data, 10, 4)[0].tolist() != short.tolist()
+
+
+def test_answers_are_judged_at_the_positions_of_their_batch(untrained):
+  """What a model says last at drawn positions is right there, in every batch, and not elsewhere."""
+  _, transformer, params = untrained
+  data = arithmetic.config(TINY, arithmetic.Variant('rope', True), 0).data
+  count, length = arithmetic.ROWS + 3, 24
+  tokens_WL = np.random.default_rng(0).integers(3, 259, (count, length + 1)).astype(np.int32)
+  for start in (0, arithmetic.ROWS):
+    batch = slice(start, start + arithmetic.ROWS)
+    position_1L = arithmetic.position(data, length, start // arithmetic.ROWS)
+    logits_BLV = transformer.apply({'params': params}, tokens_WL[batch, :-1], position_1L)
+    tokens_WL[batch, -1] = np.asarray(logits_BLV[:, -1].argmax(axis=-1))
+  asked = arithmetic.Rows(tokens_WL, answer=length)
+
+  assert arithmetic.right(transformer, params, asked, data).tolist() == [True] * count
+  counted = dataclasses.replace(data, position_range=0)
+  assert not arithmetic.right(transformer, params, asked, counted).all()
 
 
 def test_the_sweep_measures_what_is_left_and_shows_it(tmp_path, monkeypatch):
@@ -138,7 +161,7 @@ def test_the_sweep_measures_what_is_left_and_shows_it(tmp_path, monkeypatch):
   text = arithmetic.run(scale, (0,), path, tmp_path / 'runs')
   again = arithmetic.run(scale, (0,), path, tmp_path / 'runs')
 
-  assert trained == ['nope-0', 'nope, randomized-0']
+  assert trained == ['nope-0', 'nope_randomized-0']
   assert again == text == path.with_suffix('.txt').read_text()
   lines = sweep_results.read(path)
   for line in lines:

@@ -188,6 +188,8 @@ def test_config_files_refuse_an_unknown_argument():
   ('file', 'arg', 'message'),
   [
     ('algorithms', 'length=abc', 'option length=abc .* must be of type int'),
+    ('algorithms', 'length=-4,hints=true', 'length=-4 has no half to evaluate; use at least 2'),
+    ('algorithms', 'length=85,hints=true', 'length=85 is evaluated up to 680, for which the 676'),
     ('algorithms', 'randomized=maybe', "randomized='maybe' must be true or false"),
     ('algorithms', 'hints=maybe', 'option hints=maybe .* must be of type bool'),
     ('algorithms', 'task=divide', "unknown task='divide'; known: copy, "),

@@ -8,6 +8,7 @@ import pathlib
 import numpy as np
 import pytest
 import tiny
+from absl import flags
 
 from experiments import sweep, sweep_results
 from lex_fire import encodings, errors, published, train
@@ -109,6 +110,28 @@ def test_a_sweep_measures_what_is_left_and_shows_it(corpus, tmp_path, monkeypatc
   assert {row.variant: row.seeds for row in rows} == {'turned': 2, 'ntk': 2}
   assert (tmp_path / 'measured.txt').read_text() == text == sweep_results.tables(lines)
   assert (tmp_path / 'measured.png').stat().st_size > 10_000
+
+
+def test_lines_that_cannot_be_written_are_one_sentence(tmp_path):
+  path = tmp_path / 'measured.jsonl'
+  path.mkdir()
+
+  with pytest.raises(errors.UserError, match=f"cannot write in '{tmp_path}': Is a directory; make"):
+    sweep.complete([('a', 0)], lambda name, seed: iter([line(name, seed, {32: 1.0})]), path)
+
+
+@pytest.mark.parametrize('text', ['', '-1'])
+def test_seeds_are_one_or_more_of_at_least_0(text):
+  found = flags.FlagValues()
+  flags.DEFINE_list('seeds', text, 'seeds', flag_values=found)
+  found.mark_as_parsed()
+
+  with (
+    pytest.MonkeyPatch.context() as patch,
+    pytest.raises(errors.UserError, match=f'--seeds={text} must be one or more whole numbers of'),
+  ):
+    patch.setattr(flags, 'FLAGS', found)
+    sweep.seeds_of_flags()
 
 
 # What is shown

@@ -21,12 +21,13 @@ from absl import flags
 
 from configs import algorithms as algorithms_config
 from experiments import sweep, sweep_results
-from lex_fire import checkpoint, cli, evaluate, model, train
+from lex_fire import checkpoint, cli, model, train
 from lex_fire import config as config_lib
 from lex_fire.data import algorithms, draws, positions, reading
 from lex_fire.data import text as text_lib
 
 HERE = pathlib.Path(__file__).parent
+ROWS = 10  # that share positions, where they are drawn
 ENCODINGS = ('fire', 'rope', 'alibi', 'kerple_log', 't5', 'nope')
 
 
@@ -45,8 +46,11 @@ class Scale(NamedTuple):
 
 
 SCALES = {
-  'laptop': Scale(4, {'train': {'steps': 6000, 'checkpoint_every': 1000}}, questions=200),
-  # For one accelerator: 7M parameters, at the length that is asked about.
+  # The fewest digits of which markers have to be read whole.
+  'laptop': Scale(
+    algorithms.MIN_TO_READ_BOTH, {'train': {'steps': 6000, 'checkpoint_every': 1000}}, questions=200
+  ),
+  # For one accelerator: 4.8M parameters, at the length that is asked about.
   'gpu': Scale(
     20,
     {
@@ -134,24 +138,28 @@ def position(data: config_lib.DataConfig, length: int, ordinal: int) -> np.ndarr
   return drawn_L[None, :length]
 
 
+@functools.partial(jax.jit, static_argnums=0)
+def _likeliest(transformer, params, inputs_BL, position_1L):
+  """Returns the likeliest token after each."""
+  return transformer.apply({'params': params}, inputs_BL, position_1L).argmax(axis=-1)
+
+
 def right(
   transformer: model.Transformer, params: Any, asked: Rows, data: config_lib.DataConfig
 ) -> np.ndarray:
   """Returns right_W: whether each answer, EOS included, is what the model would write.
 
   Greedy text is the answer if and only if every token of it is the likeliest after those before,
-  which one pass over question and answer tells of all at once, at positions drawn or not.
+  which one pass over question and answer tells of all at once, at positions drawn or not. ROWS
+  questions share a draw, as those of a batch do in training.
   """
-  logits = jax.jit(functools.partial(transformer.apply, {'params': params}))
   count, length = asked.tokens_WL.shape[0], asked.tokens_WL.shape[1] - 1
-  at_once = evaluate.rows_at_once(length, count, 1)
   found = []
-  for start in range(0, count, at_once):
-    index_B = np.minimum(start + np.arange(at_once), count - 1)  # the last again fills up
+  for start in range(0, count, ROWS):
+    index_B = np.minimum(start + np.arange(ROWS), count - 1)  # the last again fills up
     tokens_BL = asked.tokens_WL[index_B]
-    likeliest_BL = logits(tokens_BL[:, :-1], position(data, length, start // at_once)).argmax(
-      axis=-1
-    )
+    position_1L = position(data, length, start // ROWS)
+    likeliest_BL = _likeliest(transformer, params, tokens_BL[:, :-1], position_1L)
     same_BL = np.asarray(likeliest_BL)[:, asked.answer - 1 :] == tokens_BL[:, asked.answer :]
     found.append(same_BL.all(axis=1))
   return np.concatenate(found)[:count]
@@ -159,7 +167,7 @@ def right(
 
 def measure(scale: Scale, name: str, seed: int, runs: pathlib.Path) -> Iterator[sweep_results.Line]:
   """Trains a run, or goes on with it, and yields its line."""
-  run, workdir = config(scale, VARIANTS[name], seed), runs / f'{name}-{seed}'
+  run, workdir = config(scale, VARIANTS[name], seed), runs / f'{name.replace(", ", "_")}-{seed}'
   sweep.train_to_the_end(run, workdir)
   abstract = jax.eval_shape(functools.partial(train.init, run))['params']
   _, params = checkpoint.restore_params(workdir, abstract)
@@ -197,7 +205,7 @@ def run(scale: Scale, seeds: Sequence[int], path: pathlib.Path, runs: pathlib.Pa
 
 def main() -> None:
   """The command."""
-  name, seeds = flags.FLAGS.scale, cli.whole_numbers('seeds') or ()
+  name, seeds = flags.FLAGS.scale, sweep.seeds_of_flags()
   runs = pathlib.Path(flags.FLAGS.runs) / name
   print(run(SCALES[name], seeds, HERE / f'{name}.jsonl', runs))
 

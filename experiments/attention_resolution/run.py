@@ -18,6 +18,7 @@ from typing import Any
 
 from absl import flags
 
+from experiments import sweep
 from lex_fire import analyze, checkpoint, cli, command, documents, published, storage
 from lex_fire import config as config_lib
 
@@ -84,7 +85,7 @@ def main() -> None:
   path = HERE / f'{runs.name}.json'
   reports = json.loads(path.read_text()) if path.exists() else []
   found = {(report['encoding'], report['seed']) for report in reports}
-  for seed in cli.whole_numbers('seeds') or ():
+  for seed in sweep.seeds_of_flags():
     for encoding in ENCODINGS:
       if (encoding, seed) not in found:
         reports += measure(encoding, seed, runs / f'{encoding}-{seed}')

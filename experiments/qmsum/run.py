@@ -29,7 +29,7 @@ from lex_fire import (
   presets,
 )
 from lex_fire import config as config_lib
-from lex_fire.data import build_scrolls, examples, spec, train_vocabulary
+from lex_fire.data import build_scrolls, examples, spec, stream, train_vocabulary
 
 HERE = pathlib.Path(__file__).parent
 TASK = 'scrolls_qmsum'
@@ -108,10 +108,12 @@ def prepare(recipe: Recipe, data_dir: str, runs: pathlib.Path) -> Data:
   """Makes the vocabulary and the dataset in `runs` if they are not there.
 
   Raises:
-    errors.UserError: as globs, train_vocabulary.train and build_scrolls.build do.
+    errors.UserError: if `runs` cannot be made, or as globs, train_vocabulary.train and
+      build_scrolls.build do.
   """
   books, qmsum = globs(data_dir)
-  runs.mkdir(parents=True, exist_ok=True)
+  with stream.writing(runs):
+    runs.mkdir(parents=True, exist_ok=True)
   vocabulary, datasets = runs / 'books.model', runs / 'tfds'
   if not vocabulary.exists():
     what, size = spec.Spec('text', files=books), recipe.books['model']['vocab_size']
@@ -187,7 +189,7 @@ def measure(
       'lengths': [
         {
           'length': entry['length'],
-          'questions': entry['questions'],
+          **{field: entry[field] for field in ('questions', 'questions_cut', 'tokens_cut')},
           **{score: entry['scores'][score] for score in SCORES},
         }
         for entry in report['tasks']
@@ -236,7 +238,7 @@ def run(
 
 def main() -> None:
   """The command."""
-  seeds, runs = cli.whole_numbers('seeds') or (), pathlib.Path(flags.FLAGS.runs)
+  seeds, runs = sweep.seeds_of_flags(), pathlib.Path(flags.FLAGS.runs)
   path = HERE / 'laptop.jsonl'
   print(run(LAPTOP, flags.FLAGS.data_dir, make_variants(LAPTOP), seeds, path, runs))
 

@@ -15,8 +15,9 @@ symbol that it comes from, so that a model can find one by the other: 'CPaCQb=' 
 the last bit's. Markers follow one another from a random first one, as in both papers, so that the
 many markers of a long question are all known from short ones. Departures: the order is a ring, AA
 to its last and round again, so that no marker is more frequent than another; and a marker is two
-tokens, of as few letters as make enough. Questions of 20 then repeat each letter in training, so
-that a model has to read both: with 26, the second alone would do there, and mislead it later.
+tokens, of as few letters as make enough. From MIN_TO_READ_BOTH symbols on, questions of training
+then repeat each letter, so that a model has to read both: of 26 letters the second alone would tell
+the place of up to 26 symbols, and mislead it later. In training on fewer symbols it still does.
 
 A question of a length that has at least MIN_TO_SPLIT of them belongs to one split by a hash of it
 without its hints. Shorter ones are too few to hold any out: they may stand in every split.
@@ -37,6 +38,7 @@ from lex_fire.data import examples as examples_lib
 
 MULTIPLES = (0.5, 1, 2, 4, 8)  # of the longest length in training: the lengths to evaluate
 MIN_TO_SPLIT = 1000
+MIN_TO_READ_BOTH = 10  # symbols
 VERSION = 2  # of what is made of an address; prepared streams of another are others
 _MOST_MARKERS = len(string.ascii_uppercase) ** 2
 _NO_MARKERS = str.maketrans('', '', string.ascii_uppercase)

@@ -1,0 +1,93 @@
+"""Model cards of the weights that ship: data, command, commit, results and limits of each.
+
+`experiments.shipped.run` writes them, from each run's config, shipped.json and TRAINED.
+"""
+
+import json
+import math
+import pathlib
+from collections.abc import Sequence
+
+import jax
+
+from lex_fire import report as report_lib
+from lex_fire import zoo
+
+HERE = pathlib.Path(__file__).parent
+TRAINED = '?'  # the commit at which the runs were trained
+MASKS = ('causal', 'blockwise')
+_CARD = """\
+# {name}
+
+A decoder of {parameters:,} parameters over bytes, with {encoding} for positions, trained on
+{length} bytes at a time and evaluated on up to {longest}. It is small enough to ship with the
+package, for tests, notebooks and demonstrations.
+
+    model, params = lex_fire.zoo.load('{name}')  # byte b is token 3 + b, 1 ends a document
+
+- **Data**: source and docstrings of the Python 3.11 standard library, under Python's own licence
+  (PSF-2.0), a file a document; one file in 20, by a hash of its path, is held out.
+- **Command**, at commit {commit}, seed {seed}, on a CPU core; {steps} steps of {rows} x {length}
+  bytes, {tokens:,} in all. The config is `{name}.json`, the weights in half precision `{name}.npz`.
+
+      python -m lex_fire.train --config=configs/zoo.py:encoding={encoding} \\
+        --workdir=runs/shipped/{encoding}
+
+- **Results**: nats per byte of {scored:,} held-out bytes of {documents} files, the same at every
+  length, under the causal mask and in LeX's blocks (`experiments/shipped`):
+
+{results}
+
+- **Limits**: it has seen {megabytes:.0f} megabytes of one kind of text. What it writes looks like
+  Python and is none; it knows no other language and no facts. One seed: differences of 0.03 nats
+  between models are not to be leaned on. Lengths past {longest} are not in the table. Nothing was
+  done about what the text that it writes may say.
+"""
+
+
+def card(name: str, reports: Sequence[report_lib.Report]) -> str:
+  """Returns the card of a shipped model as Markdown.
+
+  Args:
+    name: one of zoo.shipped().
+    reports: of its run, by `evaluate`, one for each of MASKS.
+  """
+  run, (_, params) = zoo.config(name), zoo.load(name)
+  tokens = run.train.steps * run.data.batch_size * run.data.length
+  rows = reports[0]['lengths']
+  lines = [f'{"length":<10}' + ''.join(f'{row["length"]:>8}' for row in rows)]
+  for mask, report in zip(MASKS, reports, strict=True):
+    losses = ''.join(f'{row["nats_per_token"]:>8.3f}' for row in report['lengths'])
+    lines.append(f'{mask:<10}{losses}')
+  return _CARD.format(
+    name=name,
+    parameters=sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(params)),
+    encoding=run.encoding.name,
+    length=run.data.length,
+    longest=rows[-1]['length'],
+    commit=TRAINED,
+    seed=run.train.seed,
+    steps=run.train.steps,
+    rows=run.data.batch_size,
+    tokens=tokens,
+    megabytes=tokens / 1e6,
+    scored=rows[-1]['tokens'],
+    documents=rows[-1]['documents'],
+    results='\n'.join(f'      {line}' for line in lines),
+  )
+
+
+def cards() -> dict[str, str]:
+  """Returns the card of each shipped model, from the results in shipped.json."""
+  reports = json.loads((HERE / 'shipped.json').read_text())['runs']
+  found = {(report['encoding']['name'], report['mask']): report for report in reports}
+  return {
+    name: card(name, [found[zoo.config(name).encoding.name, mask] for mask in MASKS])
+    for name in zoo.shipped()
+  }
+
+
+def write() -> None:
+  """Writes the cards beside the weights."""
+  for name, text in cards().items():
+    (zoo.WEIGHTS / f'{name}.md').write_text(text)
