@@ -3,6 +3,7 @@
 import functools
 import json
 import math
+import pathlib
 import re
 
 import jax
@@ -47,6 +48,20 @@ def test_a_config_is_what_its_json_says(size, name):
   assert config_lib.Config.from_dict(config.to_dict()) == config
   assert config.data.batch_size == 6 and config.optimizer.beta1 == 0.875
   assert config.encoding.name == name
+
+
+def test_a_config_of_an_early_version_says_what_was_done_then():
+  early = json.loads((pathlib.Path(__file__).parent / 'golden/early_config.json').read_text())
+
+  found = config_lib.Config.from_json(early).to_dict()
+
+  assert early['mesh'].pop('data') == found['mesh'].pop('replica') == 2  # which it was called
+  assert early['model'].pop('remat') is True and found['model'].pop('remat') == 'block'
+  defaults = config_lib.Config().to_dict()
+  for section, fields in found.items():
+    for name, value in fields.items():
+      expected = early[section][name] if name in early[section] else defaults[section][name]
+      assert value == tuple(expected) if isinstance(value, tuple) else value == expected, name
 
 
 def test_equal_configs_are_one_key_and_a_change_is_another():
