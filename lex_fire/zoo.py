@@ -1,7 +1,7 @@
 """Named models: `load('fire-tiny')` is a trained one, `config('fire-base')` says what to train.
 
 A name is ENCODING-SIZE. The weights that ship with the package are in `weights/`, as NAME.npz (half
-precision, no pickle) beside NAME.json (the config of the run); experiments/zoo makes them.
+precision, no pickle) beside NAME.json (the config of the run); experiments/shipped makes them.
 """
 
 import contextlib

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from experiments.zoo import cards
+from experiments.shipped import cards
 from lex_fire import checkpoint, encodings, errors, loss, presets, sharding, train, zoo
 from lex_fire import config as config_lib
 
@@ -24,14 +24,14 @@ def test_all_that_ships_is_small():
 
 @pytest.mark.parametrize('name', zoo.shipped())
 def test_a_shipped_model_reads_python(name):
-  """A model that knows nothing has a loss of log 259 = 5.6 nats a byte; these had 1.5 to 1.8."""
+  """A model that knows nothing has a loss of log 259 = 5.6 nats a byte; these have 1.3 to 1.4."""
   transformer, params = zoo.load(name)
   tokens_1L = np.frombuffer(string.__doc__.encode() + b'\n' * 3, np.uint8)[None] + FIRST_BYTE
   tokens_1L = np.insert(tokens_1L.astype(np.int32), 0, 1, axis=1)
 
   logits_1LV = jax.jit(transformer.apply)({'params': params}, tokens_1L[:, :-1])
 
-  assert float(loss.token_losses(logits_1LV, tokens_1L[:, 1:]).mean()) < 2.6
+  assert float(loss.token_losses(logits_1LV, tokens_1L[:, 1:]).mean()) < 1.7
 
 
 @pytest.mark.parametrize('name', zoo.shipped())
@@ -49,8 +49,9 @@ def test_each_shipped_model_has_a_card_of_what_was_measured():
     assert (zoo.WEIGHTS / f'{name}.md').read_text() == card
 
 
-def test_a_shipped_model_becomes_a_run_whose_newest_checkpoint_it_is(tmp_path):
-  zoo.unpack('fire-tiny', tmp_path / 'fire')
+def test_a_shipped_model_becomes_a_run_whose_newest_checkpoint_it_is(tmp_path, caplog):
+  with caplog.at_level('WARNING', logger='absl'):
+    zoo.unpack('fire-tiny', tmp_path / 'fire')
   zoo.unpack('fire-tiny', str(tmp_path / 'fire'))  # again: nothing changes
 
   run = checkpoint.read_config(tmp_path / 'fire')
@@ -58,6 +59,7 @@ def test_a_shipped_model_becomes_a_run_whose_newest_checkpoint_it_is(tmp_path):
   abstract = program.abstract_state['params']
   step, params = checkpoint.restore_params(tmp_path / 'fire', abstract)
 
+  assert not caplog.messages  # Orbax has nothing to warn of
   assert run == zoo.config('fire-tiny')
   assert step == run.train.steps
   expected = zoo.load('fire-tiny')[1]

@@ -14,7 +14,7 @@ from lex_fire import report as report_lib
 from lex_fire import zoo
 
 HERE = pathlib.Path(__file__).parent
-TRAINED = '?'  # the commit at which the runs were trained
+TRAINED = 'ebc6457'  # the commit at which the runs were trained
 MASKS = ('causal', 'blockwise')
 _CARD = """\
 # {name}

@@ -1,11 +1,10 @@
 """The whole zoo under one recipe: what each encoding adds, and what it keeps past training.
 
-    python -m experiments.zoo.run --runs=runs/zoo [--ship]
+    python -m experiments.zoo.run --runs=runs/zoo
 
 Trains the quickstart's model with every encoding that a model is trained with, and evaluates all of
 them at up to 16 times the training length. A run that is there is not trained again, so the command
-can be interrupted. Writes zoo.{json,csv,png} and summary.json beside this file; with --ship also
-the weights of lex_fire/weights.
+can be interrupted. Writes zoo.{json,csv,png} and summary.json beside this file.
 """
 
 import dataclasses
@@ -18,15 +17,14 @@ import jax
 from absl import flags
 
 from configs import quickstart
+from experiments import sweep
 from lex_fire import (
-  checkpoint,
   cli,
   command,
   documents,
   encodings,
   evaluate,
   train,
-  zoo,
 )
 from lex_fire import config as config_lib
 from lex_fire import report as report_lib
@@ -40,7 +38,6 @@ OF_ROPE = {
   'dynamic_ntk': 'dynamic_ntk:train_length=256',
   'yarn': 'yarn:scale=16,train_length=256',
 }
-SHIPPED = ('fire', 'xpos', 'alibi', 'rope')
 
 
 def config(name: str) -> config_lib.Config:
@@ -51,7 +48,7 @@ def config(name: str) -> config_lib.Config:
 def reports_of(name: str, runs: pathlib.Path) -> list[dict]:
   """Returns the reports of a trained run: under its own encoding and, for RoPE, those after it."""
   workdir = runs / name
-  train.train(config(name), workdir)
+  sweep.train_to_the_end(config(name), workdir)
   texts = ('as_trained', *OF_ROPE.values()) if name == 'rope' else ('as_trained',)
   request = dataclasses.replace(config(name).evaluate, lengths=LENGTHS, encodings=texts)
   asked = dataclasses.replace(config(name), evaluate=request)
@@ -82,17 +79,6 @@ def summary(reports: list[dict]) -> dict[str, dict]:
   }
 
 
-def ship(runs: pathlib.Path) -> None:
-  """Writes the weights that the package ships, from the runs' last checkpoints."""
-  for encoding in SHIPPED:
-    run = config(encoding)
-    abstract = jax.eval_shape(functools.partial(train.init, run))['params']
-    _, params = checkpoint.restore_params(runs / encoding, abstract)
-    zoo.write(zoo.WEIGHTS / f'{encoding}-tiny.npz', params)
-    path = zoo.WEIGHTS / f'{encoding}-tiny.json'
-    path.write_text(json.dumps(run.to_dict(), indent=2) + '\n')
-
-
 def main() -> None:
   """The command."""
   runs = pathlib.Path(flags.FLAGS.runs)
@@ -101,12 +87,9 @@ def main() -> None:
   evaluate.write(reports, HERE, 'zoo')
   numbers = {'lengths': [LENGTHS[0], LENGTHS[-1]], 'encodings': summary(reports)}
   (HERE / 'summary.json').write_text(json.dumps(numbers, indent=2) + '\n')
-  if flags.FLAGS.ship:
-    ship(runs)
   print(report_lib.table(reports))
 
 
 if __name__ == '__main__':
   flags.DEFINE_string('runs', 'runs/zoo', 'where the runs are kept')
-  flags.DEFINE_bool('ship', False, 'also write the weights that the package ships')
   cli.run(main)
