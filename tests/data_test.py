@@ -273,10 +273,14 @@ def test_text_bytes_of_bytes_are_the_tokens_without_eos(text_files):
   ('name', 'content', 'message'),
   [
     ('a.txt', b'', "a.txt' is empty"),
-    ('a.txt.gz', gzip.compress(b''), "a.txt.gz' is empty"),
+    ('a.txt.gz', gzip.compress(b'', mtime=0), "a.txt.gz' is empty"),
     ('a.txt', b'ab\xff', "a.txt' is not UTF-8 at byte 2"),
     ('a.txt.gz', b'plain', "a.txt.gz' is not a whole .gz file: Not a gzipped file"),
-    ('a.txt.gz', gzip.compress(b'text')[:-9], "a.txt.gz' is not a whole .gz file: Compressed"),
+    (
+      'a.txt.gz',
+      gzip.compress(b'text', mtime=0)[:-9],
+      "a.txt.gz' is not a whole .gz file: Compressed",
+    ),
   ],
 )
 def test_a_file_that_is_no_text_is_refused_by_name(tmp_path, name, content, message):
