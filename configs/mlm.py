@@ -24,24 +24,15 @@ LENGTHS = (256, 512, 1024, 2048, 4096)  # evaluated [tokens]
 def get_config(arg: str = '') -> config_dict.ConfigDict:
   """Returns the config of the quickstart's model as an encoder."""
   encoding = config.parse_arg(arg, encoding='fire')['encoding']
-  options = presets.reaching(encoding, max(LENGTHS))
-  if not encodings.get(encoding).bidirectional:  # T5, unless it is asked for
-    options['bidirectional'] = True
+  # T5 is not, unless it is asked for.
+  options = {} if encodings.get(encoding).bidirectional else {'bidirectional': True}
   return config_dict.ConfigDict(
-    presets.make(
-      'tiny',
+    presets.laptop(
       encoding,
+      LENGTHS,
       encoding=options,
-      model={
-        'activation': 'swiglu',
-        'd_ff': 344,
-        'norm': 'rmsnorm',
-        'causal': False,
-        'vocab_size': vocabularies.BYTES.size + 1,  # and the mask
-      },
-      data={'length': 256, 'batch_size': 8},
-      optimizer={'learning_rate': 4e-3, 'warmup_steps': 40, 'encoding_rate': 10.0},
-      train={'steps': 400, 'log_every': 20, 'checkpoint_every': 200},
-      evaluate={'lengths': LENGTHS, 'max_tokens': 65_536},
+      model={'causal': False, 'vocab_size': vocabularies.BYTES.size + 1},  # and the mask
+      optimizer={'learning_rate': 4e-3, 'warmup_steps': 40},
+      train={'steps': 400, 'checkpoint_every': 200},
     )
   )

@@ -19,14 +19,10 @@ def get_config(arg: str = '') -> config_dict.ConfigDict:
   """Returns the config of the quickstart."""
   encoding = config.parse_arg(arg, encoding='fire')['encoding']
   return config_dict.ConfigDict(
-    presets.make(
-      'tiny',
+    presets.laptop(
       encoding,
-      encoding=presets.reaching(encoding, max(LENGTHS)),
-      model={'activation': 'swiglu', 'd_ff': 344, 'norm': 'rmsnorm'},
-      data={'length': 256, 'batch_size': 8},
-      optimizer={'learning_rate': 4e-3, 'warmup_steps': 40, 'encoding_rate': 10.0},
-      train={'steps': 400, 'log_every': 20, 'checkpoint_every': 200},
-      evaluate={'lengths': LENGTHS, 'max_tokens': 65_536},
+      LENGTHS,
+      optimizer={'learning_rate': 4e-3, 'warmup_steps': 40},
+      train={'steps': 400, 'checkpoint_every': 200},
     )
   )

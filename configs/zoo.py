@@ -19,14 +19,10 @@ def get_config(arg: str = '') -> config_dict.ConfigDict:
   """Returns the config of a model that ships."""
   encoding = config.parse_arg(arg, encoding='fire')['encoding']
   return config_dict.ConfigDict(
-    presets.make(
-      'tiny',
+    presets.laptop(
       encoding,
-      encoding=presets.reaching(encoding, max(LENGTHS)),
-      model={'activation': 'swiglu', 'd_ff': 344, 'norm': 'rmsnorm'},
-      data={'length': min(LENGTHS), 'batch_size': 8},
-      optimizer={'learning_rate': 2e-3, 'warmup_steps': 100, 'encoding_rate': 10.0},
-      train={'steps': 1500, 'log_every': 20, 'checkpoint_every': 500},
-      evaluate={'lengths': LENGTHS, 'max_tokens': 65_536},
+      LENGTHS,
+      optimizer={'learning_rate': 2e-3, 'warmup_steps': 100},
+      train={'steps': 1500, 'checkpoint_every': 500},
     )
   )

@@ -108,6 +108,11 @@ class Variant(NamedTuple):
   options: Mapping[str, Any] = {}
   after: Mapping[str, str] = {}
 
+  @property
+  def texts(self) -> tuple[str, ...]:
+    """What is evaluated of the run: its own encoding, and those that take its place."""
+    return (config_lib.AS_TRAINED, *self.after.values())
+
 
 Variants = dict[str, Variant]  # by name
 
@@ -147,27 +152,50 @@ def measure(
   """Trains a run, or goes on with it, and yields what is kept of each of its evaluations."""
   run = config(scale, of, variant, seed)
   train_to_the_end(run, workdir)
-  names = {None: name} | {text: other for other, text in variant.after.items()}
   for protocol in of.protocols:
-    texts = (config_lib.AS_TRAINED, *variant.after.values())
-    request = dataclasses.replace(run.evaluate, protocol=protocol, encodings=texts)
+    request = dataclasses.replace(run.evaluate, protocol=protocol, encodings=variant.texts)
     asked = dataclasses.replace(run, evaluate=request)
-    progress = command.Progress(len(MASKS) * len(texts), documents.windows(asked))
+    progress = command.Progress(len(MASKS) * len(variant.texts), documents.windows(asked))
     for report in evaluate.evaluate(workdir, request, progress):
-      yield {
-        'variant': names[report['encoding_override']],
-        'seed': seed,
-        'protocol': protocol,
-        'mask': report['mask'],
-        'train_length': report['train_length'],
-        'lengths': [
-          {field: row[field] for field in sweep_results.FIELDS} for row in report['lengths']
-        ],
-      }
+      lengths = [{field: row[field] for field in sweep_results.FIELDS} for row in report['lengths']]
+      yield line(name, variant, seed, protocol, report, lengths)
+
+
+def line(
+  name: str,
+  variant: Variant,
+  seed: int,
+  protocol: str,
+  report: Mapping[str, Any],
+  lengths: list[dict[str, Any]],
+) -> sweep_results.Line:
+  """Returns what is kept of a report, of a run or of what takes its encoding's place.
+
+  Args:
+    name: of the run's variant.
+    variant: the run's.
+    seed: of the run.
+    protocol: by which it was evaluated.
+    report: says under which encoding and mask.
+    lengths: what was measured at each length.
+  """
+  names = dict(zip(variant.texts, (name, *variant.after), strict=True))
+  return {
+    'variant': names[report['encoding_override'] or config_lib.AS_TRAINED],
+    'seed': seed,
+    'protocol': protocol,
+    'mask': report['mask'],
+    'train_length': report['train_length'],
+    'lengths': lengths,
+  }
 
 
 def left(
-  of: Corpus, variants: Variants, seeds: Sequence[int], lines: Sequence[sweep_results.Line]
+  variants: Variants,
+  seeds: Sequence[int],
+  protocols: Sequence[str],
+  masks: Sequence[str],
+  lines: Sequence[sweep_results.Line],
 ) -> list[tuple[str, int]]:
   """Returns the runs, (name, seed), whose lines are not all there, seed by seed."""
   found = {(line['variant'], line['seed'], line['protocol'], line['mask']) for line in lines}
@@ -175,7 +203,7 @@ def left(
     (name, seed)
     for seed, name in itertools.product(seeds, variants)
     if not found.issuperset(
-      itertools.product([name, *variants[name].after], [seed], of.protocols, MASKS)
+      itertools.product([name, *variants[name].after], [seed], protocols, masks)
     )
   ]
 
@@ -198,7 +226,8 @@ def run(
     path: of the lines, to which those of a run are added when it is done.
     runs: where the runs are kept.
   """
-  todo = left(of, variants, seeds, sweep_results.read(path) if path.exists() else [])
+  lines = sweep_results.read(path) if path.exists() else []
+  todo = left(variants, seeds, of.protocols, MASKS, lines)
 
   def measured(name: str, seed: int) -> Iterator[sweep_results.Line]:
     return measure(scale, of, name, variants[name], seed, runs / f'{name}-{seed}')

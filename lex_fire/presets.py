@@ -7,6 +7,7 @@ say of the model; FIRE's betas; LeX's steps, width of the MLP, pieces (T5's) and
 learning rate falls by a polynomial.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 from lex_fire import config, encodings, errors
@@ -126,3 +127,28 @@ def reaching(encoding_name: str, longest: int) -> dict[str, Any]:
   threshold = {'threshold': float(longest)}
   options = {'fire': threshold, 'fire_s': threshold, 'learned': {'max_length': longest}}
   return dict(options.get(encoding_name, {}))
+
+
+def laptop(
+  encoding_name: str, lengths: Sequence[int], **sections: dict[str, Any]
+) -> dict[str, Any]:
+  """Returns the config of a language model that a laptop trains in minutes, as nested dicts.
+
+  Args:
+    encoding_name: a key of encodings.ENCODINGS.
+    lengths: to evaluate, the least of them that of training [tokens].
+    **sections: changes, as for `make`.
+
+  Raises:
+    errors.UserError: as `make` does.
+  """
+  common: dict[str, dict[str, Any]] = {
+    'encoding': reaching(encoding_name, max(lengths)),
+    'model': {'activation': 'swiglu', 'd_ff': 344, 'norm': 'rmsnorm'},
+    'data': {'length': min(lengths), 'batch_size': 8},
+    'optimizer': {'encoding_rate': 10.0},
+    'train': {'log_every': 20},
+    'evaluate': {'lengths': tuple(lengths), 'max_tokens': 65_536},
+  }
+  changed = {section: fields | sections.pop(section, {}) for section, fields in common.items()}
+  return make('tiny', encoding_name, **changed, **sections)

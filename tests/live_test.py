@@ -11,7 +11,7 @@ import pytest
 import seqio
 import tensorflow as tf
 import tiny
-from language_test import TEXTS, c4_directory  # noqa: F401
+from language_test import TEXTS, c4_directory  # noqa: F401  (a fixture: pytest finds it by name)
 
 from lex_fire import checkpoint, errors, train
 from lex_fire.data import flow, live, reading, stream, tasks
@@ -34,7 +34,7 @@ def in_order(monkeypatch):
 
 
 @pytest.fixture
-def c4(c4_directory):  # noqa: F811
+def c4(c4_directory):  # noqa: F811  (that fixture, as pytest gives it)
   return tasks.get_task(Spec('c4', tfds_directory=c4_directory))
 
 

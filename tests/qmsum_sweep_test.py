@@ -109,15 +109,6 @@ def test_what_a_directory_lacks_is_named(data_dir, tmp_path):
   )
 
 
-def test_runs_that_lack_a_line_are_left_seed_by_seed():
-  variants = {'plain': sweep.Variant('nope'), **TURNED}
-  lines = [line(variant, 0, {64: 1.0}) for variant in ('plain', 'turned', 'ntk')]
-
-  assert qmsum.left(variants, (0,), []) == [('plain', 0), ('turned', 0)]
-  assert qmsum.left(variants, (0, 1), lines) == [('plain', 1), ('turned', 1)]
-  assert qmsum.left(variants, (0,), lines[:-1]) == [('turned', 0)]
-
-
 def test_a_run_goes_from_books_to_scores_and_nothing_that_is_done_is_repeated(
   data_dir, tmp_path, monkeypatch, capsys
 ):

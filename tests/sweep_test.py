@@ -67,9 +67,12 @@ def test_runs_that_lack_a_line_are_left_seed_by_seed():
     for protocol in ANYWHERE.protocols
   ]
 
-  assert sweep.left(ANYWHERE, variants, (0,), []) == [('a', 0), ('b', 0)]
-  assert sweep.left(ANYWHERE, variants, (0, 1), lines) == [('a', 1), ('b', 1)]
-  assert sweep.left(ANYWHERE, variants, (0,), lines[:-1]) == [('b', 0)]
+  def left(seeds, lines):
+    return sweep.left(variants, seeds, ANYWHERE.protocols, sweep.MASKS, lines)
+
+  assert left((0,), []) == [('a', 0), ('b', 0)]
+  assert left((0, 1), lines) == [('a', 1), ('b', 1)]
+  assert left((0,), lines[:-1]) == [('b', 0)]
 
 
 def test_a_directory_without_books_is_named(tmp_path):

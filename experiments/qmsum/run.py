@@ -11,7 +11,6 @@ alone, these lines become a table and a plot.
 """
 
 import dataclasses
-import itertools
 import pathlib
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
@@ -173,40 +172,19 @@ def measure(
   sweep.train_to_the_end(first_config(recipe, data, variant, seed), first)
   config = finetuning_config(recipe, data, first, seed)
   sweep.train_to_the_end(config, workdir)
-  names = {None: name} | {text: other for other, text in variant.after.items()}
-  texts = (config_lib.AS_TRAINED, *variant.after.values())
-  request = dataclasses.replace(config.evaluate, lengths=recipe.lengths, encodings=texts)
+  request = dataclasses.replace(config.evaluate, lengths=recipe.lengths, encodings=variant.texts)
   (plan,) = benchmark.plan([workdir], asking.Asked((TASK,), max_examples=recipe.questions), request)
   expected = [prompt for of_length in plan.questions for prompt in of_length.prompts]
   progress = benchmark_command.Progress(expected * len(plan.cases))
   for report in benchmark.run(plan, runs / 'answers' / run, progress):
-    yield {
-      'variant': names[report['encoding_override']],
-      'seed': seed,
-      'protocol': TASK,
-      'mask': report['mask'],
-      'train_length': report['train_length'],
-      'lengths': [
-        {
-          'length': entry['length'],
-          **{field: entry[field] for field in ('questions', 'questions_cut', 'tokens_cut')},
-          **{score: entry['scores'][score] for score in SCORES},
-        }
-        for entry in report['tasks']
-      ],
-    }
-
-
-def left(
-  variants: sweep.Variants, seeds: Sequence[int], lines: Sequence[sweep_results.Line]
-) -> list[tuple[str, int]]:
-  """Returns the runs, (name, seed), whose lines are not all there, seed by seed."""
-  found = {(line['variant'], line['seed']) for line in lines}
-  return [
-    (name, seed)
-    for seed, name in itertools.product(seeds, variants)
-    if not found.issuperset(itertools.product([name, *variants[name].after], [seed]))
-  ]
+    lengths = [
+      {
+        **{field: entry[field] for field in ('length', 'questions', 'questions_cut', 'tokens_cut')},
+        **{score: entry['scores'][score] for score in SCORES},
+      }
+      for entry in report['tasks']
+    ]
+    yield sweep.line(name, variant, seed, TASK, report, lengths)
 
 
 def run(
@@ -228,7 +206,8 @@ def run(
     runs: where vocabulary, dataset, runs and answers are kept.
   """
   data = prepare(recipe, data_dir, runs)
-  todo = left(variants, seeds, sweep_results.read(path) if path.exists() else [])
+  lines = sweep_results.read(path) if path.exists() else []
+  todo = sweep.left(variants, seeds, (TASK,), ('causal',), lines)
 
   def measured(name: str, seed: int) -> Iterator[sweep_results.Line]:
     return measure(recipe, data, name, variants[name], seed, runs)
