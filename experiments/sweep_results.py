@@ -30,20 +30,20 @@ class Measure(NamedTuple):
 
   Attributes:
     field: of a line, at each length.
-    label: of the axis on which it is drawn, with its unit.
-    lengths: of the other axis, likewise.
+    y_label: of the axis on which it is drawn, with its unit.
+    x_label: of the lengths, likewise.
     sign: 1 if less is better, -1 if more is.
-    of: a line's lengths -> what the numbers are, and of how much.
+    describe: a line's lengths -> what the numbers are, and of how much.
   """
 
   field: str
-  label: str
-  lengths: str
+  y_label: str
+  x_label: str
   sign: int
-  of: Callable[[Sequence[dict[str, Any]]], str]
+  describe: Callable[[Sequence[dict[str, Any]]], str]
 
 
-def _of_tokens(lengths: Sequence[dict[str, Any]]) -> str:
+def _describe_losses(lengths: Sequence[dict[str, Any]]) -> str:
   counts, last = dict.fromkeys(f'{at["tokens"]:,}' for at in lengths), lengths[-1]
   return (
     f'nats per token of {", ".join(counts)} tokens, of {last["documents"]} documents at '
@@ -52,7 +52,7 @@ def _of_tokens(lengths: Sequence[dict[str, Any]]) -> str:
 
 
 _WINDOW = 'window length [tokens]'
-LOSS = Measure('nats_per_token', 'loss [nats per token]', _WINDOW, 1, _of_tokens)
+LOSS = Measure('nats_per_token', 'loss [nats per token]', _WINDOW, 1, _describe_losses)
 ROUGE = Measure(
   'rouge_geometric_mean',
   'ROUGE, geometric mean [percent]',
@@ -172,7 +172,7 @@ def cases(lines: Sequence[Line]) -> list[tuple[str, str]]:
 
 def heading(line: Line) -> str:
   """Says what the table of a protocol and mask shows, by one of its lines."""
-  what = measure([line]).of(line['lengths'])
+  what = measure([line]).describe(line['lengths'])
   return f'`{line["protocol"]}`, {line["mask"]}: {what}; mean and standard deviation over seeds'
 
 
@@ -215,9 +215,9 @@ def draw(lines: Sequence[Line], path: pathlib.Path) -> None:
     axes.set_xscale('log', base=2)
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f'{value:g}'))
     plot.mark_training(axes, {line['train_length'] for line in lines})
-    axes.set(title=f'{mask} ({protocol})', xlabel=measure(lines).lengths)
+    axes.set(title=f'{mask} ({protocol})', xlabel=measure(lines).x_label)
     axes.grid(alpha=0.3)
-  panels[0].set_ylabel(measure(lines).label)
+  panels[0].set_ylabel(measure(lines).y_label)
   figure.legend(*panels[0].get_legend_handles_labels(), loc='outside right')
   figure.savefig(path, dpi=120)
 
