@@ -1,7 +1,8 @@
 # Two commands: `make quickstart` trains, evaluates and plots; `make test` lints, checks types and tests.
 # A third, `make test-tpu`, compiles kernels and steps for TPUs, in an environment of its own, without one.
-# A fourth, `make test-beam`, prepares streams by Apache Beam, in one of its own as well.
-# A fifth, `make docs`, builds the pages of docs/ and those that they lead to, with warnings as errors, and loads nothing.
+# A fourth, `make test-cuda`, does the same for NVIDIA's H200, and a fifth, `make test-beam`, prepares streams by Apache
+# Beam, each in one of its own as well.
+# A sixth, `make docs`, builds the pages of docs/ and those that they lead to, with warnings as errors, and loads nothing.
 # `quickstart`, `test` and `docs` make .venv from PYTHON (3.11 or newer) first; another PYTHON makes it anew.
 
 PYTHON ?= python3
@@ -10,7 +11,7 @@ VERSION := $(shell $(PYTHON) -c 'import sys; print("%d.%d" % sys.version_info[:2
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet
 
-.PHONY: quickstart test test-tpu test-beam docs clean
+.PHONY: quickstart test test-tpu test-cuda test-beam docs clean
 .DELETE_ON_ERROR:
 
 quickstart: .venv/installed-$(VERSION)
@@ -28,15 +29,18 @@ test: .venv/tested-$(VERSION)
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/pyright --pythonpath $(BIN)/python
-	$(BIN)/python -m pytest -q -n auto --maxprocesses 8 --dist loadfile --durations=10
+	$(BIN)/python -m pytest -q -rs -n auto --maxprocesses 8 --dist loadfile --durations=10
 
 # Of the files that it imports, none needs what requirements.txt has besides.
 test-tpu: .venv-tpu/installed-$(VERSION)
-	JAX_PLATFORMS=cpu .venv-tpu/bin/python -m pytest -q tests/compile_tpu_test.py tests/compile_command_tpu_test.py \
+	JAX_PLATFORMS=cpu .venv-tpu/bin/python -m pytest -q -rs tests/compile_tpu_test.py tests/compile_command_tpu_test.py \
 	  tests/notebooks_test.py
 
+test-cuda: .venv-cuda/installed-$(VERSION)
+	JAX_PLATFORMS=cpu .venv-cuda/bin/python -m pytest -q -rs tests/compile_cuda_test.py
+
 test-beam: .venv-beam/installed-$(VERSION)
-	JAX_PLATFORMS=cpu .venv-beam/bin/python -m pytest -q tests/prepare_beam_test.py
+	JAX_PLATFORMS=cpu .venv-beam/bin/python -m pytest -q -rs tests/prepare_beam_test.py
 
 docs: .venv/documented-$(VERSION)
 	$(BIN)/python -m sphinx -E -W --keep-going -q -b html -c docs . docs/_build/html
@@ -46,6 +50,12 @@ docs: .venv/documented-$(VERSION)
 	$(PYTHON) -m venv --clear .venv-tpu
 	@echo 'installing the compiler for TPU into .venv-tpu (a minute)'
 	@.venv-tpu/bin/python -m pip --disable-pip-version-check install --quiet -r requirements-tpu.txt
+	@touch $@
+
+.venv-cuda/installed-$(VERSION): requirements-cuda.txt
+	$(PYTHON) -m venv --clear .venv-cuda
+	@echo "installing the compiler for NVIDIA's GPUs into .venv-cuda (a minute)"
+	@.venv-cuda/bin/python -m pip --disable-pip-version-check install --quiet -r requirements-cuda.txt
 	@touch $@
 
 .venv-beam/installed-$(VERSION): requirements.txt requirements-beam.txt
@@ -72,4 +82,4 @@ docs: .venv/documented-$(VERSION)
 	@touch $@
 
 clean:
-	rm -rf .venv .venv-tpu .venv-beam runs docs/_build
+	rm -rf .venv .venv-tpu .venv-cuda .venv-beam runs docs/_build

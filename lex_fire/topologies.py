@@ -1,7 +1,7 @@
 """Accelerators that are not here, as devices to compile for: 'v5e:16x16', 'cuda:h200x8'.
 
 Nothing can run on them. The compiler for TPU comes with requirements-tpu.txt, that for NVIDIA's
-GPUs with jax's CUDA plugin.
+GPUs with requirements-cuda.txt.
 """
 
 import contextlib
@@ -192,13 +192,25 @@ def _bytes(text: str) -> int:
   return round(float(text[:-1]) * 1024 ** ('KMGT'.index(text[-1]) + 1))
 
 
+def has_cuda_compiler() -> bool:
+  """Returns whether the compiler for NVIDIA's GPUs is installed: jax's plugin, and a ptxas.
+
+  JAX finds that of NVIDIA's wheels by itself, and else needs one on the PATH.
+  """
+  wheels = importlib.util.find_spec('nvidia')
+  folders = (wheels and wheels.submodule_search_locations) or ()
+  of_wheels = any(any(pathlib.Path(folder).glob('*/bin/ptxas')) for folder in folders)
+  has_plugin = any(map(importlib.util.find_spec, _PLUGINS))
+  return has_plugin and (of_wheels or shutil.which('ptxas') is not None)
+
+
 def _gpus(name: str, chip: str, count: int, num_slices: int) -> Topology:
   if num_slices != 1:
     raise errors.UserError(f'{num_slices=} is of TPUs; say how many GPUs by cuda:{chip}xCOUNT')
-  if not any(map(importlib.util.find_spec, _PLUGINS)) or shutil.which('ptxas') is None:
+  if not has_cuda_compiler():
     raise errors.UserError(
-      f"topology={name!r} needs jax's CUDA plugin and the ptxas of a CUDA toolkit on the PATH, and "
-      'one of them is not here: pip install "jax[cuda13]", in an environment of its own'
+      f"topology={name!r} needs jax's CUDA plugin and a CUDA toolkit's ptxas, and one of them is "
+      'not here: pip install -r requirements-cuda.txt, in an environment of its own'
     )
   target = (TARGETS / f'{chip}.txtpb').read_text(encoding='utf-8')
   with lazy.quiet_stderr():

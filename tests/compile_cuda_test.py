@@ -1,0 +1,116 @@
+"""Kernels and steps compile for NVIDIA's H200, without one: `make test-cuda`."""
+
+import json
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from lex_fire import encodings, kernels, topologies
+from lex_fire.kernels import mosaic_gpu
+
+if not topologies.has_cuda_compiler():
+  pytest.skip("needs the compiler for NVIDIA's GPUs: make test-cuda", allow_module_level=True)
+
+NUM_HEADS, NUM_KV_HEADS = 2, 1
+GIB = 2**30
+
+
+def compiled_gradients(name, channels, length, options, mask):
+  """Compiles attention with its gradients; returns it, and the bytes of what it is given."""
+  encoding = encodings.get(name, **options)._replace(rotate=None)
+  topology = topologies.find('cuda:h200x1')
+  sharding = jax.sharding.SingleDeviceSharding(topology.devices[0])
+
+  def struct(shape, dtype):
+    return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
+
+  def gradients(params, arrays, position_BL, segment_BL, d_out_BQHC):
+    def attend(params, arrays):
+      return mosaic_gpu.attention(
+        *arrays,
+        encoding=encoding,
+        params=params,
+        query_position_BQ=position_BL,
+        key_position_BK=position_BL,
+        query_segment_BQ=segment_BL,
+        key_segment_BK=segment_BL,
+        mask=mask,
+      )
+
+    return jax.vjp(attend, params, arrays)[1](d_out_BQHC)
+
+  size = {'num_heads': NUM_HEADS, 'head_dim': channels, 'd_model': NUM_HEADS * channels}
+  params = jax.eval_shape(lambda: encoding.init(jax.random.key(0), **size))
+  params = jax.tree.map(lambda leaf: struct(leaf.shape, leaf.dtype), params)
+  heads = NUM_HEADS, NUM_KV_HEADS, NUM_KV_HEADS
+  arrays = [struct((1, length, n, channels), jnp.bfloat16) for n in heads]
+  integers = struct((1, length), jnp.int32)
+  lowered = jax.jit(gradients).lower(params, arrays, integers, integers, arrays[0])
+  return lowered.compile(dict(topology.options)), sum(x.size * 2 for x in arrays)
+
+
+@pytest.mark.parametrize(
+  ('name', 'channels', 'length', 'options', 'mask'),
+  [
+    ('nope', 64, 131_072, {}, {}),
+    ('fire', 64, 2048, {}, {}),
+    ('fire', 64, 131_072, {}, {}),
+    ('fire', 128, 131_072, {}, {'block': 1024}),
+    ('fire', 256, 32_768, {}, {'window': 4096}),
+    ('fire', 128, 8192, {'hidden_layers': 2, 'width': 32}, {'causal': False}),
+    ('fire_s', 64, 32_768, {}, {}),
+    ('t5', 128, 32_768, {}, {}),
+    ('alibi', 64, 32_768, {}, {}),
+    ('kerple_log', 256, 32_768, {}, {}),
+    ('kerple_power', 128, 32_768, {}, {}),
+  ],
+)
+def test_attention_compiles_with_little_memory(name, channels, length, options, mask):
+  compiled, given = compiled_gradients(name, channels, length, options, kernels.Mask(**mask))
+
+  # The logits of one head alone would take 64 GiB at 131,072 tokens, where the plan of its tiles,
+  # an integer each, takes 8 MiB.
+  assert compiled.memory_analysis().temp_size_in_bytes < 1.1 * given
+
+
+def report_of(directory, *flags):
+  output = directory / 'report.json'
+  command = [sys.executable, '-m', 'lex_fire.compile', f'--output={output}', *flags]
+  done = subprocess.run(command, capture_output=True, text=True)
+  return done.returncode, json.loads(output.read_text()), done.stderr
+
+
+def test_a_preset_of_eight_gpus_compiles_for_them(tmp_path):
+  status, report, stderr = report_of(
+    tmp_path,
+    '--config=configs/c4.py:size=base,encoding=fire,mesh=8-gpus',
+    '--topology=cuda:h200x8',
+    '--config.evaluate.lengths=(32768,)',
+  )
+
+  assert (status, stderr) == (0, '')
+  assert (report['chips'], report['kind'], report['mesh']['fsdp']) == (8, 'NVIDIA H200', 8)
+  step, evaluation = report['programs']
+  assert step['messages']['reduce-scatter']['bytes'] > 0
+  assert report['parameters'] * 4 / 8 < step['bytes']['parameters'] < report['parameters'] * 4 / 4
+  assert evaluation['attention']['implementation'] == 'chunked'
+  assert evaluation['bytes']['total'] < 4 * GIB
+
+
+def test_what_one_gpu_cannot_hold_ends_with_3_and_says_by_how_much(tmp_path):
+  status, report, stderr = report_of(
+    tmp_path,
+    '--config=configs/text.py:size=tiny,encoding=fire',
+    '--topology=cuda:h200x1',
+    '--config.model.d_ff=16777216',
+    '--config.model.scan_layers=True',
+    '--config.evaluate.lengths=(512,)',
+  )
+
+  excess = report['programs'][0]['excess_bytes'] / GIB
+  assert status == 3
+  assert excess > 0
+  assert f'{excess:.2f} more than the 105.75 that a program may have of a NVIDIA H200' in stderr
