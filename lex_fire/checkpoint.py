@@ -235,11 +235,11 @@ def claim_workdir(workdir: pathlib.Path, config: config_lib.Config) -> None:
   if not path.exists():
     try:
       workdir.mkdir(parents=True, exist_ok=True)
-      _write_json(path, config.to_dict())
     except OSError as error:
       raise errors.UserError(
         f'cannot write workdir {str(workdir)!r}: {error.strerror or error}; use another --workdir'
       ) from error
+    _write_json(path, config.to_dict())
     return
   there, asked = (flat(c) for c in (read_config(workdir), config))
   keys = (key for key in {**there, **asked} if not key.startswith('mesh.'))
@@ -302,9 +302,19 @@ def claim_data(workdir: pathlib.Path, hashes: dict[str, str]) -> None:
 
 
 def _write_json(path: pathlib.Path, values: dict[str, Any]) -> None:
-  """Writes a file whole or not at all, by the first process."""
+  """Writes a file whole or not at all, by the first process.
+
+  Raises:
+    errors.UserError: if it cannot be written.
+  """
   if jax.process_index() == 0:
-    storage.write(path, json.dumps(values, indent=2) + '\n')
+    try:
+      storage.write(path, json.dumps(values, indent=2) + '\n')
+    except OSError as error:
+      raise errors.UserError(
+        f'cannot write {str(path)!r}: {error.strerror or error}; make room, or use another '
+        '--workdir'
+      ) from error
 
 
 def read_config(workdir: pathlib.Path) -> config_lib.Config:

@@ -1,14 +1,16 @@
 """What a run reports: numbers by step in metrics.jsonl and TensorBoard, and a line with the ETA."""
 
+import contextlib
 import json
 import math
 import pathlib
 import time
+from collections.abc import Iterator
 
 import jax
 
 from lex_fire import config as config_lib
-from lex_fire import storage
+from lex_fire import errors, events, storage
 
 # Peak of dense bfloat16 products a chip [FLOP/s], from the vendors' data sheets; by JAX's
 # device_kind.
@@ -47,6 +49,7 @@ def utilization(flops_per_second: float) -> float | None:
 
 
 _BUCKET_SECONDS = 30.0  # between uploads of metrics.jsonl
+_EVENTS_SECONDS = 30.0  # between writes of TensorBoard's events, which wait for the disk
 
 
 class Writer:
@@ -56,15 +59,28 @@ class Writer:
   """
 
   def __init__(self, workdir: pathlib.Path, first_step: int):
-    """Opens the logs of a run whose next step is `first_step`, counted from 0."""
+    """Opens the logs of a run whose next step is `first_step`, counted from 0.
+
+    Raises:
+      errors.UserError: if they cannot be written, as on a full disk; so do all the others.
+    """
     self._path = workdir / 'metrics.jsonl'
-    self._unwritten, self._wrote = '', -math.inf
+    self._unwritten, self._wrote, self._flushed = '', -math.inf, -math.inf
     self._active = jax.process_index() == 0
     if self._active:
-      from tensorboardX import SummaryWriter
+      with self._writing():
+        _truncate(self._path, first_step)
+        self._events = events.Events(workdir, first_step + 1)
 
-      _truncate(self._path, first_step)
-      self._tensorboard = SummaryWriter(str(workdir), purge_step=first_step + 1)
+  @contextlib.contextmanager
+  def _writing(self) -> Iterator[None]:
+    try:
+      yield
+    except OSError as error:
+      raise errors.UserError(
+        f'metrics cannot be written into {str(self._path.parent)!r}: {error.strerror or error}; '
+        'make room, and run the same command again, which goes on from the last checkpoint'
+      ) from error
 
   def write(self, step: int, values: dict[str, float]) -> None:
     """Writes the values after `step` steps."""
@@ -75,20 +91,25 @@ class Writer:
     pause = _BUCKET_SECONDS if storage.is_bucket(self._path) else 0.0
     if time.monotonic() - self._wrote >= pause:
       self.flush()
-    for name, value in values.items():
-      self._tensorboard.add_scalar(name, value, step)
+    with self._writing():
+      self._events.write(step, values)
+      if time.monotonic() - self._flushed >= _EVENTS_SECONDS:
+        self._events.flush()
+        self._flushed = time.monotonic()
 
   def flush(self) -> None:
     """Writes the lines that are not in the file yet."""
     if self._unwritten:
-      storage.append(self._path, self._unwritten)
+      with self._writing():
+        storage.append(self._path, self._unwritten)
       self._unwritten, self._wrote = '', time.monotonic()
 
   def close(self) -> None:
     """Writes out what is buffered."""
     self.flush()
     if self._active:
-      self._tensorboard.close()
+      with self._writing():
+        self._events.close()
 
 
 def _truncate(path: pathlib.Path, last_step: int) -> None:

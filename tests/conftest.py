@@ -111,7 +111,7 @@ _held: dict[tuple[str, str], bool] = {}  # (law, encoding): whether all its case
 
 def pytest_addoption(parser):
   parser.addoption('--laws', action='store_true', help='print the laws that each encoding holds')
-  parser.addoption('--kills', type=int, default=2, help='how often faults_test.py kills a run')
+  parser.addoption('--faults', type=int, default=4, help='that faults_test.py gives a run')
 
 
 def pytest_runtest_logreport(report):

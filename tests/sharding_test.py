@@ -5,6 +5,8 @@ Eight virtual CPU devices, which conftest.py asks for, stand for the accelerator
 
 import dataclasses
 import functools
+import itertools
+import math
 import re
 
 import jax
@@ -67,10 +69,16 @@ def make_mesh(replica, fsdp, sequence=1, tensor=1):
 
 
 @functools.cache
-def first_state(name):
+def first_state(name, **shape):
   """Returns a run's first state on one device, as numpy arrays that no step can donate."""
-  state = jax.jit(functools.partial(train.init, run_config(name)))()
+  state = jax.jit(functools.partial(train.init, run_config(name, **shape)))()
   return jax.tree.map(np.asarray, state)
+
+
+def put(state, program):
+  return jax.tree.map(
+    lambda x, abstract: jax.device_put(x, abstract.sharding), state, program.abstract_state
+  )
 
 
 @functools.cache
@@ -79,11 +87,7 @@ def one_step(name, sizes):
   mesh = make_mesh(*sizes)
   program = train.Program(run_config(name, accumulation=RUNS[name]), mesh)
   with jax.set_mesh(mesh):
-    state = jax.tree.map(
-      lambda x, abstract: jax.device_put(x, abstract.sharding),
-      first_state(name),
-      program.abstract_state,
-    )
+    state = put(first_state(name), program)
     return program.step(state, program.put(make_batch(packed=name == 'rope')))
 
 
@@ -246,6 +250,49 @@ def test_a_step_on_a_mesh_is_the_step_on_one_device(name, sizes):
     lambda leaf, first: np.abs(leaf - first).max(), state['params'], first_state(name)['params']
   )
   assert moved['embedding_VD'] > 1e-3
+
+
+EVERY_SPLIT = sorted(
+  sizes for sizes in itertools.product((1, 2, 4, 8), repeat=4) if math.prod(sizes) == 8
+)
+
+
+def gradients(name, sizes):
+  """Returns {path: array} of loss, weight and gradients of a packed batch and eight heads."""
+  shape = {'num_heads': 8, 'num_kv_heads': 8}
+  config, mesh = run_config(name, **shape), make_mesh(*sizes)
+  program = train.Program(config, mesh)
+  compute = jax.jit(functools.partial(train.gradient_sums, config))
+  with jax.set_mesh(mesh):
+    state = put(first_state(name, **shape), program)
+    sums = compute(state['params'], program.put(make_batch(packed=True)))
+  return {path: np.asarray(leaf) for path, leaf in named_leaves(sums)}
+
+
+@functools.cache
+def gradients_of_one(name):
+  return gradients(name, ONE)
+
+
+@pytest.mark.parametrize(
+  'sizes', EVERY_SPLIT, ids='replica={0[0]} fsdp={0[1]} sequence={0[2]} tensor={0[3]}'.format
+)
+@pytest.mark.parametrize('name', ['fire', 'xpos'])
+def test_every_split_of_eight_devices_gives_the_loss_and_gradients_of_one(name, sizes):
+  """To 1e-5 of the largest of a module, for some cancel: biases of FIRE that shift all logits."""
+  expected, found = gradients_of_one(name), gradients(name, sizes)
+
+  scales: dict[str, float] = {}
+  for path, of_one in expected.items():
+    module = path.rpartition('/')[0] or path
+    scales[module] = max(scales.get(module, 0.0), np.abs(of_one).max())
+  differ = {
+    path: np.abs(found[path] - of_one).max() / scales[path.rpartition('/')[0] or path]
+    for path, of_one in expected.items()
+  }
+  worst = max(differ, key=differ.__getitem__)
+  print(f'{name} {sizes}: {differ[worst]:.1e} ({worst})')  # the matrix, by `pytest -s`
+  assert differ[worst] < 1e-5, worst
 
 
 def test_a_run_starts_from_the_same_state_on_any_mesh():
