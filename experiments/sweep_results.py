@@ -13,7 +13,8 @@ import textwrap
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
-from lex_fire import cli, errors, plot, published
+from experiments import sweep_plot
+from lex_fire import cli, errors, published
 
 HERE = pathlib.Path(__file__).parent
 FIELDS = ('length', 'tokens', 'documents', 'nats_per_token')  # of a line of losses, at each length
@@ -34,6 +35,7 @@ class Measure(NamedTuple):
     x_label: of the lengths, likewise.
     sign: 1 if less is better, -1 if more is.
     describe: a line's lengths -> what the numbers are, and of how much.
+    near: how far from the best is drawn enlarged; infinite: nothing is.
   """
 
   field: str
@@ -41,6 +43,7 @@ class Measure(NamedTuple):
   x_label: str
   sign: int
   describe: Callable[[Sequence[dict[str, Any]]], str]
+  near: float = math.inf
 
 
 def _describe_losses(lengths: Sequence[dict[str, Any]]) -> str:
@@ -52,7 +55,7 @@ def _describe_losses(lengths: Sequence[dict[str, Any]]) -> str:
 
 
 _WINDOW = 'window length [tokens]'
-LOSS = Measure('nats_per_token', 'loss [nats per token]', _WINDOW, 1, _describe_losses)
+LOSS = Measure('nats_per_token', 'loss [nats per token]', _WINDOW, 1, _describe_losses, 0.3)
 ROUGE = Measure(
   'rouge_geometric_mean',
   'ROUGE, geometric mean [percent]',
@@ -96,6 +99,12 @@ class Row(NamedTuple):
     """Returns both as text."""
     spread = f' +-{self.deviation(length):.3f}' if self.seeds > 1 else ''
     return f'{self.mean(length):.3f}{spread}'
+
+  def curve(self) -> sweep_plot.Curve:
+    """Returns what is drawn of it."""
+    means = {length: self.mean(length) for length in self.values}
+    deviations = {length: self.deviation(length) for length in self.values}
+    return sweep_plot.Curve(self.variant, means, deviations)
 
 
 def read(path: pathlib.Path) -> list[Line]:
@@ -189,37 +198,24 @@ def tables(lines: Sequence[Line]) -> str:
 
 def draw(lines: Sequence[Line], path: pathlib.Path) -> None:
   """Draws what is measured by length under each mask, with standard deviations over seeds."""
-  from matplotlib import colormaps
-  from matplotlib.figure import Figure
-  from matplotlib.ticker import FuncFormatter
-
-  protocol = lines[0]['protocol']
-  masks = [mask for of, mask in cases(lines) if of == protocol]
-  ranked = [row.variant for row in rows(lines, protocol, masks[0])]
-  figure = Figure(figsize=(11, 4.8), layout='constrained')
-  panels = figure.subplots(1, len(masks), sharey=True, squeeze=False)[0]
-  for axes, mask in zip(panels, masks, strict=True):
-    for row in rows(lines, protocol, mask):
-      place = ranked.index(row.variant)
-      axes.errorbar(
-        sorted(row.values),
-        [row.mean(length) for length in sorted(row.values)],
-        yerr=[row.deviation(length) for length in sorted(row.values)],
-        color=colormaps['turbo'](place / len(ranked)),
-        marker='osD^v'[place % 5],
-        linewidth=3 if row.variant == 'fire' else 1.3,
-        markersize=4,
-        capsize=3,
-        label=row.variant,
-      )
-    axes.set_xscale('log', base=2)
-    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f'{value:g}'))
-    plot.mark_training(axes, {line['train_length'] for line in lines})
-    axes.set(title=f'{mask} ({protocol})', xlabel=measure(lines).x_label)
-    axes.grid(alpha=0.3)
-  panels[0].set_ylabel(measure(lines).y_label)
-  figure.legend(*panels[0].get_legend_handles_labels(), loc='outside right')
-  figure.savefig(path, dpi=120)
+  of, protocol = measure(lines), lines[0]['protocol']
+  panels = {
+    f'{mask} ({protocol})': [row.curve() for row in rows(lines, protocol, mask)]
+    for each, mask in cases(lines)
+    if each == protocol
+  }
+  seeds, longest = len({line['seed'] for line in lines}), lines[0]['lengths'][-1]['length']
+  over = 'one seed' if seeds == 1 else f'mean and standard deviation over {seeds} seeds'
+  better = 'less' if of.sign > 0 else 'more'
+  sweep_plot.draw(
+    panels,
+    path,
+    title=f'{over}; beside each name the mean at {longest:,}; {better} is better',
+    x_label=of.x_label,
+    y_label=of.y_label,
+    trained={line['train_length'] for line in lines},
+    near=of.near,
+  )
 
 
 def write(path: pathlib.Path) -> str:

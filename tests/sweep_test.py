@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 import tiny
 from absl import flags
+from matplotlib import figure
 
-from experiments import sweep, sweep_results
+from experiments import sweep, sweep_plot, sweep_results
 from lex_fire import encodings, errors, published, train
 
 ROOT = pathlib.Path(sweep.__file__).parent
@@ -168,6 +169,60 @@ def test_a_ranking_stands_beside_the_published_one():
   places = published.ranking('lex', 4096, 'causal')
   assert f': {published.in_words(places)}; ' in of_lex
   assert of_lex.endswith('Of 3 pairs of known order 1 are in it here.')
+
+
+def curve(name, means, deviation=math.nan):
+  return sweep_plot.Curve(name, means, dict.fromkeys(means, deviation))
+
+
+def test_what_ends_near_the_best_is_enlarged_if_something_else_sets_the_scale():
+  near = [curve('best', {32: 1.5, 64: 1.0}, 0.25), curve('near', {32: 1.125, 64: 1.25})]
+  far = [*near, curve('far', {32: 1.0, 64: 2.0}), curve('farther', {32: 1.0, 64: 3.0})]
+
+  low, high = sweep_plot.enlarged({'causal': near, 'blockwise': far}, 0.5)
+
+  held = 0.75, 1.75  # of the best alone, with its deviations
+  assert held[0] - 0.1 < low < held[0] and held[1] < high < held[1] + 0.1
+  assert sweep_plot.enlarged({'causal': far}, 1.0) is None
+  assert sweep_plot.enlarged({'causal': far}, math.inf) is None
+
+
+@pytest.mark.parametrize('seed', range(4))
+def test_names_are_moved_apart_as_little_as_can_be(seed):
+  """No others that are far enough apart are nearer, by squares, to where they should be."""
+  rng = np.random.default_rng(seed)
+  heights = np.sort(rng.normal(size=7))
+
+  found = np.array(sweep_plot.apart(list(heights), 0.3))
+
+  assert (np.diff(found) >= 0.3 - 1e-12).all()
+  moved = ((found - heights) ** 2).sum()
+  for scale in np.geomspace(1e-3, 1, 200):
+    other = found + scale * rng.normal(size=7)
+    if (np.diff(other) >= 0.3).all():
+      assert ((other - heights) ** 2).sum() >= moved
+  np.testing.assert_array_equal(sweep_plot.apart([1.0, 2.0, 4.0], 0.5), [1.0, 2.0, 4.0])
+
+
+def test_a_plot_names_each_curve_once_where_its_end_is_to_be_read(tmp_path, monkeypatch):
+  lines = [
+    line(name, seed, {32: 1.0 + seed / 8, 64: end}, mask)
+    for name, end in (('fire', 1.0), ('xpos', 1.25), ('rope', 3.0))
+    for seed in (0, 1)
+    for mask in sweep.MASKS
+  ]
+  figures = []
+  monkeypatch.setattr(figure.Figure, 'savefig', lambda of, *_, **__: figures.append(of))
+
+  sweep_results.draw(lines, tmp_path / 'measured.png')
+  sweep_results.draw([one for one in lines if one['variant'] != 'rope'], tmp_path / 'near.png')
+
+  names = [[[text.get_text() for text in axes.texts] for axes in of.axes] for of in figures]
+  near = ['fire 1.000', 'xpos 1.250']
+  assert names == [[['rope 3.000']] * 2 + [near] * 2, [near] * 2]
+  for axes in figures[0].axes[2:]:
+    assert axes.get_ylim()[1] < 1.5
+  assert figures[0].get_suptitle().startswith('mean and standard deviation over 2 seeds; ')
 
 
 def test_a_line_that_is_torn_is_named(tmp_path):
