@@ -13,17 +13,12 @@ import textwrap
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
-from experiments import sweep_plot
-from lex_fire import cli, errors, published
+from experiments import sweep_plot, sweep_published
+from lex_fire import cli, errors
 
 HERE = pathlib.Path(__file__).parent
 FIELDS = ('length', 'tokens', 'documents', 'nats_per_token')  # of a line of losses, at each length
 Line = dict[str, Any]  # of a run's evaluation under one mask, by one protocol
-# What is published of the variants that are encodings, by mask: (paper, run, length, mask).
-PUBLISHED = {
-  'causal': (("FIRE's paper", 'fire_base', 8192, None), ("LeX's", 'lex', 4096, 'causal')),
-  'blockwise': (("LeX's paper", 'lex', 4096, 'blockwise'),),
-}
 
 
 class Measure(NamedTuple):
@@ -97,8 +92,7 @@ class Row(NamedTuple):
 
   def text(self, length: int) -> str:
     """Returns both as text."""
-    spread = f' +-{self.deviation(length):.3f}' if self.seeds > 1 else ''
-    return f'{self.mean(length):.3f}{spread}'
+    return sweep_published.over_seeds(self.values[length])
 
   def curve(self) -> sweep_plot.Curve:
     """Returns what is drawn of it."""
@@ -157,23 +151,6 @@ def table(made: Sequence[Row]) -> str:
   return '\n'.join(lines)
 
 
-def rankings(made: Sequence[Row], mask: str) -> list[str]:
-  """Returns a sentence for each published ranking of some of the rows."""
-  measured = [row.variant for row in made]
-  sentences = []
-  for paper, run, length, of in PUBLISHED[mask]:
-    places = published.ranking(run, length, of)
-    agreeing, pairs = published.agreement(places, measured)
-    if pairs:
-      common = {variant for shared in places for variant in shared}
-      own = ', '.join(name for name in measured if name in common)
-      sentences.append(
-        f'Best first here: {own}. In {paper} at {length}: {published.in_words(places)}; in '
-        f'brackets no order is known. Of {pairs} pairs of known order {agreeing} are in it here.'
-      )
-  return sentences
-
-
 def cases(lines: Sequence[Line]) -> list[tuple[str, str]]:
   """Returns each protocol and mask of some lines, in their order."""
   return list(dict.fromkeys((line['protocol'], line['mask']) for line in lines))
@@ -192,7 +169,10 @@ def tables(lines: Sequence[Line]) -> str:
     some = next(line for line in lines if (line['protocol'], line['mask']) == (protocol, mask))
     made = rows(lines, protocol, mask)
     parts += [heading(some), textwrap.indent(table(made), '    ')]
-    parts += rankings(made, mask) if measure(lines) == LOSS else []  # what is published is of it
+    if measure(lines) == LOSS:  # what is published is of it
+      losses = {row.variant: row.values for row in made}
+      parts += sweep_published.rankings(list(losses), mask)
+      parts += sweep_published.changes(losses, some['train_length'], mask)
   return '\n\n'.join(parts) + '\n'
 
 

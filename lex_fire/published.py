@@ -112,12 +112,14 @@ class Table(NamedTuple):
     run: a key of RUNS.
     source: where they are.
     measure: what they are.
+    trained: length of training of the models [tokens].
     rows: {(encoding, mask): {length: value}}; the mask is one of kernels.mask, or UNCLEAR.
   """
 
   run: str
   source: str
   measure: str
+  trained: int
   rows: dict[tuple[str, str], dict[int, float]]
 
 
@@ -153,6 +155,7 @@ TABLES: dict[str, Table] = {
     'lex',
     'tables 2 and 5',
     'perplexity on arXiv, the first 4096 tokens of documents mostly longer than 6,000',
+    1024,
     {
       (encoding, mask): dict(zip(_LEX_LENGTHS, (*_WITHIN[encoding], *past), strict=True))
       for (encoding, mask), past in _PAST.items()
@@ -162,6 +165,7 @@ TABLES: dict[str, Table] = {
     'lex',
     'table 3',
     'attention resolution',
+    1024,
     {row: dict(zip((1024, 2048), values, strict=True)) for row, values in _RESOLUTION.items()},
   ),
 }

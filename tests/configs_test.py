@@ -117,6 +117,7 @@ def test_the_config_of_lex_shows_its_table_and_is_judged_under_its_masks():
 
   for line in published.text(table).splitlines():
     assert f'\n    {line}\n' in load('pile').__doc__
+  assert build('pile', '').data.length == table.trained
   masks = {mask for _, mask in table.rows} - {published.UNCLEAR}
   assert masks == set(build('pile', '').evaluate.masks)
 

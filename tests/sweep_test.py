@@ -4,6 +4,7 @@ import importlib
 import json
 import math
 import pathlib
+import re
 
 import numpy as np
 import pytest
@@ -11,7 +12,7 @@ import tiny
 from absl import flags
 from matplotlib import figure
 
-from experiments import sweep, sweep_plot, sweep_results
+from experiments import sweep, sweep_plot, sweep_published, sweep_results
 from lex_fire import encodings, errors, published, train
 
 ROOT = pathlib.Path(sweep.__file__).parent
@@ -163,12 +164,52 @@ def test_a_ranking_stands_beside_the_published_one():
   lines = [line(name, 0, {64: at}) for at, name in enumerate(('xpos', 'rope', 'late', 'alibi'))]
 
   made = sweep_results.rows(lines, 'same_tokens', 'causal')
-  (of_lex,) = sweep_results.rankings(made, 'causal')  # and of FIRE's no two of known order
+  # And of FIRE's no two of known order.
+  (of_lex,) = sweep_published.rankings([row.variant for row in made], 'causal')
 
   assert of_lex.startswith('Best first here: xpos, rope, alibi. ')
   places = published.ranking('lex', 4096, 'causal')
   assert f': {published.in_words(places)}; ' in of_lex
   assert of_lex.endswith('Of 3 pairs of known order 1 are in it here.')
+
+
+def test_changes_past_training_stand_beside_lexs_at_as_many_times_its_length():
+  """LeX's perplexity under xPos without blocks is 23.31, 22.56 and 28.43 at 1, 2 and 4 times 1024.
+
+  Under RoPE it is 25.52, 73.6 and 294.45, and of the sinusoids LeX does not tell the mask.
+  """
+  losses = {
+    'xpos': {32: [1.5, 2.0], 64: [1.25, 2.25], 128: [1.0, 1.5], 96: [7.0, 7.0]},
+    'rope': {32: [2.0], 64: [2.5], 128: [3.0], 256: [9.0]},
+    'sinusoidal': {32: [3.0], 64: [3.0], 128: [3.0]},
+    'fire': {32: [1.0], 64: [1.0], 128: [1.0]},
+  }
+
+  how, text = sweep_published.changes(losses, 32, 'causal')
+  _, in_blocks = sweep_published.changes({'xpos': losses['xpos']}, 32, 'blockwise')
+
+  head, *rows = (re.split(r' {2,}', line.strip()) for line in text.splitlines())
+  assert head == ['LeX 1x', 'LeX 2x', 'LeX 4x', 'here 1x', 'here 2x', 'here 4x']
+  assert 'tables 2 and 5' in how and '(1x: 1024 tokens there, 32 here)' in how
+  assert how.endswith('Of sinusoidal LeX does not tell the mask.')
+  of_name = {name: cells for name, *cells in rows}
+  assert set(of_name) == {'xpos', 'rope', 'sinusoidal'}
+  lex = [math.log(23.31), math.log(22.56 / 23.31), math.log(28.43 / 23.31)]
+  assert [float(cell) for cell in of_name['xpos'][:3]] == pytest.approx(lex, abs=5e-4)
+  # Over two seeds the sample deviation is their difference by the root of 2: 0.5, 0.5 and 0.
+  assert of_name['xpos'][3:] == ['1.750 +-0.354', '+0.000 +-0.354', '-0.500 +-0.000']
+  lex = [math.log(25.52), math.log(73.6 / 25.52), math.log(294.45 / 25.52)]
+  assert [float(cell) for cell in of_name['rope'][:3]] == pytest.approx(lex, abs=5e-4)
+  assert of_name['rope'][3:] == ['2.000', '+0.500', '+1.000']
+  blocks = re.split(r' {2,}', in_blocks.splitlines()[1].strip())
+  assert float(blocks[3]) == pytest.approx(math.log(20.73 / 23.31), abs=5e-4)
+  assert sweep_published.changes({'fire': losses['fire']}, 32, 'causal') == []
+
+
+def test_no_table_of_lex_stands_beside_lengths_that_it_does_not_have():
+  how, text = sweep_published.changes({'xpos': {32: [1.0], 48: [2.0]}}, 32, 'causal')
+
+  assert text.split() == ['LeX', '1x', 'here', '1x', 'xpos', '3.149', '1.000']
 
 
 def curve(name, means, deviation=math.nan):
