@@ -5,9 +5,13 @@ import pathlib
 import re
 import textwrap
 
+import numpy as np
+
+from experiments import sweep, sweep_published, sweep_results
 from experiments.attention_resolution import run as attention_resolution
 from experiments.attention_tpu import run as attention_tpu
 from experiments.compile_table import run as compile_table
+from experiments.length_generalization import run as length_generalization
 from lex_fire import encodings, report
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -84,6 +88,51 @@ def test_resolutions_beside_the_published_ones_are_those_that_were_measured():
 
   assert path.with_suffix('.txt').read_text() == f'{text}\n'
   assert text in (here / 'README.md').read_text()
+
+
+def test_what_length_generalization_tells_is_what_was_measured():
+  readme = (length_generalization.HERE / 'README.md').read_text()
+  lines = sweep_results.read(length_generalization.HERE / 'books_laptop.jsonl')
+
+  assert textwrap.indent(length_generalization.summary(lines), '    ') in readme
+  (trained,) = {line['train_length'] for line in lines}
+  rows = {mask: sweep_results.rows(lines, 'same_tokens', mask) for mask in sweep.MASKS}
+  for mask, made in rows.items():
+    _, table = sweep_published.changes({row.variant: row.values for row in made}, trained, mask)
+    assert table in readme
+
+
+def prose(experiment):
+  """Returns what a README says, in one line."""
+  return ' '.join((ROOT / 'experiments' / experiment / 'README.md').read_text().split())
+
+
+def test_how_much_seeds_move_a_loss_is_what_was_measured():
+  lines = sweep_results.read(length_generalization.HERE / 'books_laptop.jsonl')
+  rows = sweep_results.rows(lines, 'same_tokens', 'causal')
+  stretched = length_generalization.variants(sweep.SCALES['laptop'])['rope'].after
+
+  of = {row.variant: row.deviation(512) for row in rows}
+  fire, most = of.pop('fire'), max(of.pop(name) for name in stretched)
+
+  assert (
+    f'at 512 is {fire:.3f} for FIRE, whose three happen to agree, {min(of.values()):.3f} to '
+    f'{max(of.values()):.3f} for the others that are trained, and up to {most:.3f} for what '
+    'stretches RoPE.' in prose('length_generalization')
+  )
+
+
+def test_what_is_said_of_orders_that_seeds_leave_open_is_what_was_measured():
+  lines = sweep_results.read(length_generalization.HERE / 'books_laptop.jsonl')
+  rows = sweep_results.rows(lines, 'same_tokens', 'causal')
+  last = {row.variant: np.array(row.values[16384]) for row in rows}
+
+  over_fire = {name: last[name] - last['fire'] for name in ('kerple_log', 'fire_s')}
+
+  assert 'it is before each of them in two seeds of three' in prose('length_generalization')
+  assert all((found > 0).sum() == 2 for found in over_fire.values())
+  first, second, third = (f'{found:+.3f}' for found in over_fire['fire_s'])
+  assert f'by {first}, {second} and {third} at 16,384' in prose('fire_ablations')
 
 
 def test_the_table_of_compiled_steps_is_the_one_that_was_measured():

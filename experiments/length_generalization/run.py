@@ -8,8 +8,9 @@ training, stretched to the longest length.
 
 import functools
 import pathlib
+from collections.abc import Sequence
 
-from experiments import sweep
+from experiments import sweep, sweep_published, sweep_results
 from lex_fire import cli, encodings, presets
 
 HERE = pathlib.Path(__file__).parent
@@ -30,6 +31,35 @@ def variants(scale: sweep.Scale) -> sweep.Variants:
     for name in encodings.ENCODINGS
     if name not in of_rope
   }
+
+
+def summary(lines: Sequence[sweep_results.Line]) -> str:
+  """Returns what README's table tells of each encoding, the best at the longest length first.
+
+  Mean and standard deviation over seeds, of differences too: of the same seed.
+  """
+  causal, blocks = (
+    {row.variant: row for row in sweep_results.rows(lines, 'same_tokens', mask)}
+    for mask in sweep.MASKS
+  )
+  first, *_, last = sorted(causal['fire'].values)
+  heads = [f'at {first:,}', 'change', 'in blocks', "over FIRE's"]
+  table = [f'{"":12}' + ''.join(f'{head:>18}' for head in heads)]
+  for name, row in causal.items():
+    cells = [
+      row.text(first),
+      _difference(row.values[last], row.values[first]),
+      _difference(blocks[name].values[last], blocks[name].values[first]),
+      _difference(row.values[last], causal['fire'].values[last]),
+    ]
+    table.append(f'{name:<12}' + ''.join(f'{cell:>18}' for cell in cells))
+  return '\n'.join(table)
+
+
+def _difference(values: Sequence[float], of: Sequence[float]) -> str:
+  """Returns mean and deviation of what values are more than others, seed by seed."""
+  found = [value - other for value, other in zip(values, of, strict=True)]
+  return sweep_published.over_seeds(found, '+')
 
 
 if __name__ == '__main__':
