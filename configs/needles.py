@@ -4,6 +4,9 @@
       --workdir=runs/passkey/fire
     python -m lex_fire.evaluate --workdir=runs/passkey/fire --tasks=passkey --lengths=512,1024,2048
 
+On two cores that would take hours: experiments/needles/README.md has what came of a fifth as many
+tokens in 13 to 40 minutes.
+
 The text is the standard library's own source; --config.data.train_files and validation_files name
 other. Arguments: task (a key of lex_fire.data.needles.NEEDLES), length (of a row [tokens]),
 encoding, size (a preset), checkpoint ('' or the workdir of a run of the same model to start from).
