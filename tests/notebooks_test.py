@@ -1,7 +1,9 @@
 """Every notebook of `../experiments/notebooks` runs from top to bottom, and is kept as it ran."""
 
+import importlib.util
 import re
 import site
+import subprocess
 
 import matplotlib
 import nbformat
@@ -74,6 +76,14 @@ def test_the_folder_has_no_other_notebook_and_its_table_all():
   assert run.table(run.read_times()) in README
 
 
+def test_each_notebook_took_less_than_three_minutes():
+  """A reader waits for it; two cores with nothing else to do made the kept outputs."""
+  seconds = run.read_times()
+
+  assert set(seconds) == set(run.NOTEBOOKS)
+  assert max(seconds.values()) < 180
+
+
 @every_notebook
 def test_a_notebook_says_what_it_is_and_installs_what_is_missing(name):
   first, second = kept(name).cells[:2]
@@ -81,6 +91,27 @@ def test_a_notebook_says_what_it_is_and_installs_what_is_missing(name):
   assert first.cell_type == 'markdown' and re.match(r'# \w', first.source)
   assert re.search(r'(minute|minutes) on', first.source)
   assert "PROJECT = '../..'  # @param" in second.source
+
+
+@every_notebook
+def test_an_uploaded_notebook_says_what_to_set_where_there_is_no_copy(name, tmp_path, monkeypatch):
+  """Where it lies beside a copy, or is given a git address, pip is called instead."""
+  source = kept(name).cells[1].source
+  called = []
+  monkeypatch.setattr(importlib.util, 'find_spec', lambda name: None)
+  monkeypatch.setattr(subprocess, 'run', lambda command, check: called.append(command))
+
+  monkeypatch.chdir(tmp_path)
+  with pytest.raises(
+    FileNotFoundError, match=r"^PROJECT='\.\./\.\.' is no copy of .*; set PROJECT"
+  ):
+    exec(source, {})
+  assert not called
+  exec(source.replace("'../..'", "'git+https://host/lex_fire'"), {})
+  monkeypatch.chdir(run.HERE)
+  exec(source, {})
+
+  assert ['git+https://host/lex_fire' in called[0], '../..' in called[1]] == [True, True]
 
 
 def test_an_encoding_that_is_written_anew_takes_the_place_of_the_old_one(monkeypatch):
