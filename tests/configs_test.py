@@ -1,5 +1,6 @@
 """The files of configs/: all that a user may type builds, and published runs are as published."""
 
+import dataclasses
 import functools
 import importlib.util
 import itertools
@@ -12,7 +13,16 @@ import pytest
 from config_test import abstract_params, abstract_state, count, every_encoding, every_preset
 
 from experiments.compile_table import run as compile_table
-from lex_fire import compile_report, encodings, errors, presets, published, train
+from lex_fire import (
+  compile,
+  compile_report,
+  encodings,
+  errors,
+  presets,
+  published,
+  sharding,
+  train,
+)
 from lex_fire import config as config_lib
 from lex_fire.data import algorithms, glue, needles, scrolls
 
@@ -85,6 +95,36 @@ def test_all_that_a_user_may_type_builds_and_counts(file):
   ]
 
   assert len({build(file, arg) for arg in typed}) == len(typed)
+
+
+def alike(tree):
+  """Returns the shapes and dtypes of a tree, by its paths."""
+  leaves = jax.tree_util.tree_leaves_with_path(tree)
+  return {jax.tree_util.keystr(path): (leaf.shape, leaf.dtype) for path, leaf in leaves}
+
+
+STEPS = [(file, '') for file in ARGUMENTS] + [
+  (file, f'size={size}')
+  for file, choices in ARGUMENTS.items()
+  for size in choices.get('size', ())
+  if build(file, f'size={size}') != build(file, '')
+]
+
+
+@pytest.mark.parametrize(('file', 'arg'), STEPS)
+def test_the_training_step_of_every_file_and_size_compiles(file, arg):
+  """Each as `compile` has it, on 8 devices; in full that of the size that a file has by itself."""
+  config = build(file, arg)
+  mesh = sharding.make_mesh(**dataclasses.asdict(config.mesh))
+  step = compile.training_step(config, train.Program(config, mesh))
+
+  lowered = step.function.lower(*step.arguments)
+
+  state, values = lowered.out_info
+  assert alike(state) == alike(step.arguments[0])
+  assert values['loss'].shape == ()
+  if not arg:
+    assert lowered.compile().memory_analysis().argument_size_in_bytes > 0
 
 
 # Published runs
