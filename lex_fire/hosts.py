@@ -54,7 +54,7 @@ def join() -> None:
   if is_told:
     _disable_dumps()
     print(f'waiting for all {given["num_processes"]} processes of the run', flush=True)
-  # In Kubernetes, that JAX could be told of its own clusters; a process alone needs none.
+  # In Kubernetes, that JAX could be told of others: `_check_alone` says so where it counts.
   warnings.filterwarnings('ignore', 'Kubernetes environment detected', UserWarning)
   try:
     jax.distributed.initialize(
@@ -66,6 +66,7 @@ def join() -> None:
     # JAX has found no cluster, or has computed already, as in a notebook.
     is_alone = any(words in str(error) for words in ('coordinator_address', 'before any JAX calls'))
     if is_alone and not is_told:
+      _check_alone()
       return
     reason = ' '.join(str(error).split())[:200]
     raise errors.UserError(
@@ -75,6 +76,21 @@ def join() -> None:
   _disable_dumps()
   global _who
   _who = (jax.process_index(), jax.process_count())
+
+
+def _check_alone() -> None:
+  """Refuses to be one of several pods that each believe to be the whole run.
+
+  Kubernetes tells a pod its number in a Job of several (JOB_COMPLETION_INDEX). Of TPUs GKE tells
+  JAX all it wants besides; of GPUs JAX asks for it by a client that has to be installed.
+  """
+  number = os.environ.get('JOB_COMPLETION_INDEX')
+  if number is not None:
+    raise errors.UserError(
+      f'this is pod JOB_COMPLETION_INDEX={number} of a Job, and JAX has found no other; '
+      'pip install "jax[k8s]" and let its service account read pods, give the three flags of '
+      'hosts, or --num_processes=1 to run alone'
+    )
 
 
 def _disable_dumps() -> None:

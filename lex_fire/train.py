@@ -23,6 +23,7 @@ from lex_fire import (
   executables,
   feed,
   hosts,
+  lock,
   model,
   optimizer,
   preemption,
@@ -246,9 +247,10 @@ def train(
     The final state.
 
   Raises:
-    errors.UserError: if the workdir holds another config, the data cannot be read, the mesh does
-      not divide the batch or a parameter, the run to start from is of another model, a checkpoint
-      cannot be written, or the loss is not finite; or as executables.load does.
+    errors.UserError: if the workdir holds another config or is in use, the data cannot be read, the
+      mesh does not divide the batch or a parameter, the run to start from is of another model, a
+      checkpoint or metrics cannot be written, or the loss is not finite; or as executables.load
+      does.
   """
   workdir = storage.path(workdir)
   program, data = prepare(config, is_new=not (workdir / 'checkpoints').exists())
@@ -258,8 +260,11 @@ def train(
   checkpoint.claim_workdir(workdir, config)
   checkpoint.claim_data(workdir, data.hashes)
   hosts.wait('the workdir')
-  checkpoints = checkpoint.Checkpoints(workdir, config.train.keep_latest, config.train.keep_best)
-  with contextlib.closing(checkpoints):
+  keep = config.train.keep_latest, config.train.keep_best
+  with (
+    lock.hold(workdir),  # first: what a save has begun is swept away as checkpoints are opened
+    contextlib.closing(checkpoint.Checkpoints(workdir, *keep)) as checkpoints,
+  ):
     found = {'config': (workdir / 'config.json').exists(), 'steps': checkpoints.steps()}
     hosts.check_same(f'a workdir {str(workdir)!r}', found)
     restored = checkpoints.restore_newest(program.abstract_state, reporting.say)

@@ -21,7 +21,7 @@ import numpy as np
 import pytest
 import tiny
 
-from lex_fire import checkpoint, errors, feed, train
+from lex_fire import checkpoint, errors, feed, lock, train
 
 STEPS = 12  # of a tiny run, with a checkpoint after each fourth
 
@@ -189,6 +189,27 @@ def test_a_run_that_goes_on_on_other_meshes_has_the_same_batches_and_agrees_to_r
   for leaf, of_one in zip(*map(jax.tree.leaves, (state, fire_run[1])), strict=True):
     # Adam makes steps of a learning rate, 3e-3, also of gradients that are little but rounding.
     np.testing.assert_allclose(leaf, of_one, rtol=1e-3, atol=3e-4)
+
+
+def test_a_workdir_in_use_is_refused_and_free_again_in_the_end(corpus, fire_run):
+  workdir, expected = fire_run
+
+  with lock.hold(workdir):
+    message = f'is in use by process {os.getpid()} on .*; wait for its end, or use another'
+    with pytest.raises(errors.UserError, match=message):
+      train.train(tiny.config(corpus), workdir)
+
+  assert_equal_bits(train.train(tiny.config(corpus), workdir), expected)
+
+
+def test_a_workdir_that_cannot_be_locked_is_refused(tmp_path):
+  (tmp_path / '.lock').mkdir()
+
+  with (
+    pytest.raises(errors.UserError, match='cannot be locked: Is a directory; make room'),
+    lock.hold(tmp_path),
+  ):
+    pass
 
 
 # Asked to end

@@ -3,10 +3,12 @@
 import contextlib
 import dataclasses
 import functools
+import http.server
 import json
 import os
 import signal
 import socket
+import threading
 import time
 
 import jax
@@ -14,6 +16,7 @@ import pytest
 import tiny
 from absl import flags
 from absl.testing import flagsaver
+from jax._src.clusters import cloud_tpu_cluster
 
 from lex_fire import answers, asking, benchmark, errors, evaluate, hosts, train
 from lex_fire import config as config_lib
@@ -43,6 +46,11 @@ def find_port():
 def run_as_host(environment, module, arguments, out, err):
   """Runs a command where there are two devices, and where a dead host is soon missed."""
   os.environ.update(environment)
+  if 'MEGASCALE_NUM_SLICES' in environment:
+    # As if JAX had found a TPU: it looks for one before it asks what tells such machines of others.
+    cloud_tpu_cluster.running_in_cloud_tpu_vm = True
+    if 'TPU_SKIP_MDS_QUERY' not in environment:
+      os.environ.pop('TPU_SKIP_MDS_QUERY', None)
   jax.config.update('jax_num_cpu_devices', 2)
   hosts.HEARTBEAT_SECONDS = 4
   tiny.run(module, arguments, out, err)
@@ -126,7 +134,9 @@ def assert_same_losses(workdir, expected, within):
   assert max(judged) == max(known)
 
 
-def test_two_hosts_die_go_on_are_told_to_end_and_evaluate_as_one_does(corpus, tmp_path, start):
+def test_two_hosts_die_go_on_are_told_to_end_one_finishes_and_they_evaluate_as_one_does(
+  corpus, tmp_path, start
+):
   # Parameters and batches lie on devices of both hosts, and then the tokens of each window do.
   course, mesh = {'steps': STEPS, 'checkpoint_every': 12}, {'replica': 1, 'fsdp': 4, 'sequence': 1}
   values = tiny.values(corpus, train=course, mesh=mesh)
@@ -143,16 +153,21 @@ def test_two_hosts_die_go_on_are_told_to_end_and_evaluate_as_one_does(corpus, tm
   wait_for_step(workdir, 16)
   os.kill(told.processes[1].pid, signal.SIGTERM)
   told = told.end()
-  ended = begin('--config.mesh.fsdp=1', '--config.mesh.sequence=4').end()
+  again = begin('--config.mesh.fsdp=1', '--config.mesh.sequence=4')
+  wait_for_step(workdir, 24)
+  os.kill(again.processes[0].pid, signal.SIGTERM)
+  again = again.end()
+  one = tiny.config(corpus, train=course)
+  train.train(one, workdir)  # alone
 
   assert seconds < 60
   assert left[0] not in (0, None)
   assert 'stopped sending heartbeats' in left[2] or 'process 0 of 2: error: ' in left[2]
-  assert [status for status, *_ in (*told, *ended)] == [0, 0, 0, 0], ended
+  assert [status for status, *_ in (*told, *again)] == [0, 0, 0, 0], again
   assert 'SIGTERM: saved after step' in told[0][1]
-  assert f'to {STEPS} of 8 x 32 tokens, on 4 cpu' in ended[0][1]
-  assert 'step' not in told[1][1] + ended[1][1]  # the first speaks for both
-  one = tiny.config(corpus, train=course)
+  assert 'SIGTERM: saved after step' in again[0][1]
+  assert f'to {STEPS} of 8 x 32 tokens, on 4 cpu' in again[0][1]
+  assert 'step' not in told[1][1] + again[1][1]  # the first speaks for both
   train.train(one, tmp_path / 'one')
   assert_same_losses(workdir, tmp_path / 'one', within=1e-4)  # rounding grows over the steps
 
@@ -191,12 +206,82 @@ def test_two_hosts_answer_as_one_does_and_go_on_from_what_the_first_has(fire_run
   assert found['tasks'] == alone['tasks']
 
 
-def test_hosts_of_slurm_meet_and_refuse_to_run_different_configs(corpus, tmp_path, find_port):
-  common = {
+@pytest.fixture
+def serve_metadata():
+  """Starts servers that tell a machine what Google's metadata server does of a slice of two."""
+  servers = []
+
+  def serve(number):
+    told = {'agent-worker-number': str(number), 'worker-network-endpoints': 'localhost,localhost'}
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+      def do_GET(self):
+        value = told.get(self.path.removeprefix('/computeMetadata/v1/instance/attributes/'))
+        self.send_response(404 if value is None else 200)
+        self.end_headers()
+        self.wfile.write((value or '').encode())
+
+      def log_message(self, *_):
+        pass
+
+    servers.append(http.server.ThreadingHTTPServer(('localhost', 0), Handler))
+    threading.Thread(target=servers[-1].serve_forever).start()
+    return f'localhost:{servers[-1].server_port}'
+
+  yield serve
+  for server in servers:
+    server.shutdown()
+    server.server_close()
+
+
+def slurm(number, serve_metadata):
+  return {
     **{'SLURM_JOB_ID': '1', 'SLURM_STEP_NODELIST': 'localhost', 'SLURM_NTASKS': '2'},
-    **{'SLURM_LOCALID': '0', 'JAX_COORDINATOR_PORT': str(find_port())},
+    **{'SLURM_LOCALID': '0', 'SLURM_PROCID': str(number)},
   }
-  environments = [{**common, 'SLURM_PROCID': str(number)} for number in range(2)]
+
+
+ONE_SLICE = {'MEGASCALE_NUM_SLICES': '1', 'MEGASCALE_SLICE_ID': '0'}
+
+
+def gke(number, serve_metadata):
+  slices = {**ONE_SLICE, 'MEGASCALE_COORDINATOR_ADDRESS': 'localhost', 'TPU_SKIP_MDS_QUERY': 'true'}
+  return {**slices, 'TPU_WORKER_HOSTNAMES': 'localhost,localhost', 'TPU_WORKER_ID': str(number)}
+
+
+def tpu_vm(number, serve_metadata):
+  coordinator = {'MEGASCALE_COORDINATOR_ADDRESS': ''}  # of a slice alone nobody tells one
+  return {**ONE_SLICE, **coordinator, 'GCE_METADATA_IP': serve_metadata(number)}
+
+
+@pytest.mark.parametrize('cluster', [slurm, gke, tpu_vm])
+def test_hosts_of_a_cluster_find_each_other_and_train(
+  corpus, tmp_path, find_port, serve_metadata, cluster
+):
+  port = {'JAX_COORDINATOR_PORT': str(find_port())}
+  environments = [{**cluster(number, serve_metadata), **port} for number in range(2)]
+  values = tiny.values(corpus, train={'steps': 3, 'checkpoint_every': 3})
+  arguments = [f'--workdir={tmp_path / "run"}', *tiny.flags(values)]
+
+  both = Hosts(tmp_path, 'lex_fire.train', [arguments] * 2, environments).end()
+
+  assert [status for status, *_ in both] == [0, 0], both
+  assert 'to 3 of 8 x 32 tokens, on 4 cpu' in both[0][1]
+  assert 'step' not in both[1][1]
+
+
+def test_a_pod_of_several_that_finds_no_other_does_not_run_alone(given, monkeypatch):
+  given()
+  monkeypatch.setenv('KUBERNETES_SERVICE_HOST', 'localhost')
+  monkeypatch.setenv('JOB_COMPLETION_INDEX', '3')
+
+  with pytest.raises(errors.UserError, match='pod JOB_COMPLETION_INDEX=3 of a Job.*jax.k8s'):
+    hosts.join()
+
+
+def test_hosts_of_slurm_refuse_to_run_different_configs(corpus, tmp_path, find_port):
+  port = {'JAX_COORDINATOR_PORT': str(find_port())}
+  environments = [{**slurm(number, None), **port} for number in range(2)]
   arguments = [
     [f'--workdir={tmp_path / "run"}', *tiny.flags(tiny.values(corpus, train={'seed': seed}))]
     for seed in range(2)
