@@ -357,6 +357,24 @@ def test_a_loss_that_is_no_number_stops_the_run_by_step_and_batch(
     np.testing.assert_array_equal(batch['inputs_BL'], expected['inputs_BL'])
 
 
+def test_a_step_that_went_wrong_can_be_taken_again_from_what_is_kept(corpus, poisoned, tmp_path):
+  config = tiny.config(corpus)
+  with pytest.raises(errors.UserError, match='at step 6'):
+    train.train(config, tmp_path)
+  program = train.Program(config, train.sharding.make_mesh())
+  (before,) = checkpoint.Checkpoints(tmp_path, read_only=True).steps()
+  state = checkpoint.Checkpoints(tmp_path, read_only=True).restore(before, program.abstract_state)
+  for index in range(before, 5):
+    state, values = program.step(state, program.put(feed.Data(config).train_batch(index)))
+    assert np.isfinite(values['loss'])
+
+  with np.load(tmp_path / 'non_finite' / 'step-6' / 'batch-0.npz') as kept:
+    batch = {'segment_ids_BL': None, **kept}
+  _, values = program.step(state, program.put(batch))
+
+  assert np.isnan(values['loss'])
+
+
 def test_a_step_that_is_skipped_changes_nothing(corpus, poisoned, tmp_path, capsys):
   config = tiny.config(corpus, train={'non_finite': 'skip', 'log_every': 4})
 

@@ -295,6 +295,17 @@ def test_every_split_of_eight_devices_gives_the_loss_and_gradients_of_one(name, 
   assert differ[worst] < 1e-5, worst
 
 
+def test_a_step_takes_the_memory_of_the_state_before_it():
+  mesh = make_mesh(4, 2)
+  program = train.Program(run_config('fire'), mesh)
+  with jax.set_mesh(mesh):
+    state = put(first_state('fire'), program)
+
+  program.step(state, program.put(make_batch()))
+
+  assert all(leaf.is_deleted() for leaf in jax.tree.leaves(state))
+
+
 def test_a_run_starts_from_the_same_state_on_any_mesh():
   mesh = make_mesh(4, 2)
   program = train.Program(run_config('fire'), mesh)
