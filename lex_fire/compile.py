@@ -78,7 +78,7 @@ def compile_run(
         _save(save, compiled, config, mesh)
         progress(f'written: {save}')
       programs.append(step.about | found)
-  return report(config, topology, mesh, programs)
+    return report(config, topology, mesh, programs)
 
 
 def _save(path: pathlib.Path, compiled: jax.stages.Compiled, config, mesh) -> None:

@@ -83,12 +83,14 @@ def report_of(directory, *flags):
   return done.returncode, json.loads(output.read_text()), done.stderr
 
 
-def test_a_preset_of_eight_gpus_compiles_for_them(tmp_path):
+@pytest.mark.parametrize('asked, taken', [('auto', 'chunked'), ('mosaic_gpu', 'mosaic_gpu')])
+def test_a_preset_of_eight_gpus_compiles_for_them(tmp_path, asked, taken):
   status, report, stderr = report_of(
     tmp_path,
     '--config=configs/c4.py:size=base,encoding=fire,mesh=8-gpus',
     '--topology=cuda:h200x8',
     '--config.evaluate.lengths=(32768,)',
+    f'--config.model.attention={asked}',
   )
 
   assert (status, stderr) == (0, '')
@@ -96,7 +98,7 @@ def test_a_preset_of_eight_gpus_compiles_for_them(tmp_path):
   step, evaluation = report['programs']
   assert step['messages']['reduce-scatter']['bytes'] > 0
   assert report['parameters'] * 4 / 8 < step['bytes']['parameters'] < report['parameters'] * 4 / 4
-  assert evaluation['attention']['implementation'] == 'chunked'
+  assert evaluation['attention']['implementation'] == taken
   assert evaluation['bytes']['total'] < 4 * GIB
 
 
