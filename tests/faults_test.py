@@ -162,7 +162,9 @@ def test_a_run_that_meets_faults_at_random_moments_equals_an_unbroken_one_bit_fo
   program = train.Program(config, train.sharding.make_mesh())
   kept = checkpoint.Checkpoints(workdir).restore(steps, program.abstract_state)
   assert_equal_bits(kept, unbroken)
-  assert metrics_of(workdir) == metrics_of(tmp_path / 'unbroken')
+  found, expected = metrics_of(workdir), metrics_of(tmp_path / 'unbroken')
+  assert [row for row in found if 'loss' in row] == [row for row in expected if 'loss' in row]
+  assert all(row in expected for row in found)  # a run that is told to end is not judged there
 
 
 def test_a_run_that_goes_on_on_other_meshes_has_the_same_batches_and_agrees_to_rounding(
