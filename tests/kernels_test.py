@@ -43,6 +43,8 @@ LAYOUTS = {
   'plain': (range(LENGTH), np.zeros(LENGTH)),
   'packed': ((*range(20), *range(17), *range(13)), np.repeat([1, 2, 3], [20, 17, 13])),
   'far': (range(32_768, 32_768 + LENGTH), np.zeros(LENGTH)),
+  # Past FIRE's threshold, at which there is no one derivative, and past the last bucket of T5.
+  'sparse': (range(9, 9 + 21 * LENGTH, 21), np.zeros(LENGTH)),
 }
 POSITION_BL = np.array([list(row) for row, _ in LAYOUTS.values()], np.int32)
 SEGMENT_BL = np.array([row for _, row in LAYOUTS.values()], np.int32)
@@ -156,7 +158,7 @@ def attend(
 
 def out_and_gradients(implementation, encoding, params, arrays, *where, **how):
   """Returns (out_BQHC, gradients of params and arrays) of a fixed random functional, jitted."""
-  probe_BQHC = np.random.default_rng(9).normal(size=arrays[0].shape).astype(np.float32)
+  probe_BQHC = probe(arrays)
 
   def functional(params, arrays, where):
     out_BQHC = attend(implementation, encoding, params, arrays, *where, **how)
@@ -175,31 +177,22 @@ def matrix_entry(implementation, case, mask):
   return out_and_gradients(implementation, encoding, params, arrays, *where, mask=MASKS[mask])
 
 
-@functools.cache
-def matrix_logits(case):
+def probe(arrays):
+  """Returns the fixed random functional of `out_and_gradients`."""
+  return np.random.default_rng(9).normal(size=arrays[0].shape).astype(np.float32)
+
+
+def pairs(case, arrays, *where):
+  """Returns the oracle's pairs of query, key and value at positions of each."""
   name, options = CASES[case]
-  params = {key: np.float64(value) for key, value in make(case)[1].items()}
-  query_BQHC, key_BKGC, _ = inputs(len(LAYOUTS), LENGTH, LENGTH)
+  return oracles.pairs(name, make(case)[1], arrays, *where, **options)
+
+
+@functools.cache
+def matrix_pairs(case):
   together_BLL = SEGMENT_BL[:, :, None] == SEGMENT_BL[:, None]
-  return oracles.logits(
-    name,
-    params,
-    query_BQHC,
-    key_BKGC,
-    POSITION_BL,
-    POSITION_BL,
-    only_BQK=together_BLL,
-    **options,
-  )
-
-
-def assert_gradients_agree(found, expected):
-  """Within 1e-4 of each array's largest entry, or of 0.1: two orders of summation of float32."""
-  for (path, one), other in zip(
-    jax.tree.leaves_with_path(found), jax.tree.leaves(expected), strict=True
-  ):
-    bound = 1e-4 * max(0.1, np.abs(other).max(initial=0))
-    np.testing.assert_allclose(one, other, rtol=0, atol=bound, err_msg=jax.tree_util.keystr(path))
+  arrays = inputs(len(LAYOUTS), LENGTH, LENGTH)
+  return pairs(case, arrays, POSITION_BL, POSITION_BL, together_BLL)
 
 
 # The matrix
@@ -213,58 +206,59 @@ def test_attention_equals_the_oracle(implementation, mask, case):
     POSITION_BL, POSITION_BL, SEGMENT_BL, SEGMENT_BL, **MASKS[mask]
   )
   value_BKGC = inputs(len(LAYOUTS), LENGTH, LENGTH)[2]
-  expected_BQHC = oracles.attention(matrix_logits(case), visible_BQK, value_BKGC)
+  logits_BHQK = matrix_pairs(case).logits_BHQK
+  expected_BQHC = oracles.attention(logits_BHQK, visible_BQK, value_BKGC)
   error_B = np.abs(out_BQHC - expected_BQHC).max(axis=(1, 2, 3))
+  largest = max(4.0, logits_BHQK.max())  # up to 4 is what the tolerance is for; Sandwich has 34
   for layout, error in zip(LAYOUTS, error_B, strict=True):
-    assert error < oracles.TOLERANCE['float32'], layout
+    assert error < oracles.TOLERANCE['float32'] * largest / 4, layout
 
 
-@pytest.mark.parametrize(
-  ('implementation', 'mask', 'case'), [cell for cell in CELLS if cell[0] != 'reference']
-)
-def test_gradients_equal_the_references(implementation, mask, case):
+@pytest.mark.parametrize(('implementation', 'mask', 'case'), CELLS)
+def test_gradients_equal_the_oracles(implementation, mask, case):
   _, found = matrix_entry(implementation, case, mask)
-  _, expected = matrix_entry('reference', case, mask)
 
-  assert_gradients_agree(found, expected)
+  visible_BQK = oracles.visible_pairs(
+    POSITION_BL, POSITION_BL, SEGMENT_BL, SEGMENT_BL, **MASKS[mask]
+  )
+  arrays = inputs(len(LAYOUTS), LENGTH, LENGTH)
+  oracles.assert_gradients(found, matrix_pairs(case), visible_BQK, arrays, probe(arrays))
 
 
 @every_case
 @pytest.mark.parametrize('mask', ['causal', 'bidirectional'])
-def test_reference_gradients_are_the_oracles_central_differences(mask, case):
+def test_gradients_of_the_oracle_are_its_central_differences(mask, case):
   name, options = CASES[case]
-  encoding, params = make(case)
-  arrays = dict(zip(('query', 'key', 'value'), inputs(1, 7, 7, seed=4), strict=True))
+  names, arrays = ('query', 'key', 'value'), [np.float64(x) for x in inputs(1, 7, 7, seed=4)]
   position_BL = np.int32([[0, 300, 511, 700, 1000, 0, 2]])
   segment_BL = np.int32([[0, 0, 0, 0, 0, 1, 1]])
-  if encoding.log_decay is not None:
-    position_BL = position_BL % 50
   visible_BQK = oracles.visible_pairs(
     position_BL, position_BL, segment_BL, segment_BL, **MASKS[mask]
   )
-  probe_BQHC = np.random.default_rng(9).normal(size=arrays['query'].shape).astype(np.float32)
+  logits_BHQK, form_BQKCX, slopes = pairs(case, arrays, position_BL, position_BL, visible_BQK)
 
-  def oracle(tree):
-    logits_BHQK = oracles.logits(
-      name, tree, tree['query'], tree['key'], position_BL, position_BL, visible_BQK, **options
-    )
-    return (oracles.attention(logits_BHQK, visible_BQK, tree['value']) * probe_BQHC).sum()
+  found = oracles.gradients(logits_BHQK, visible_BQK, *arrays, probe(arrays), form_BQKCX)
 
-  where = position_BL, None, segment_BL
-  _, (of_params, of_arrays) = out_and_gradients(
-    'reference', encoding, params, list(arrays.values()), *where, mask=MASKS[mask]
-  )
+  def total(tree):
+    where = position_BL, position_BL, visible_BQK
+    of_tree = oracles.logits(name, tree, tree['query'], tree['key'], *where, **options)
+    out_BQHC = oracles.attention(of_tree + tree['more'], visible_BQK, tree['value'])
+    return (out_BQHC * probe(arrays)).sum()
 
-  found = of_params | dict(zip(arrays, of_arrays, strict=True))
-  exact = {key: np.float64(leaf) for key, leaf in (params | arrays).items()}
+  tree = {leaf: np.float64(value) for leaf, value in make(case)[1].items()}
+  tree |= dict(zip(names, arrays, strict=True)) | {'more': np.zeros_like(logits_BHQK)}
   rng = np.random.default_rng(5)
-  for leaf in exact:
-    direction = {key: np.zeros_like(value) for key, value in exact.items()}
-    direction[leaf] = rng.normal(size=exact[leaf].shape)
-    expected = oracles.slope(oracle, exact, direction)
-    actual = (np.float64(found[leaf]) * direction[leaf]).sum()
-    tolerance = oracles.TOLERANCE['difference']
-    assert actual == pytest.approx(expected, rel=tolerance, abs=tolerance), leaf
+  of_leaves = dict(zip((*names, 'more'), found, strict=True))
+  along = {
+    leaf: (direction := rng.normal(size=gradient.shape), (gradient * direction).sum())
+    for leaf, gradient in of_leaves.items()
+  } | {
+    leaf: (direction, (slope_BHQK * found.logits_BHQK).sum())
+    for leaf, (direction, slope_BHQK) in slopes.items()
+  }
+  for leaf, (direction, slope) in along.items():
+    only = {other: np.zeros_like(value) for other, value in tree.items()} | {leaf: direction}
+    assert slope == pytest.approx(oracles.slope(total, tree, only), rel=1e-6, abs=1e-7), leaf
 
 
 # Layouts that the matrix does not hold
@@ -280,16 +274,12 @@ def test_rows_without_segments_equal_the_oracle(length, num_kv_heads, implementa
   position_BL = np.repeat(position_1L, 2, axis=0)
 
   out_BQHC, gradients = out_and_gradients(implementation, encoding, params, arrays, position_1L)
-  _, expected_gradients = out_and_gradients('reference', encoding, params, arrays, position_BL)
 
-  exact = {key: np.float64(leaf) for key, leaf in params.items()}
   visible_BQK = oracles.visible_pairs(position_BL, position_BL)
-  logits_BHQK = oracles.logits(
-    'fire', exact, *arrays[:2], position_BL, position_BL, visible_BQK, hidden_layers=2
-  )
-  expected_BQHC = oracles.attention(logits_BHQK, visible_BQK, arrays[2])
+  of_pairs = pairs('fire 2 layers', arrays, position_BL, position_BL, visible_BQK)
+  expected_BQHC = oracles.attention(of_pairs.logits_BHQK, visible_BQK, arrays[2])
   np.testing.assert_allclose(out_BQHC, expected_BQHC, atol=oracles.TOLERANCE['float32'])
-  assert_gradients_agree(gradients, expected_gradients)
+  oracles.assert_gradients(gradients, of_pairs, visible_BQK, arrays, probe(arrays))
 
 
 @every_case
@@ -333,14 +323,15 @@ def test_a_kernel_of_another_platform_has_the_late_rows_of_the_whole(implementat
   encoding, params = make('fire 2 layers')
   query_BQHC, key_BKGC, value_BKGC = inputs(1, LENGTH, LENGTH)
   position_BL = np.arange(LENGTH, dtype=np.int32)[None]
-  late = (query_BQHC[:, 31:], key_BKGC, value_BKGC), position_BL[:, 31:], position_BL
+  arrays, where = (query_BQHC[:, 31:], key_BKGC, value_BKGC), (position_BL[:, 31:], position_BL)
 
-  found, expected = (
-    out_and_gradients(name, encoding, params, *late) for name in (implementation, 'reference')
-  )
+  out_BQHC, gradients = out_and_gradients(implementation, encoding, params, arrays, *where)
 
-  np.testing.assert_allclose(found[0], expected[0], atol=oracles.TOLERANCE['float32'])
-  assert_gradients_agree(found[1], expected[1])
+  visible_BQK = oracles.visible_pairs(*where)
+  of_pairs = pairs('fire 2 layers', arrays, *where, visible_BQK)
+  expected_BQHC = oracles.attention(of_pairs.logits_BHQK, visible_BQK, value_BKGC)
+  np.testing.assert_allclose(out_BQHC, expected_BQHC, atol=oracles.TOLERANCE['float32'])
+  oracles.assert_gradients(gradients, of_pairs, visible_BQK, arrays, probe(arrays))
 
 
 @every_pair
@@ -457,23 +448,10 @@ def test_xpos_equals_the_oracle_at_a_million_positions(implementation, mask, row
     position_BL, position_BL, segment_BL, segment_BL, **MASKS[mask]
   )
 
-  def oracle(tree):
-    logits_BHQK = oracles.logits(
-      'xpos', {}, tree['query'], tree['key'], position_BL, position_BL, visible_BQK
-    )
-    return oracles.attention(logits_BHQK, visible_BQK, tree['value'])
-
-  exact = {name: np.float64(x) for name, x in zip(('query', 'key', 'value'), arrays, strict=True)}
-  np.testing.assert_allclose(out_BQHC, oracle(exact), atol=1e-4)
-  rng = np.random.default_rng(9)  # whose first numbers are the functional of `out_and_gradients`
-  probe_BQHC = rng.normal(size=out_BQHC.shape).astype(np.float32)
-  for name, gradient in zip(exact, gradients[1], strict=True):
-    direction = {other: np.zeros_like(x) for other, x in exact.items()}
-    direction[name] = rng.normal(size=gradient.shape)
-    expected = oracles.slope(lambda tree: (oracle(tree) * probe_BQHC).sum(), exact, direction)
-    found = (np.float64(gradient) * direction[name]).sum()
-    tolerance = oracles.TOLERANCE['difference']
-    assert found == pytest.approx(expected, rel=tolerance, abs=tolerance), name
+  of_pairs = pairs('xpos', arrays, position_BL, position_BL, visible_BQK)
+  expected_BQHC = oracles.attention(of_pairs.logits_BHQK, visible_BQK, arrays[2])
+  np.testing.assert_allclose(out_BQHC, expected_BQHC, atol=1e-4)
+  oracles.assert_gradients(gradients, of_pairs, visible_BQK, arrays, probe(arrays))
 
 
 # Masks

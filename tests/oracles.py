@@ -2,7 +2,8 @@
 
 Nothing here imports the library or jax. An oracle speaks of one query at position i and one key at
 position j, in Python's exact integers; only heads and channels are arrays, named by their shape
-(see `lex_fire.encodings.base`). `logits` and `attention` loop over rows, queries and keys.
+(see `lex_fire.encodings.base`). `logits` and `attention` loop over rows, queries and keys; so does
+`gradients`, which is derived by hand and checked against central differences of these two.
 
     ORACLES[name].embed(params, n, d_model, **options) -> vector_D added to the token at n
     ORACLES[name].score(query_HC, key_HC, i, j, **options) -> score_H, the rotated dot product;
@@ -21,7 +22,13 @@ import numpy as np
 TOLERANCE = {
   'float32': 1e-5,  # some 50 roundings of 2^-24 at a value of up to 4
   'bfloat16': 3e-2,  # inputs and outputs of up to 4 are rounded to 8 bits: 4 * 2^-8, twice
-  'difference': 2e-4,  # a float32 gradient, summed over all pairs, against a central difference
+  # Of a gradient's largest entry, or of 1. Sandwich's logits, up to 34, round 8 times as much.
+  'float32 gradient': 1e-5,
+  'bfloat16 gradient': 1e-2,  # a product of three that are rounded, 3 * 2^-8
+  # Of a gradient that sums over all pairs: of the sum of their sizes, or of 1. For the most they
+  # cancel, and their roundings average out.
+  'float32 sum': 1e-6,
+  'bfloat16 sum': 3e-4,
 }
 
 
@@ -308,6 +315,38 @@ def embedded(name, params, x_BLD, position_BL, **options):
   return out_BLD
 
 
+def biases(name, params, num_heads, query_position_BQ, key_position_BK, only_BQK=None, **options):
+  """bias_BHQK; 0 without one, and for pairs outside `only_BQK`."""
+  oracle = ORACLES[name]
+  shape = (len(query_position_BQ), query_position_BQ.shape[1], key_position_BK.shape[1])
+  out_BQKH, known = np.zeros((*shape, num_heads)), {}
+  for b, q, k in np.argwhere(np.ones(shape, bool) if only_BQK is None else only_BQK):
+    i, j = int(query_position_BQ[b, q]), int(key_position_BK[b, k])
+    if oracle.bias is not None and (i, j) not in known:
+      known[i, j] = oracle.bias(params, i, j, num_heads, **options)
+    out_BQKH[b, q, k] = known.get((i, j), 0.0)
+  return np.moveaxis(out_BQKH, 3, 1)
+
+
+def forms(name, channels, query_position_BQ, key_position_BK, only_BQK=None, **options):
+  """form_BQKCX, of which a score is sum_cx query_c form_cx key_x; None if that is a dot product.
+
+  Every score is linear in the query and in the key, so that those of unit vectors are all of it.
+  Pairs outside `only_BQK` are left at 0.
+  """
+  oracle, unit_CC = ORACLES[name], np.eye(channels)
+  if oracle.score is None:
+    return None
+  shape = (len(query_position_BQ), query_position_BQ.shape[1], key_position_BK.shape[1])
+  out_BQKCX = np.zeros((*shape, channels, channels))
+  for b, q, k in np.argwhere(np.ones(shape, bool) if only_BQK is None else only_BQK):
+    length = int(max(*query_position_BQ[b], *key_position_BK[b])) + 1
+    row = {'length': length} if oracle.knows_length else {}
+    where = int(query_position_BQ[b, q]), int(key_position_BK[b, k])
+    out_BQKCX[b, q, k] = oracle.score(unit_CC[:, None], unit_CC[None], *where, **row, **options)
+  return out_BQKCX
+
+
 def logits(
   name, params, query_BQHC, key_BKGC, query_position_BQ, key_position_BK, only_BQK=None, **options
 ):
@@ -318,9 +357,9 @@ def logits(
   oracle = ORACLES[name]
   query_BQHC, key_BKGC = np.asarray(query_BQHC, np.float64), np.asarray(key_BKGC, np.float64)
   (batch, num_queries, num_heads, width), num_keys = query_BQHC.shape, key_BKGC.shape[1]
-  group = num_heads // key_BKGC.shape[2]
-  key_BKHC = np.stack([key_BKGC[:, :, h // group] for h in range(num_heads)], axis=2)
-  out_BHQK = np.zeros((batch, num_heads, num_queries, num_keys))
+  key_BKHC = of_heads(key_BKGC, num_heads)
+  positions = query_position_BQ, key_position_BK
+  out_BHQK = biases(name, params, num_heads, *positions, only_BQK, **options)
   for b in range(batch):
     length = int(max(*query_position_BQ[b], *key_position_BK[b])) + 1
     row = {'length': length} if oracle.knows_length else {}
@@ -331,13 +370,17 @@ def logits(
         query_HC, key_HC = query_BQHC[b, q], key_BKHC[b, k]
         i, j = int(query_position_BQ[b, q]), int(key_position_BK[b, k])
         if oracle.score is None:
-          out_BHQK[b, :, q, k] = (query_HC * key_HC).sum(axis=-1) / np.sqrt(width)
+          out_BHQK[b, :, q, k] += (query_HC * key_HC).sum(axis=-1) / np.sqrt(width)
         else:
           score_H = oracle.score(query_HC, key_HC, i, j, **row, **options)
-          out_BHQK[b, :, q, k] = score_H / np.sqrt(width)
-        if oracle.bias is not None:
-          out_BHQK[b, :, q, k] += oracle.bias(params, i, j, num_heads, **options)
+          out_BHQK[b, :, q, k] += score_H / np.sqrt(width)
   return out_BHQK
+
+
+def of_heads(x_BKGC, num_heads):
+  """x_BKHC: what each head of the queries reads."""
+  group = num_heads // x_BKGC.shape[2]
+  return np.stack([np.float64(x_BKGC[:, :, h // group]) for h in range(num_heads)], axis=2)
 
 
 def visible(i, j, causal=True, block=None, window=None):
@@ -362,19 +405,80 @@ def visible_pairs(
   return out_BQK
 
 
+def softmax(logit_K):
+  """weight_K, which add up to 1."""
+  weight_K = np.exp(logit_K - logit_K.max())
+  return weight_K / weight_K.sum()
+
+
 def attention(logits_BHQK, visible_BQK, value_BKGC):
   """out_BQHC: for each row, head and query the softmax over its visible keys; zeros without one."""
   batch, num_heads, num_queries, _ = logits_BHQK.shape
-  group = num_heads // value_BKGC.shape[2]
+  value_BKHC = of_heads(value_BKGC, num_heads)
   out_BQHC = np.zeros((batch, num_queries, num_heads, value_BKGC.shape[3]))
-  for b in range(batch):
-    for h in range(num_heads):
-      for q in range(num_queries):
-        seen_K = visible_BQK[b, q]
-        if seen_K.any():
-          weight_K = np.exp(logits_BHQK[b, h, q, seen_K] - logits_BHQK[b, h, q, seen_K].max())
-          out_BQHC[b, q, h] = weight_K / weight_K.sum() @ value_BKGC[b, seen_K, h // group]
+  for b, h, q in np.ndindex(batch, num_heads, num_queries):
+    seen_K = visible_BQK[b, q]
+    if seen_K.any():
+      out_BQHC[b, q, h] = softmax(logits_BHQK[b, h, q, seen_K]) @ value_BKHC[b, seen_K, h]
   return out_BQHC
+
+
+# Gradients
+
+
+class Gradients(NamedTuple):
+  """Those of sum(out * d_out), by what attention takes and by its logits."""
+
+  query_BQHC: np.ndarray
+  key_BKGC: np.ndarray
+  value_BKGC: np.ndarray
+  logits_BHQK: np.ndarray
+
+
+def gradients(
+  logits_BHQK, visible_BQK, query_BQHC, key_BKGC, value_BKGC, d_out_BQHC, form_BQKCX=None
+):
+  """Gradients of sum(out * d_out) for the out_BQHC of `attention` and the logits of `logits`.
+
+  Of one query with weights p = softmax(s) over the keys that it sees, out = sum_k p_k value_k:
+
+      d value_k = p_k d_out,   d p_k = d_out . value_k,
+      d s_k = sum_l d p_l (dp_l / ds_k) = p_k (d p_k - sum_l p_l d p_l),
+
+  since dp_l / ds_k = p_l ([k = l] - p_k). A key that is hidden has p = 0 and no gradient. By the
+  `forms`, s = query^T form key / sqrt(C) + bias, and so
+
+      d query = sum_k d s_k form_k key_k / sqrt(C),   d key = sum_q d s_q query_q form_q / sqrt(C),
+
+  the latter, as d value, summed over the heads that read the key. d s is the gradient of the bias.
+  """
+  query_BQHC = np.float64(query_BQHC)
+  num_heads, width = query_BQHC.shape[2:]
+  key_BKHC, value_BKHC = of_heads(key_BKGC, num_heads), of_heads(value_BKGC, num_heads)
+  d_logits_BHQK, d_value_BKHC = np.zeros_like(logits_BHQK), np.zeros_like(value_BKHC)
+  for b, h, q in np.ndindex(d_logits_BHQK.shape[:3]):
+    seen_K = visible_BQK[b, q]
+    if seen_K.any():
+      weight_K = softmax(logits_BHQK[b, h, q, seen_K])
+      d_weight_K = value_BKHC[b, seen_K, h] @ d_out_BQHC[b, q, h]
+      d_logits_BHQK[b, h, q, seen_K] = weight_K * (d_weight_K - weight_K @ d_weight_K)
+      d_value_BKHC[b, seen_K, h] += np.outer(weight_K, d_out_BQHC[b, q, h])
+  if form_BQKCX is None:
+    d_query_BQHC = np.einsum('BHQK,BKHC->BQHC', d_logits_BHQK, key_BKHC)
+    d_key_BKHC = np.einsum('BHQK,BQHC->BKHC', d_logits_BHQK, query_BQHC)
+  else:
+    d_query_BQHC = np.einsum('BHQK,BQKCX,BKHX->BQHC', d_logits_BHQK, form_BQKCX, key_BKHC)
+    d_key_BKHC = np.einsum('BHQK,BQHC,BQKCX->BKHX', d_logits_BHQK, query_BQHC, form_BQKCX)
+
+  def of_groups(x_BKHC):
+    return x_BKHC.reshape(*key_BKGC.shape[:3], -1, width).sum(axis=3)
+
+  return Gradients(
+    d_query_BQHC / np.sqrt(width),
+    of_groups(d_key_BKHC) / np.sqrt(width),
+    of_groups(d_value_BKHC),
+    d_logits_BHQK,
+  )
 
 
 def slope(function, tree, direction, step=1e-6):
@@ -384,3 +488,63 @@ def slope(function, tree, direction, step=1e-6):
     return {name: tree[name] + sign * step * direction[name] for name in tree}
 
   return (function(moved(1.0)) - function(moved(-1.0))) / (2 * step)
+
+
+class Pairs(NamedTuple):
+  """What each pair of a query and a key has, whatever mask shows it.
+
+  Attributes:
+    logits_BHQK: see `logits`.
+    form_BQKCX: see `forms`.
+    slopes: {leaf: (direction, slope_BHQK)}, how the bias changes along a random direction of each
+      parameter, a central difference. By it the gradient of sum(out * d_out) along that direction
+      is the sum of slope times the gradient of the logits.
+  """
+
+  logits_BHQK: np.ndarray
+  form_BQKCX: np.ndarray | None
+  slopes: dict[str, tuple[np.ndarray, np.ndarray]]
+
+
+def pairs(name, params, arrays, query_position_BQ, key_position_BK, only_BQK=None, **options):
+  """Returns the Pairs of (query, key, value); those outside `only_BQK` are left at 0."""
+  query_BQHC, key_BKGC, _ = arrays
+  params = {leaf: np.float64(value) for leaf, value in params.items()}
+  where = query_position_BQ, key_position_BK, only_BQK
+  rng, slopes = np.random.default_rng(5), {}
+  for leaf in params if ORACLES[name].bias else ():
+    direction = {other: np.zeros_like(value) for other, value in params.items()}
+    direction[leaf] = rng.normal(size=params[leaf].shape)
+
+    def bias_BHQK(tree):
+      return biases(name, tree, query_BQHC.shape[2], *where, **options)
+
+    # A step so short that hardly a pair has a unit of a network change sides on the way.
+    slopes[leaf] = direction[leaf], slope(bias_BHQK, params, direction, step=1e-8)
+  return Pairs(
+    logits(name, params, query_BQHC, key_BKGC, *where, **options),
+    forms(name, query_BQHC.shape[3], *where, **options),
+    slopes,
+  )
+
+
+def assert_gradients(found, of_pairs, visible_BQK, arrays, d_out_BQHC, dtype='float32'):
+  """Holds gradients of params, and of (query, key, value), as `jax.grad` has them, to the oracle.
+
+  Args:
+    found: these two.
+    of_pairs: from `pairs`.
+    visible_BQK: which of the pairs are seen.
+    arrays: query, key and value.
+    d_out_BQHC: of the functional sum(out * d_out).
+    dtype: of the arrays; TOLERANCE says how near.
+  """
+  of_params, of_arrays = found
+  expected = gradients(of_pairs.logits_BHQK, visible_BQK, *arrays, d_out_BQHC, of_pairs.form_BQKCX)
+  for name, one, other in zip(expected._fields, of_arrays, expected, strict=False):
+    bound = TOLERANCE[f'{dtype} gradient'] * max(1.0, np.abs(other).max())
+    np.testing.assert_allclose(np.float64(one), other, rtol=0, atol=bound, err_msg=name)
+  for leaf, (direction, slope_BHQK) in of_pairs.slopes.items():
+    terms_BHQK = slope_BHQK * expected.logits_BHQK
+    error = (np.float64(of_params[leaf]) * direction).sum() - terms_BHQK.sum()
+    assert abs(error) < TOLERANCE[f'{dtype} sum'] * max(1.0, np.abs(terms_BHQK).sum()), leaf
