@@ -78,11 +78,20 @@ def _rectified(lower_Z, anchor_Z, slope_ZW, value_ZW):
   half_Z1 = ((high_Z - low_Z) / 2)[:, None]
   parent_Z = jnp.searchsorted(lower_Z, (low_Z + high_Z) / 2) - 1
   moved_Z1 = (low_Z - anchor_Z[parent_Z])[:, None]
-  slope_ZW = slope_ZW[parent_Z]
-  value_ZW = value_ZW[parent_Z] + slope_ZW * moved_Z1
+  slope_ZW = _rows(slope_ZW, parent_Z)
+  value_ZW = _rows(value_ZW, parent_Z) + slope_ZW * moved_Z1
   on_ZW = jax.lax.stop_gradient(value_ZW + slope_ZW * half_Z1) > 0
   on_slope_ZW, on_value_ZW = (jnp.where(on_ZW, x_ZW, 0.0) for x_ZW in (slope_ZW, value_ZW))
   return finer_Z, low_Z, on_slope_ZW, on_value_ZW
+
+
+def _rows(x_ZW, index_Z):
+  """Returns x_ZW[index_Z], exactly, by a product.
+
+  The gradient of an index adds to a row as often as it was taken, on GPUs in any order.
+  """
+  is_taken_ZZ = jax.nn.one_hot(index_Z, x_ZW.shape[0], dtype=x_ZW.dtype)
+  return jnp.matmul(is_taken_ZZ, x_ZW, precision=HIGHEST)
 
 
 def _ends(lower_Z):

@@ -71,7 +71,8 @@ def _table(
   start_Z = np.append(0, 1 + np.flatnonzero(np.diff(bucket_Z)))
   lower_Z = start_Z - 0.5 - (max_distance if bidirectional else 0)
   lower_Z[0] = -np.inf
-  value_ZH = params['bias_ZH'][bucket_Z[start_Z]]
+  # A bucket is one segment, so that its gradient is one too.
+  value_ZH = params['bias_ZH'].at[bucket_Z[start_Z]].get(unique_indices=True)
   return piecewise.Table(
     coordinate={},
     lower_Z=jnp.float32(lower_Z),
