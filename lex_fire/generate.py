@@ -160,6 +160,7 @@ def stream(
   rows = [np.asarray(prompt) for prompt in prompts]
   _check(transformer, rows, max_tokens, seed, chunk)
   slots = cache_slots(_mask(transformer), max(row.size for row in rows) + max_tokens, chunk)
+  transformer, params = _of_steps(transformer, params)
   return _stream(
     functools.partial(_prefilled, transformer, params, rows, slots, chunk),
     functools.partial(_step, transformer, sampling, params),
@@ -167,6 +168,17 @@ def stream(
     np.uint32(seed),
     NO_TOKEN if eos_id is None else eos_id,
   )
+
+
+def _of_steps(transformer, params):
+  """Returns the model and the parameters that take part in many steps.
+
+  On 2 CPU cores a token of FIRE after 1,024 to 16,384 others takes 0.7 to 1.0 of the time by its
+  table. Not measured elsewhere: a GPU's host has to read at each segment whether a loop goes on.
+  """
+  if kernels.platform() != 'cpu':
+    return transformer, params
+  return model.tabulated(transformer, params)
 
 
 def _mask(transformer):

@@ -1,5 +1,7 @@
 """The Transformer: embed, blocks of attention and MLP with norms before them, norm, logits."""
 
+import functools
+from collections.abc import Mapping
 from typing import Any, cast
 
 import flax.linen as nn
@@ -8,6 +10,7 @@ import jax.numpy as jnp
 
 from lex_fire import attention, encodings, errors, kernels, loss, rematerialization, sharding
 from lex_fire import config as config_lib
+from lex_fire.encodings import piecewise
 
 
 class Norm(nn.Module):
@@ -165,6 +168,39 @@ def empty_cache(config: config_lib.ModelConfig, batch: int, slots: int) -> dict[
   return {
     'blocks': jax.tree.map(lambda x: jnp.broadcast_to(x, (config.num_layers, *x.shape)), of_block())
   }
+
+
+def tabulated(transformer: Transformer, params: Any) -> tuple[Transformer, Any]:
+  """Returns a model and parameters that give the same logits by a table of the bias, made once.
+
+  They are what they were if there is no table; if the bias is one of the distance, which is a line
+  or is looked up already; and beside a rotation or an embedding, which have their own parameters.
+  """
+  encoding = transformer.encoding
+  has_more = encoding.rotate is not None or encoding.embed is not None
+  if encoding.table is None or encoding.shift_invariant or has_more:
+    return transformer, params
+
+  def of_tree(tree):
+    return {
+      name: _table(encoding, transformer.config, leaf)
+      if name == 'encoding'
+      else (of_tree(leaf) if isinstance(leaf, Mapping) else leaf)
+      for name, leaf in tree.items()
+    }
+
+  return transformer.clone(encoding=piecewise.tabulated(encoding)), of_tree(params)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _table(encoding, config, params):
+  """Returns the table of an encoding's parameters, of all layers if those are stacked."""
+
+  def of_layer(params):
+    return encoding.table(params, config.num_heads)
+
+  table = jax.vmap(of_layer) if config.scan_layers and not encoding.shared else of_layer
+  return jax.tree.map(lambda array: sharding.constrain(array, ''), table(params))
 
 
 def _embedding_init(rng, shape):

@@ -91,11 +91,12 @@ def prompts(lengths=PROMPT_LENGTHS, seed=0):
 def decode(transformer, params, rows, sampling=Sampling(), steps=MAX_TOKENS, chunk=CHUNK):
   """Returns tokens_BL drawn over a cache after prompts, and the logits_BLV they were drawn from."""
   slots = generate.cache_slots(transformer.mask, LENGTH, chunk)
-  state = generate._prefilled(transformer, params, rows, slots, chunk)
+  state = generate._prefilled(*generate._of_steps(transformer, params), rows, slots, chunk)
   return decode_from(state, transformer, params, sampling, steps)
 
 
 def decode_from(state, transformer, params, sampling=Sampling(), steps=MAX_TOKENS):
+  transformer, params = generate._of_steps(transformer, params)
   logits, tokens = [], []
   for _ in range(steps):
     logits.append(np.array(state.logits_BV))
@@ -304,6 +305,30 @@ def test_other_lengths_and_seeds_do_not_recompile():
     list(generate.stream(counted, params, rows, max_tokens=max_tokens, seed=seed, chunk=CHUNK))
 
   assert len(traces) == 2 * SHAPE['num_layers']  # of prefill, and of a step
+
+
+@pytest.mark.parametrize('shape', [{}, {'scan_layers': True}], ids=str)
+@pytest.mark.parametrize('name', ['fire', 'fire_s'])
+def test_a_network_is_made_a_table_before_the_first_step_and_is_no_part_of_any(name, shape):
+  transformer, params = make(name, **shape)
+  tables = []
+
+  def table(params, num_heads):
+    jax.debug.callback(lambda: tables.append(name))  # when it runs, and not when it is compiled
+    return transformer.encoding.table(params, num_heads)
+
+  def bias(*_):
+    pytest.fail('a network was evaluated')
+
+  counted = transformer.clone(encoding=transformer.encoding._replace(table=table, bias=bias))
+  options = {'max_tokens': 5, 'seed': int(SEED), 'chunk': CHUNK}
+  found = generate.generate(counted, params, prompts(), **options)
+
+  jax.effects_barrier()
+  at_once = transformer.encoding.shared or shape
+  assert len(tables) == (1 if at_once else SHAPE['num_layers'])
+  expected_BL, _ = decode(transformer, params, prompts())
+  np.testing.assert_array_equal(found, expected_BL[:, :5])
 
 
 def test_devices_keep_the_cache_of_their_own_rows_and_tell_each_other_but_tokens():

@@ -11,7 +11,7 @@ import oracles
 import pytest
 
 from lex_fire import encodings, errors, kernels
-from lex_fire.encodings import base
+from lex_fire.encodings import base, piecewise
 from lex_fire.kernels import chunked, decay, mosaic_tpu_size
 from lex_fire.kernels import mask as mask_lib
 
@@ -816,7 +816,7 @@ def test_an_encoding_given_its_table_still_says_how_large_one_is():
   table = encoding.table(params, 4)
   query = jax.ShapeDtypeStruct((1, 512, 4, 64), jnp.bfloat16)
 
-  given = kernels._of_its_table(encoding)
+  given = piecewise.tabulated(encoding)
 
   assert given.table(table, 4) is table
   assert mosaic_tpu_size.why_not(given, kernels.Mask(), query, query) is None

@@ -135,3 +135,16 @@ def test_a_table_of_steep_steps_is_as_exact_as_the_network():
   found_BHQK = piecewise.bias_of_table(table, *where, 2, coordinate=fire.coordinate)
 
   np.testing.assert_allclose(found_BHQK, encoding.bias(params, *where, 2), atol=2e-4)
+
+
+def test_rows_of_more_keys_than_a_tile_are_what_the_network_says():
+  """Of two rows, one of whose positions do not rise, as in a cache that goes round."""
+  encoding, params = make('fire')
+  key_position_BK = np.arange(2 * piecewise.KEYS + 300, dtype=np.int32)[None]
+  key_position_BK = np.concatenate([key_position_BK, np.roll(key_position_BK, 700)])
+  where = np.int32([[2300], [2347]]), key_position_BK
+
+  table = encoding.table(params, NUM_HEADS)
+  found_BHQK = piecewise.tabulated(encoding).bias(table, *where, NUM_HEADS)
+
+  np.testing.assert_allclose(found_BHQK, encoding.bias(params, *where, NUM_HEADS), atol=1e-5)

@@ -20,6 +20,9 @@ import jax.numpy as jnp
 from lex_fire.encodings import base
 
 HIGHEST = jax.lax.Precision.HIGHEST
+# Of a row so many at once, as tiles far back reach but a few segments. Measured on 2 CPU cores, one
+# query of FIRE over 16,384 keys takes 0.3 to 0.6 of the time that it takes with all at once.
+KEYS = 1024
 
 
 class Table(NamedTuple):
@@ -114,8 +117,17 @@ def bias_of_table(
   coordinate: Callable[[Any, jax.Array, jax.Array], jax.Array],
 ) -> jax.Array:
   """Returns bias_BHQK, float32: what `Encoding.bias` is, with the table in place of parameters."""
-  del num_heads
-  shape = (query_position_BQ.shape[1], key_position_BK.shape[1])
+  num_keys = key_position_BK.shape[1]
+  if table.lower_Z is not None and num_keys > KEYS:
+    padded_BK = jnp.pad(key_position_BK, [(0, 0), (0, -num_keys % KEYS)], mode='edge')
+    position_JBK = jnp.moveaxis(padded_BK.reshape(len(padded_BK), -1, KEYS), 1, 0)
+
+    def of_tile(position_BK):
+      return bias_of_table(table, query_position_BQ, position_BK, num_heads, coordinate=coordinate)
+
+    bias_BHQJK = jnp.moveaxis(jax.lax.map(of_tile, position_JBK), 0, 3)
+    return bias_BHQJK.reshape(*bias_BHQJK.shape[:3], -1)[..., :num_keys]
+  shape = (query_position_BQ.shape[1], num_keys)
   numbers_1HQK = jax.tree.map(lambda number_H: _spread(number_H, shape), table.coordinate)
   x_BHQK = coordinate(
     numbers_1HQK, query_position_BQ[:, None, :, None], key_position_BK[:, None, None, :]
@@ -152,6 +164,29 @@ def bias_of_params(
   """Returns bias_BHQK, float32: the `Encoding.bias` of an encoding that a table defines."""
   positions = query_position_BQ, key_position_BK
   return bias_of_table(table(params, num_heads), *positions, num_heads, coordinate=coordinate)
+
+
+@functools.lru_cache(maxsize=256)
+def tabulated(encoding: base.Encoding) -> base.Encoding:
+  """Returns an encoding with the bias of another, whose parameters are that one's table.
+
+  So what is asked for many tiles or many steps is made once. It neither rotates nor embeds, for
+  which there might be parameters of their own.
+  """
+  table = encoding.table
+  assert table is not None and encoding.coordinate is not None
+
+  def init(rng, *, num_heads, head_dim, d_model):
+    params = encoding.init(rng, num_heads=num_heads, head_dim=head_dim, d_model=d_model)
+    return table(params, num_heads)
+
+  return encoding._replace(
+    init=init,
+    rotate=None,
+    embed=None,
+    bias=functools.partial(bias_of_table, coordinate=encoding.coordinate),
+    table=lambda table, num_heads: table,
+  )
 
 
 def bias(x_BHQK: jax.Array, table: Table) -> jax.Array:

@@ -189,17 +189,5 @@ def attention(
   if encoding.table is None:
     return split(lambda _, **own: attend(**own, params={}, encoding=encoding), {}, arrays)
   # Of all heads, for a device does not know which of them are its own.
-  table, given = encoding.table(params, num_heads), _of_its_table(encoding)
+  table, given = encoding.table(params, num_heads), piecewise.tabulated(encoding)
   return split(lambda table, **own: attend(**own, params=table, encoding=given), table, arrays)
-
-
-@functools.lru_cache(maxsize=256)
-def _of_its_table(encoding: base.Encoding) -> base.Encoding:
-  """Returns the encoding with its tables as parameters, too."""
-  of_params = encoding.table
-  assert of_params is not None
-
-  def table(params, num_heads):
-    return params if isinstance(params, piecewise.Table) else of_params(params, num_heads)
-
-  return encoding._replace(table=table)

@@ -65,8 +65,7 @@ def attention(
   )
   if encoding.table is not None:
     params = encoding.table(params, query_BQHC.shape[2])
-    bias = functools.partial(piecewise.bias_of_table, coordinate=encoding.coordinate)
-    encoding = encoding._replace(bias=bias)
+    encoding = piecewise.tabulated(encoding)
   if encoding.log_decay is not None:
     block = min(block, max(1, decay.widest(encoding.log_decay(query_BQHC.shape[3]))))
   queries, keys = _cut(
