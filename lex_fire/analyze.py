@@ -91,6 +91,7 @@ def analyze(
         'checkpoint_step': step,
         **comparison.of_case(config, case),
         **evaluate.of_config(config),
+        'implementations': evaluate.implementations(case.transformer, config.evaluate.lengths),
       }
       series = report_lib.series(report)
       lengths = config.evaluate.lengths
@@ -390,6 +391,7 @@ def _of_runs():
     drawn += more_drawn
     reports += more_reports
   paths = write(drawn, reports, asked.directory, asked.name)
+  evaluate.say_attention(reports, asked.request.lengths)
   last = reports[0]['lengths'][-1]
   print(f'\nover {last["tokens"]:,} tokens of {last["documents"]} documents')
   for metric, title in METRICS.items():

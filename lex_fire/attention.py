@@ -4,6 +4,7 @@ It owns its encoding's parameters, and while text is generated the keys and valu
 """
 
 import math
+from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -148,19 +149,29 @@ class Attention(nn.Module):
     return cache.value if stable else rotated(cache.value)
 
 
-def choice(transformer: Any, length: int) -> kernels.Choice:
+def choice(transformer: Any, length: int, slots: int | None = None) -> kernels.Choice:
   """Returns by what implementation a `model.Transformer` attends at a length, and why.
 
-  On the mesh of `jax.set_mesh`, if any.
+  On the mesh of `jax.set_mesh`, if any. The keys are those of a cache of so many slots, if given.
   """
   c = transformer.config
   query, key = (
-    jax.ShapeDtypeStruct((1, length, heads, c.head_dim), jnp.dtype(c.dtype))
-    for heads in (c.num_heads, c.num_kv_heads)
+    jax.ShapeDtypeStruct((1, count, heads, c.head_dim), jnp.dtype(c.dtype))
+    for count, heads in ((length, c.num_heads), (slots or length, c.num_kv_heads))
   )
   mask = transformer.mask or kernels.Mask(causal=c.causal)
   axis = sharding.sequence_axis(length)
   return kernels.choose(c.attention, transformer.encoding, mask, query, key, axis)
+
+
+def line(choices: Iterable[kernels.Choice], where: str = '') -> str:
+  """Returns what a command says of choices, each once.
+
+  >>> line([kernels.Choice('chunked', 'as asked')], ' at 512')
+  'attention at 512: chunked, as asked'
+  """
+  told = dict.fromkeys(f'{chosen.implementation}, {chosen.reason}' for chosen in choices)
+  return f'attention{where}: {"; ".join(told)}'
 
 
 def encoding_params(module: nn.Module, encoding: encodings.Encoding, c: config_lib.ModelConfig):

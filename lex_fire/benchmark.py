@@ -16,7 +16,17 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from lex_fire import answers, asking, checkpoint, comparison, errors, hosts, model, sharding
+from lex_fire import (
+  answers,
+  asking,
+  checkpoint,
+  comparison,
+  errors,
+  generate,
+  hosts,
+  model,
+  sharding,
+)
 from lex_fire import config as config_lib
 from lex_fire import report as report_lib
 from lex_fire.data import spec, tasks, vocabularies
@@ -169,10 +179,13 @@ def _ask(of_run, case, report, params, directory, progress, asked) -> Report:
   )
   tell = functools.partial(progress, about)
   lines = answers.answer_all(asked.prompts, kept, answer, tell)
+  longest = len(asked.prompts[0].tokens_L) + asked.max_tokens
   return {
     'task': asked.task,
     'split': asked.split,
     'length': asked.length,
+    # Of the longest question.
+    'implementations': [x._asdict() for x in generate.choices(case.transformer, longest)],
     'questions': len(lines),
     'questions_cut': sum(line['cut_tokens'] > 0 for line in lines),
     'tokens_cut': sum(line['cut_tokens'] for line in lines),
@@ -183,7 +196,12 @@ def _ask(of_run, case, report, params, directory, progress, asked) -> Report:
 
 
 def _named(asked: asking.Questions) -> str:
-  return asked.task if asked.length is None else f'{asked.task} at {asked.length}'
+  return named(asked.task, asked.length)
+
+
+def named(task: str, length: int | None) -> str:
+  """Returns what a Task's questions at a length, if they have one, are called."""
+  return task if length is None else f'{task} at {length}'
 
 
 def file_name(text: str, most: int = 100) -> str:

@@ -12,9 +12,11 @@ from absl import flags
 from lex_fire import (
   answers,
   asking,
+  attention,
   benchmark,
   command,
   errors,
+  kernels,
   metrics,
   reporting,
   storage,
@@ -76,6 +78,10 @@ def main() -> None:
   kept = what.directory / what.name
   reports = [report for plan in plans for report in benchmark.run(plan, kept, progress)]
   paths = write(reports, what.directory, what.name)
+  for entries in zip(*(report['tasks'] for report in reports), strict=True):
+    chosen = (kernels.Choice(**x) for entry in entries for x in entry['implementations'])
+    asked_of = benchmark.named(entries[0]['task'], entries[0]['length'])
+    reporting.say(attention.line(chosen, f' of {asked_of}'))
   reporting.say(plots.table(reports))
   reporting.say(f'written: {", ".join(map(str, paths))}, and answers in {kept}')
   if asked.max_examples is None and jax.process_index() == 0:  # which has the answers

@@ -12,7 +12,7 @@ import dataclasses
 import functools
 import json
 import pathlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, cast
 
 import jax
@@ -28,6 +28,7 @@ from lex_fire import (
   comparison,
   documents,
   hosts,
+  kernels,
   model,
   plot,
   reporting,
@@ -84,9 +85,7 @@ def evaluate(
         'checkpoint_step': checkpoint_step,
         **comparison.of_case(config, case),
         **common,
-        'implementations': {
-          str(length): attention.choice(case.transformer, length)._asdict() for length in windows
-        },
+        'implementations': implementations(case.transformer, windows),
       }
       told = functools.partial(progress, f'{report_lib.series(report)} {case.mask_name}')
       losses = {
@@ -95,6 +94,20 @@ def evaluate(
       }
       reports.append(report | _numbers(losses, task if config.model.causal else None))
   return reports
+
+
+def implementations(
+  transformer: model.Transformer, lengths: Iterable[int]
+) -> dict[str, dict[str, str]]:
+  """Returns by what attention is computed at each length, and why, as reports have it."""
+  return {str(length): attention.choice(transformer, length)._asdict() for length in lengths}
+
+
+def say_attention(reports: Sequence[report_lib.Report], lengths: Iterable[int]) -> None:
+  """Prints the same of all reports."""
+  for length in lengths:
+    choices = (kernels.Choice(**report['implementations'][str(length)]) for report in reports)
+    reporting.say(attention.line(choices, f' at {length}'))
 
 
 def of_config(config: config_lib.Config) -> report_lib.Report:
@@ -255,11 +268,7 @@ def main() -> None:
   for workdir, run in zip(what.workdirs, what.runs, strict=True):
     reports += evaluate(workdir, what.request, progress, run)
   paths = write(reports, what.directory, what.name)
-  for length in what.request.lengths:
-    chosen = {
-      '{implementation}, {reason}'.format(**r['implementations'][str(length)]) for r in reports
-    }
-    reporting.say(f'attention at {length}: {"; ".join(sorted(chosen))}')
+  say_attention(reports, what.request.lengths)
   reporting.say(f'\n{report_lib.heading(reports[0])}')
   reporting.say(report_lib.table(reports))
   reporting.say(f'written: {", ".join(map(str, paths))}')

@@ -21,7 +21,18 @@ import jax.numpy as jnp
 import numpy as np
 from absl import flags
 
-from lex_fire import checkpoint, cli, comparison, errors, kernels, metrics, model, sharding, storage
+from lex_fire import (
+  attention,
+  checkpoint,
+  cli,
+  comparison,
+  errors,
+  kernels,
+  metrics,
+  model,
+  sharding,
+  storage,
+)
 from lex_fire import config as config_lib
 from lex_fire import sampling as sampling_lib
 from lex_fire.data import text as text_lib
@@ -118,6 +129,20 @@ def cache_slots(mask: kernels.Mask, length: int, chunk: int = PREFILL_CHUNK) -> 
   slots = length if mask.reach is None else min(length, mask.reach + chunk - 1)
   # In multiples of a chunk, so that prompts of other lengths seldom need another program.
   return -(-slots // chunk) * chunk
+
+
+def choices(
+  transformer: model.Transformer, length: int, chunk: int = PREFILL_CHUNK
+) -> list[kernels.Choice]:
+  """Returns by what attention is computed of a prompt's chunks and of a step, and why.
+
+  Args:
+    transformer: the model.
+    length: of the longest row, prompt and text.
+    chunk: tokens that come at once.
+  """
+  slots = cache_slots(_mask(transformer), length, chunk)
+  return [attention.choice(transformer, queries, slots) for queries in (chunk, 1)]
 
 
 def stream(
@@ -397,6 +422,7 @@ def main() -> None:
   slots = cache_slots(_mask(transformer), longest)
   cache = jax.eval_shape(lambda: model.empty_cache(transformer.config, len(rows), slots))
   size = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(cache))
+  _note(attention.line(choices(transformer, longest)))
   _note(f'{meter.summary()}; cache of {slots:,} slots a row, {size / 1e6:,.1f} MB')
 
 

@@ -358,7 +358,7 @@ def _announce(config, program, workdir, first):
     )
     with jax.set_mesh(program.mesh):
       choice = attention.choice(make_model(config), config.data.length)
-    reporting.say(f'attention: {choice.implementation}, {choice.reason}')
+    reporting.say(attention.line([choice]))
 
 
 def _loop(config, workdir, program, data, checkpoints, reporter, profile, state, first):

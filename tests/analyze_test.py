@@ -349,3 +349,4 @@ def test_the_command_compares_runs(results):
   assert [report['run'] for report in written['runs']] == ['fire', 'rope']
   for metric, title in analyze.METRICS.items():
     assert f'{title}\n{analyze.table(written["runs"], metric)}' in stdout
+  assert 'attention at 32: reference, 32 x 32 logits are at most 16384 on cpu\n' in stdout

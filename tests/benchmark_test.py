@@ -2,6 +2,7 @@
 
 import csv
 import json
+import re
 
 import jax
 import numpy as np
@@ -141,6 +142,10 @@ def test_a_report_says_what_was_asked_and_of_whom(workdir, model, tmp_path):
     'task': COPY,
     'split': 'test',
     'length': None,
+    'implementations': [
+      {'implementation': 'reference', 'reason': f'{queries} x 64 logits are at most 16384 on cpu'}
+      for queries in (64, 1)  # of a prompt's chunk, and of a step
+    ],
     'questions': 10,
     'questions_cut': 0,
     'tokens_cut': 0,
@@ -402,13 +407,18 @@ def test_runs_and_masks_stand_in_one_table_and_pictures(
     split='validation', **arguments,
   )  # fmt: skip
 
-  asked, head, *rows = capsys.readouterr().out.splitlines()[:5]
+  asked, *told, head, first, second, third = capsys.readouterr().out.splitlines()[:8]
+  rows = first, second, third
   assert asked == '56 answers are asked for, on 8 cpu'
   assert head.split() == 'fire causal fire window:8 other causal other window:8'.split()
   assert [row.split() for row in rows] == [
     [COPY, '[accuracy,', '%]', *['100.00'] * 4],
     *([needle, 'at', length, '[accuracy,', '%]', *['50.00'] * 4] for length in ('200', '400')),
   ]
+  for line, task in zip(told, (COPY, f'{needle} at 200', f'{needle} at 400'), strict=True):
+    assert line.startswith(f'attention of {task}: ')
+    assert re.search(r'reference, 1 x \d+ logits are at most 16384 on cpu', line)  # a step
+  assert 'chunked, 64 x 448 logits are over 16384 on cpu' in told[2]  # a prompt, with no window
   found = {path.name for path in (tmp_path / 'out').iterdir()}
   pictures = ('all_copy-length=2,held_out=10.png', 'all_passkey-held_out=2,depths=2.png')
   assert found == {'all', 'all.json', *pictures}

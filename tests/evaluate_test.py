@@ -571,6 +571,7 @@ def test_the_command_compares_runs_and_masks_and_says_where_it_wrote(
   # of 256 at most, 64 of each of the 3 documents
   title = 'nats per token by length (same_tokens, 192 tokens of 3 documents), validation of text'
   assert f'{title} {reports[0]["files"]}\n{report.table(reports)}\nwritten: ' in stdout
+  assert 'attention at 64: reference, 64 x 64 logits are at most 16384 on cpu\n' in stdout
   assert sorted(tmp_path.iterdir()) == [file.with_suffix(end) for end in ('.csv', '.json', '.png')]
 
 

@@ -466,8 +466,10 @@ def test_several_prompts_follow_one_another_under_headers(outputs, workdir):
   assert stdout == f'--- prompt 1 of 2 ---\n{first}\n--- prompt 2 of 2 ---\n{second}\n'
 
 
-def test_the_end_says_how_much_how_fast_and_in_what_memory(outputs):
+def test_stderr_says_by_what_attention_how_much_how_fast_and_in_what_memory(outputs):
+  """A chunk of 64 of the prompt, and a step, over 64 slots."""
   assert re.fullmatch(
+    r'attention: reference, 64 x 64 logits are at most 16384 on cpu; reference, 1 x 64 logits .*\n'
     r'30 tokens; the first after \d+\.\d s \(.*\), the rest at [\d,]+ tokens/s; '
     r'cache of 64 slots a row, 0\.0 MB\n',
     outputs['one'][2],
