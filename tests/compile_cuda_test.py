@@ -61,6 +61,8 @@ def compiled_gradients(name, channels, length, options, mask):
     ('fire', 128, 131_072, {}, {'block': 1024}),
     ('fire', 256, 32_768, {}, {'window': 4096}),
     ('fire', 128, 8192, {'hidden_layers': 2, 'width': 32}, {'causal': False}),
+    # Whose segments' sums are an odd number of rows.
+    ('fire', 64, 2048, {'hidden_layers': 2, 'width': 16}, {}),
     ('fire_s', 64, 32_768, {}, {}),
     ('t5', 128, 32_768, {}, {}),
     ('alibi', 64, 32_768, {}, {}),

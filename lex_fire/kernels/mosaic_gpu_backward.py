@@ -82,10 +82,13 @@ def _sums_shape(setup):
   """Returns the shapes of the sums over a warpgroup's pairs: of segments, two each, and numbers."""
   if not setup.learned or not setup.segments:
     return []
-  return [
-    (math.ceil(2 * setup.segments / LANES), LANES),
-    (math.ceil(max(1, setup.numbers.num_leaves) / LANES), LANES),
-  ]
+
+  def shape(count):
+    rows = math.ceil(max(1, count) / LANES)
+    # Threads of a warpgroup write pairs of neighbours: one row, or an even number.
+    return rows + rows % 2 if rows > 1 else rows, LANES
+
+  return [shape(2 * setup.segments), shape(setup.numbers.num_leaves)]
 
 
 def _query_kernel(
