@@ -104,6 +104,24 @@ def test_a_preset_of_eight_gpus_compiles_for_them(tmp_path, asked, taken):
   assert evaluation['bytes']['total'] < 4 * GIB
 
 
+def test_one_gpu_holds_a_model_of_350m_at_131072_tokens_in_training_and_evaluation(tmp_path):
+  status, report, stderr = report_of(
+    tmp_path,
+    '--config=configs/c4.py:size=large,encoding=fire',
+    '--topology=cuda:h200x1',
+    '--config.data.length=131072',
+    '--config.data.batch_size=1',
+    '--config.model.attention=mosaic_gpu',
+    '--config.evaluate.lengths=(131072,)',
+    '--config.evaluate.max_tokens=131072',
+  )
+
+  assert (status, stderr) == (0, '')
+  for program in report['programs']:
+    assert program['attention']['implementation'] == 'mosaic_gpu'
+    assert program['bytes']['total'] < 17 * GIB
+
+
 def test_what_one_gpu_cannot_hold_ends_with_3_and_says_by_how_much(tmp_path):
   status, report, stderr = report_of(
     tmp_path,
