@@ -23,9 +23,21 @@ except ImportError as missing:
 
 HEADS, HEAD_DIM = 12, 64
 WIDTH = 32  # of FIRE's MLP
+FROZEN = 'fire, frozen'  # an encoding: FIRE, of whose own parameters no gradient is asked
 LEAST_TURN = (
   0.02  # seconds; shorter passes are repeated, so that the clock and the call do not count
 )
+
+
+def interpolation(c, length_multiplier, i, j):
+  """Returns FIRE's x in [0, 1] of query positions i and key positions j, which broadcast."""
+  threshold = torch.abs(length_multiplier * 512.0)
+
+  def psi(distance):
+    return torch.log(torch.abs(c) * distance + 1)
+
+  distance, i = torch.clamp(i - j, min=0).to(torch.float32), i.to(torch.float32)
+  return psi(distance) / (psi(torch.maximum(threshold, i)) + 1e-6)
 
 
 class Fire(torch.nn.Module):
@@ -40,31 +52,37 @@ class Fire(torch.nn.Module):
     self.c = torch.nn.Parameter(torch.tensor(0.1))
     self.length_multiplier = torch.nn.Parameter(torch.tensor(1.0))
 
-  def interpolation(self, i, j):
-    """Returns x in [0, 1] of query positions i and key positions j, which broadcast."""
-    threshold = torch.abs(self.length_multiplier * 512.0)
-
-    def psi(distance):
-      return torch.log(torch.abs(self.c) * distance + 1)
-
-    distance, i = torch.clamp(i - j, min=0).to(torch.float32), i.to(torch.float32)
-    return psi(distance) / (psi(torch.maximum(threshold, i)) + 1e-6)
-
   def forward(self, length: int):
     """Returns the bias [H, Q, K]; -inf hides keys after the query."""
     position = torch.arange(length, device=self.c.device)
     i, j = position[:, None], position[None]
-    bias = self.out(torch.relu(self.hidden(self.interpolation(i, j)[..., None])))
+    x = interpolation(self.c, self.length_multiplier, i, j)
+    bias = self.out(torch.relu(self.hidden(x[..., None])))
     return bias.permute(2, 0, 1).masked_fill(j > i, -torch.inf)
 
-  def score(self, score, batch, head, i, j):
-    """Returns one score with its bias, as FlexAttention wants it: of scalars alone."""
-    del batch
-    x, bias = self.interpolation(i, j), self.out.bias[head]
-    for unit in range(WIDTH):
-      active = torch.relu(self.hidden.weight[unit, 0] * x + self.hidden.bias[unit])
-      bias = bias + active * self.out.weight[head, unit]
-    return score + bias
+  def score(self):
+    """Returns a score with its bias, as FlexAttention wants it: of scalars alone.
+
+    Its backward pass on GPUs adds up the gradients of arrays that are indexed, each only once, and
+    by a position or the head: so each number is an array of its own, repeated for each head.
+    """
+
+    def of_heads(numbers):
+      return numbers.expand(-1, HEADS).contiguous().unbind()
+
+    c, multiplier = of_heads(torch.stack([self.c, self.length_multiplier])[:, None])
+    columns = self.hidden.weight, self.hidden.bias[:, None], self.out.weight.T
+    units = list(zip(*map(of_heads, columns), strict=True))
+    constant = self.out.bias.clone()
+
+    def with_bias(score, batch, head, i, j):
+      del batch
+      x, bias = interpolation(c[head], multiplier[head], i, j), constant[head]
+      for weight, shift, out in units:
+        bias = bias + torch.relu(weight[head] * x + shift[head]) * out[head]
+      return score + bias
+
+    return with_bias
 
 
 def sdpa(query, key, value, fire):
@@ -85,16 +103,21 @@ def causal(length: int, device: str):
   )
 
 
-def flex(query, key, value, fire):
-  """With the bias computed where the scores are, or with none."""
+@functools.cache
+def compiled_flex():
+  """Returns FlexAttention, which is made for being compiled."""
   from torch.nn.attention import flex_attention
 
   # Anew for each length, and never given up: else, after a few, it would run uncompiled and dense.
   torch._dynamo.config.recompile_limit = 100
   torch._dynamo.config.fail_on_recompile_limit_hit = True
-  compiled = torch.compile(flex_attention.flex_attention, dynamic=False)
-  mask, score = causal(query.shape[2], query.device.type), None if fire is None else fire.score
-  return compiled(query, key, value, score_mod=score, block_mask=mask)
+  return torch.compile(flex_attention.flex_attention, dynamic=False)
+
+
+def flex(query, key, value, fire):
+  """With the bias computed where the scores are, or with none."""
+  mask, score = causal(query.shape[2], query.device.type), None if fire is None else fire.score()
+  return compiled_flex()(query, key, value, score_mod=score, block_mask=mask)
 
 
 IMPLEMENTATIONS = {'sdpa': sdpa, 'flex': flex}
@@ -103,11 +126,14 @@ IMPLEMENTATIONS = {'sdpa': sdpa, 'flex': flex}
 def make(implementation: str, encoding: str, length: int, backward: bool, dtype: str, device: str):
   """Returns a function that runs one pass to its end and returns nothing."""
   torch.manual_seed(0)
-  fire = Fire().to(device).requires_grad_(backward) if encoding == 'fire' else None
+  fire = None if encoding == 'nope' else Fire().to(device)
+  if fire is not None:
+    fire.requires_grad_(backward and encoding != FROZEN)
   shape, options = (1, HEADS, length, HEAD_DIM), {'device': device, 'dtype': getattr(torch, dtype)}
   arrays = [torch.randn(shape, **options).requires_grad_(backward) for _ in range(3)]
   d_out = torch.randn(shape, **options)
-  wanted = [*arrays, *(() if fire is None else fire.parameters())]
+  learned = () if fire is None else fire.parameters()
+  wanted = [*arrays, *(number for number in learned if number.requires_grad)]
 
   def run():
     with torch.set_grad_enabled(backward):
