@@ -8,7 +8,7 @@ import sys
 
 import pytest
 
-from experiments.attention_speed import alone, programs, results, run
+from experiments.attention_speed import alone, apart, gpu_results, programs, results, run, writing
 from lex_fire import encodings, errors, kernels
 
 HERE = pathlib.Path(run.__file__).parent
@@ -44,7 +44,8 @@ def test_every_encoding_can_be_timed_by_its_name(name):
 
 @pytest.mark.parametrize('path', MEASURED, ids=lambda path: path.name)
 def test_the_readme_shows_the_table_that_was_measured(path):
-  table = results.table(json.loads(path.read_text()))
+  shows = gpu_results if path.name == 'gpu.json' else results
+  table = shows.table(json.loads(path.read_text()))
 
   shown = '\n'.join(f'    {line}'.rstrip() for line in table.splitlines())
   assert shown in (HERE / 'README.md').read_text()
@@ -124,15 +125,14 @@ def test_the_table_has_a_reason_for_what_could_not_run():
   assert 'not here: flex, forward and backward or forward: no such thing' in lines
 
 
-@pytest.mark.parametrize('platform', run.DEFAULTS)
-def test_beyond_2048_tokens_nothing_dense_is_timed(platform):
-  few, many = (run.wanted(['nope', 'fire', 'rope'], length, platform) for length in (2048, 2049))
+def test_beyond_2048_tokens_nothing_dense_is_timed():
+  few, many = (run.wanted(['nope', 'fire', 'rope'], length) for length in (2048, 2049))
 
   assert {('reference', 'fire'), ('torch.sdpa', 'fire'), ('torch.flex', 'fire')} <= set(few)
   assert ('reference', 'rope') not in few
   assert ('chunked', 'rope') in many and ('torch.flex', 'fire') in many
-  assert not {('reference', 'nope'), ('jax.nn', 'fire'), ('torch.sdpa', 'fire')} & set(many)
-  assert (('jax.nn', 'nope') in many) == (platform == 'gpu')
+  dense = {('reference', 'nope'), ('jax.nn', 'nope'), ('jax.nn', 'fire'), ('torch.sdpa', 'fire')}
+  assert not dense & set(many)
 
 
 def test_programs_that_cannot_run_are_named_and_the_others_take_turns(monkeypatch):
@@ -164,7 +164,7 @@ def test_the_table_goes_between_its_marks(tmp_path):
   (tmp_path / 'README.md').write_text('above\n<!-- cpu -->\nold\n<!-- /cpu -->\nbelow\n')
   measured = found([row('chunked', 'nope', [0.5]), row('chunked', 'fire', [0.6])])
 
-  run.write(measured, tmp_path)
+  writing.write(measured, tmp_path, results)
 
   text = (tmp_path / 'README.md').read_text()
   assert re.fullmatch(r'above\n<!-- cpu -->\n\n    .*\n\n<!-- /cpu -->\nbelow\n', text, re.DOTALL)
@@ -190,6 +190,40 @@ def test_without_torch_its_programs_are_absent(tmp_path):
     torch.close()
 
 
+def test_a_gpu_has_a_command_of_its_own(monkeypatch):
+  monkeypatch.setattr(sys, 'argv', ['run'])
+  monkeypatch.setattr(apart, 'in_own_process', lambda _: {'platform': 'gpu'})
+
+  with pytest.raises(errors.UserError, match="platform='gpu'.*attention_speed.gpu"):
+    run.main()
+
+
+def test_torch_that_gives_no_answer_in_time_is_ended_and_not_asked_for_that_again(tmp_path):
+  python = tmp_path / 'python'
+  python.write_text("#!/bin/sh\necho '{}'\nread request\nexec sleep 100\n")
+  python.chmod(0o755)
+  torch = programs.start_torch(str(python), threads=2, limit=1.0)
+  case = programs.Case(32, True, 'float32')
+
+  with pytest.raises(TimeoutError, match='no answer within 1 s'):
+    torch.make('torch.flex', 'fire', case)
+  with pytest.raises(TimeoutError, match='too slow'):
+    torch.make('torch.flex', 'fire', case._replace(length=64))
+  with pytest.raises(TimeoutError, match='no answer'):  # of a new process
+    torch.make('torch.flex', 'nope', case)
+
+
+def test_of_torch_a_pass_that_takes_a_tenth_of_the_limit_is_told_and_has_no_turns(tmp_path):
+  python = tmp_path / 'python'
+  python.write_text("#!/bin/sh\necho '{}'\nread request\necho '{\"seconds\": 7.5}'\nread on\n")
+  python.chmod(0o755)
+  torch = programs.start_torch(str(python), threads=2, limit=60.0)
+
+  with pytest.raises(TimeoutError, match=r'a pass takes 7\.5 s'):
+    torch.make('torch.flex', 'fire', programs.Case(32, True, 'float32'))
+  torch.close()
+
+
 def test_it_runs_where_only_jax_is():
   """Images for accelerators have neither TensorFlow nor absl nor ml_collections."""
   script = (
@@ -203,7 +237,7 @@ def test_it_runs_where_only_jax_is():
 
 
 def test_the_kernels_of_the_registry_are_all_tried():
-  pairs = run.wanted(['nope'], 4096, 'gpu')
+  pairs = run.wanted(['nope'], 4096)
 
   tried = {implementation for implementation, _ in pairs}
   assert tried >= set(kernels.IMPLEMENTATIONS) - {results.DENSE}

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
+from experiments.attention_speed import gpu_figures, gpu_plan, programs
 from lex_fire import encodings, kernels, topologies
 from lex_fire.kernels import mosaic_gpu
 
@@ -76,6 +77,36 @@ def test_attention_compiles_with_little_memory(name, channels, length, options, 
   # The logits of one head alone would take 64 GiB at 131,072 tokens, where the plan of its tiles,
   # an integer each, takes 8 MiB.
   assert compiled.memory_analysis().temp_size_in_bytes < 1.1 * given
+
+
+def compiled(function, arguments):
+  """Compiles for one H200; arguments are made abstract."""
+  topology = topologies.find('cuda:h200x1')
+  sharding = jax.sharding.SingleDeviceSharding(topology.devices[0])
+  abstract = jax.tree.map(
+    lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), jax.eval_shape(arguments)
+  )
+  with jax.default_device(topology.devices[0]):  # by which kernels are chosen
+    return function.lower(*abstract).compile(dict(topology.options))
+
+
+def test_what_the_benchmark_on_a_gpu_runs_compiles():
+  """Of each kind the largest; all others of the plan have been compiled once, by hand."""
+  figures = list(gpu_plan.plan(gpu_plan.H200, 'python'))
+  (check,) = (f.measure.args[1] for f in figures if 'last 128' in f.name)
+  pairs, case, *_ = next(f for f in reversed(figures) if f.stage == 'attention').measure.args
+  name, encoding = pairs[1]
+
+  gradients = compiled(gpu_figures.pull(check, name), lambda: gpu_figures.arguments(check))
+  exact = compiled(gpu_figures.pull(check, 'reference'), lambda: gpu_figures.arguments(check))
+  made = programs.encoding_of(encoding)
+  forward = compiled(
+    programs.pass_of(name, made, case.backward), lambda: programs.inputs(made, case)
+  )
+
+  assert (name, encoding, case.length) == ('mosaic_gpu', 'fire', check.length)
+  assert 'mosaic_gpu' in (gradients.as_text() or '') and 'mosaic_gpu' in (forward.as_text() or '')
+  assert all(x.memory_analysis().temp_size_in_bytes < 6 * GIB for x in (gradients, exact, forward))
 
 
 def report_of(directory, *flags):

@@ -60,11 +60,7 @@ def measure(implementation: str, encoding: str, case: programs.Case) -> dict[str
     The seconds; the bytes of XLA's temporaries; and the most bytes that were in use: of the
     process, Python, JAX and compiler included, and on an accelerator those of the device.
   """
-  made = programs.encoding_of(encoding)
-  attend = programs.attention(implementation, made, case.length)
-  arguments = programs.inputs(made, case)
-  arguments = (*arguments[:2], *arguments[2])
-  run = programs.one_pass(attend, case.backward).lower(*arguments).compile()
+  run, arguments = programs.compiled(implementation, encoding, case)
   jax.block_until_ready(arguments)
   start = time.perf_counter()
   jax.block_until_ready(run(*arguments))

@@ -6,6 +6,7 @@ A program is a function that runs once, to its end, and returns the seconds that
 import functools
 import json
 import pathlib
+import select
 import subprocess
 import time
 from collections.abc import Callable
@@ -45,22 +46,27 @@ def encoding_of(text: str) -> encodings.Encoding:
   return config_lib.EncodingConfig(text.partition(':')[0]).replaced_by(text, TRAIN_LENGTH).make()
 
 
-def inputs(encoding: encodings.Encoding, case: Case) -> tuple[Any, jax.Array, list[jax.Array]]:
-  """Returns parameters, the gradient of the output, and query, key and value, all random."""
+def inputs(encoding: encodings.Encoding, case: Case) -> tuple[Any, ...]:
+  """Returns what a pass takes: positions, and all random, parameters, the gradient of the output,
+  query, key and value."""
   rng, *rngs = jax.random.split(jax.random.key(0), 5)
   params = encoding.init(rng, num_heads=HEADS, head_dim=HEAD_DIM, d_model=HEADS * HEAD_DIM)
   shape = (1, case.length, HEADS, HEAD_DIM)
   d_out, *arrays = (jax.random.normal(rng, shape).astype(case.dtype) for rng in rngs)
-  return params, d_out, arrays
+  return jnp.arange(case.length)[None], params, d_out, *arrays
 
 
 def one_pass(attend: Callable[..., jax.Array], backward: bool) -> Callable[..., Any]:
-  """Returns (params, d_out, query, key, value) -> the output, or its gradients too."""
+  """Returns a pass, of what `inputs` makes: it returns the output, or its gradients too.
 
-  def run(params, d_out, *arrays):
+  Positions are an argument, as in a model: what follows from constants, XLA computes beforehand.
+  """
+
+  def run(position_BL, params, d_out, *arrays):
+    attend_there = functools.partial(attend, position_BL)
     if not backward:
-      return attend(params, *arrays)
-    out, pull = jax.vjp(attend, params, *arrays)
+      return attend_there(params, *arrays)
+    out, pull = jax.vjp(attend_there, params, *arrays)
     return out, pull(d_out)
 
   return jax.jit(run)
@@ -80,11 +86,10 @@ def timed(run: Callable[..., Any], *arguments: Any) -> Program:
   return functools.partial(seconds, max(1, round(LEAST_TURN / seconds(1))))
 
 
-def attention(implementation: str, encoding: encodings.Encoding, length: int):
-  """Returns (params, query, key, value) -> out_BLHC of the library, rotations included."""
-  position_BL = jnp.arange(length)[None]
+def attention(implementation: str, encoding: encodings.Encoding):
+  """Returns (position, params, query, key, value) -> out_BLHC of the library, rotations too."""
 
-  def attend(params, query_BLHC, key_BLHC, value_BLHC):
+  def attend(position_BL, params, query_BLHC, key_BLHC, value_BLHC):
     if encoding.rotate is not None:
       query_BLHC = encoding.rotate(params, query_BLHC, position_BL)
       key_BLHC = encoding.rotate(params, key_BLHC, position_BL)
@@ -102,11 +107,10 @@ def attention(implementation: str, encoding: encodings.Encoding, length: int):
   return attend
 
 
-def with_dense_bias(attend: Callable[..., jax.Array], encoding: encodings.Encoding, length: int):
-  """Returns (params, query, key, value) -> out_BLHC of a library that takes the bias whole."""
-  position_BL = jnp.arange(length)[None]
+def with_dense_bias(attend: Callable[..., jax.Array], encoding: encodings.Encoding):
+  """Returns (position, params, query, key, value) -> out_BLHC of what takes the bias whole."""
 
-  def with_bias(params, query_BLHC, key_BLHC, value_BLHC):
+  def with_bias(position_BL, params, query_BLHC, key_BLHC, value_BLHC):
     bias_BHQK = None
     if encoding.bias is not None:
       bias_BHQK = encoding.bias(params, position_BL, position_BL, HEADS).astype(query_BLHC.dtype)
@@ -131,62 +135,95 @@ def tokamax() -> Callable[..., jax.Array]:
 LIBRARIES = {'jax.nn': jax_nn, 'tokamax': tokamax}
 
 
-def make(implementation: str, encoding: str, case: Case) -> Program:
-  """Returns the program of one of the library's implementations, or of a JAX library beside it."""
-  made = encoding_of(encoding)
+def pass_of(implementation: str, encoding: encodings.Encoding, backward: bool):
+  """Returns `one_pass` of an implementation of the library, or of a JAX library beside it."""
   if implementation in LIBRARIES:
-    attend = with_dense_bias(LIBRARIES[implementation](), made, case.length)
-  else:
-    attend = attention(implementation, made, case.length)
-  params, d_out, arrays = inputs(made, case)
-  return timed(one_pass(attend, case.backward), params, d_out, *arrays)
+    return one_pass(with_dense_bias(LIBRARIES[implementation](), encoding), backward)
+  return one_pass(attention(implementation, encoding), backward)
+
+
+def compiled(implementation: str, encoding: str, case: Case) -> tuple[Any, tuple[Any, ...]]:
+  """Returns `pass_of` an implementation, compiled, and what it takes."""
+  made = encoding_of(encoding)
+  arguments = inputs(made, case)
+  return pass_of(implementation, made, case.backward).lower(*arguments).compile(), arguments
+
+
+def make(implementation: str, encoding: str, case: Case) -> Program:
+  """Returns the program of `pass_of` an implementation."""
+  run, arguments = compiled(implementation, encoding, case)
+  return timed(run, *arguments)
 
 
 class Torch:
   """A process of PyTorch that runs a pass whenever it is asked, and else waits."""
 
-  def __init__(self, python: str, threads: int):
+  def __init__(self, python: str, threads: int, limit: float | None = None):
     """Starts it.
 
     Args:
       python: the interpreter that can import torch.
       threads: that it may use on a CPU.
+      limit: seconds that an answer may take, compilation included, and ten passes; what takes
+        longer is not tried again. None: any.
 
     Raises:
       errors.UserError: if torch cannot be imported there.
     """
+    self._python, self._limit, self._slow = python, limit, set()
     script = str(pathlib.Path(__file__).parent / 'peers_torch.py')
-    self._process = subprocess.Popen(
-      [python, script, f'--threads={threads}'],
-      stdin=subprocess.PIPE,
-      stdout=subprocess.PIPE,
-      text=True,
-    )
-    self.about = json.loads(self._process.stdout.readline() or '{"reason": "it ended"}')
+    self._command = [python, script, f'--threads={threads}']
+    self._start()
+
+  def _start(self) -> None:
+    pipes = {'stdin': subprocess.PIPE, 'stdout': subprocess.PIPE}
+    self._process = subprocess.Popen(self._command, **pipes, text=True)
+    self.about = self._answer()
     if 'reason' in self.about:
       self.close()
       raise errors.UserError(
-        f'{python} has no torch ({self.about["reason"]}); give --torch_python another'
+        f'{self._python} has no torch ({self.about["reason"]}); give --torch_python another'
       )
+
+  def _answer(self) -> dict[str, Any]:
+    """Returns the next line; ends a process that says none in time, and raises TimeoutError."""
+    answers = self._process.stdout
+    if self._limit is not None and not select.select([answers], [], [], self._limit)[0]:
+      self._process.kill()
+      self.close()
+      raise TimeoutError(f'no answer within {self._limit:.0f} s')
+    return json.loads(answers.readline() or '{"reason": "it ended"}')
 
   def make(self, implementation: str, encoding: str, case: Case) -> Program:
     """Returns the program of torch.NAME, one of its IMPLEMENTATIONS.
 
     Raises:
       RuntimeError: with what the library says, if it cannot run that.
+      TimeoutError: if it is too slow, or was at another length.
     """
     name = implementation.removeprefix('torch.')
+    asked = name, encoding, case.backward
+    if asked in self._slow:
+      raise TimeoutError('not tried, as it was too slow at another length')
     request = {'implementation': name, 'encoding': encoding, **case._asdict()}
 
     def seconds():
+      if self._process.poll() is not None:
+        self._start()
       self._process.stdin.write(json.dumps(request) + '\n')
       self._process.stdin.flush()
-      found = json.loads(self._process.stdout.readline())
+      found = self._answer()
       if 'reason' in found:
         raise RuntimeError(found['reason'])
       return found['seconds']
 
-    seconds()
+    try:
+      pass_seconds = seconds()
+      if self._limit is not None and pass_seconds > self._limit / 10:
+        raise TimeoutError(f'a pass takes {pass_seconds:.1f} s')
+    except TimeoutError:
+      self._slow.add(asked)
+      raise
     return seconds
 
   def close(self) -> None:
@@ -211,9 +248,9 @@ class NoTorch:
     """Has nothing to end."""
 
 
-def start_torch(python: str, threads: int) -> Torch | NoTorch:
+def start_torch(python: str, threads: int, limit: float | None = None) -> Torch | NoTorch:
   """Starts PyTorch if `python` has it."""
   try:
-    return Torch(python, threads)
+    return Torch(python, threads, limit)
   except (errors.UserError, OSError) as error:
     return NoTorch(str(error))

@@ -115,7 +115,7 @@ def _three_digits(number: float) -> str:
   return f'{float(f"{number:.3g}"):g}'
 
 
-def _of_times(results: Results, backward: bool) -> list[str]:
+def of_times(results: Results, backward: bool) -> list[str]:
   """Returns a row a program: at each length its least time and its ratio to the same without bias.
 
   A library that could not run it has no number there; the reasons stand below.
@@ -156,9 +156,8 @@ def _of_memory(results: Results) -> list[str]:
   return lines
 
 
-def _of_targets(results: Results) -> list[str]:
-  """Returns a row a target at a length."""
-  rows = verdicts(results)
+def of_targets(rows: Sequence[dict[str, Any]]) -> list[str]:
+  """Returns a line for each of `verdicts`."""
   width = max((len(row['what']) for row in rows), default=0)
   lines = [f'{"target":<{width}}  length   found  median  at most'] if rows else []
   for row in rows:
@@ -182,8 +181,8 @@ def _of_absent(results: Results) -> list[str]:
 
 def table(results: Results) -> str:
   """Returns everything as text."""
-  parts = [_of_times(results, backward) for backward in PASSES]
-  parts += [_of_absent(results), _of_memory(results), _of_targets(results)]
+  parts = [of_times(results, backward) for backward in PASSES]
+  parts += [_of_absent(results), _of_memory(results), of_targets(verdicts(results))]
   return '\n\n'.join('\n'.join(lines) for lines in parts if lines)
 
 

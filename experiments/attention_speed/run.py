@@ -7,21 +7,18 @@ and JAX's and PyTorch's own attention beside them: in each round every program h
 what slows the machine slows all. Before that, passes alone in a process show their memory. Needs
 jax; other libraries are measured where they can be imported.
 
-Writes the results to cpu.json and cpu.png (gpu, tpu), and the table that it prints into README.md.
+Writes the results to cpu.json and cpu.png (tpu), and the table that it prints into README.md. For
+GPUs there is `gpu.py` beside it.
 """
 
 import argparse
-import concurrent.futures
-import json
-import multiprocessing
 import os
 import pathlib
 import sys
 import time
 from collections.abc import Callable, Sequence
-from typing import Any
 
-from experiments.attention_speed import alone, programs, results
+from experiments.attention_speed import alone, apart, programs, results, writing
 from lex_fire import errors, kernels
 
 HERE = pathlib.Path(__file__).parent
@@ -50,14 +47,13 @@ DEFAULTS = {  # by platform
     'dtype': 'float32',
     'seconds': 90.0,
   },
-  'gpu': {
+  'tpu': {
     'lengths': [2048, 8192, 32768, 131072],
     'alone': [8192, 32768, 131072],
     'dtype': 'bfloat16',
     'seconds': 15.0,
   },
 }
-DEFAULTS['tpu'] = DEFAULTS['gpu']
 
 
 def options() -> argparse.Namespace:
@@ -77,19 +73,6 @@ def options() -> argparse.Namespace:
   return parser.parse_args()
 
 
-def in_own_process(function: Callable[..., Any], *arguments: Any) -> Any:
-  """Returns function(*arguments), computed where nothing else ever was."""
-  spawn = multiprocessing.get_context('spawn')
-  with concurrent.futures.ProcessPoolExecutor(1, mp_context=spawn) as pool:
-    return pool.submit(function, *arguments).result()
-
-
-def reason(error: Exception) -> str:
-  """Returns the first line of what an exception says."""
-  lines = f'{type(error).__name__}: {error}'.splitlines()
-  return lines[0][:200]
-
-
 def measure_alone(
   encodings: Sequence[str], lengths: Sequence[int], dtype: str
 ) -> tuple[list, list]:
@@ -106,7 +89,7 @@ def measure_alone(
     print(f'alone: {encoding} at {case.length}{left}', flush=True)
     done += case.length**2
     try:
-      rows.append(in_own_process(alone.measure, 'auto', encoding, case))
+      rows.append(apart.in_own_process(alone.measure, 'auto', encoding, case))
     except Exception as error:  # what has no memory for it dies in many ways
       absent.append(absence('auto', encoding, case, error))
   return rows, absent
@@ -115,18 +98,18 @@ def measure_alone(
 def absence(implementation: str, encoding: str, case: programs.Case, error: Exception) -> dict:
   """Returns the row of a program that cannot run here, and says so."""
   row = {'implementation': implementation, 'encoding': encoding, **case._asdict()}
-  print(f'  not here: {implementation} {encoding}: {reason(error)}', flush=True)
-  return {**row, 'reason': reason(error)}
+  print(f'  not here: {implementation} {encoding}: {apart.reason(error)}', flush=True)
+  return {**row, 'reason': apart.reason(error)}
 
 
-def is_dense(implementation: str, encoding: str, platform: str) -> bool:
+def is_dense(implementation: str, encoding: str) -> bool:
   """Returns whether a program holds an array of all logits or biases."""
   if implementation in PEERS and encoding == 'fire':
     return implementation != 'torch.flex'
-  return implementation == results.DENSE or (implementation == 'jax.nn' and platform != 'gpu')
+  return implementation in (results.DENSE, 'jax.nn')
 
 
-def wanted(encodings: Sequence[str], length: int, platform: str) -> list[tuple[str, str]]:
+def wanted(encodings: Sequence[str], length: int) -> list[tuple[str, str]]:
   """Returns the (implementation, encoding) pairs to time at a length."""
   few = [encoding for encoding in OF_PEERS if encoding in encodings]
   pairs = [
@@ -134,7 +117,7 @@ def wanted(encodings: Sequence[str], length: int, platform: str) -> list[tuple[s
     for implementation in (*kernels.IMPLEMENTATIONS, *PEERS)
     for encoding in (few if implementation in (results.DENSE, *PEERS) else encodings)
   ]
-  return [pair for pair in pairs if length <= MOST_DENSE or not is_dense(*pair, platform)]
+  return [pair for pair in pairs if length <= MOST_DENSE or not is_dense(*pair)]
 
 
 def compiled(
@@ -157,7 +140,16 @@ def compiled(
   return made, absent
 
 
-def take_turns(made: dict[tuple[str, str], programs.Program], budget: float) -> list[dict]:
+def say(line: str) -> None:
+  """Prints a line of progress at once."""
+  print(line, flush=True)
+
+
+def take_turns(
+  made: dict[tuple[str, str], programs.Program],
+  budget: float,
+  say: Callable[[str], None] = say,
+) -> list[dict]:
   """Returns the seconds of each program in each round, as many rounds as the budget allows."""
   seconds = {pair: [] for pair in made}
   start, done, rounds = time.perf_counter(), 0, ROUNDS[1]
@@ -167,7 +159,7 @@ def take_turns(made: dict[tuple[str, str], programs.Program], budget: float) -> 
     done += 1
     a_round = (time.perf_counter() - start) / done
     rounds = min(max(int(budget / a_round), ROUNDS[0]), ROUNDS[1])
-    print(f'  round {done} of {rounds}, {max(rounds - done, 0) * a_round:.0f} s left', flush=True)
+    say(f'  round {done} of {rounds}, {max(rounds - done, 0) * a_round:.0f} s left')
   return [
     {'implementation': implementation, 'encoding': encoding, 'seconds': values}
     for (implementation, encoding), values in seconds.items()
@@ -175,7 +167,7 @@ def take_turns(made: dict[tuple[str, str], programs.Program], budget: float) -> 
 
 
 def measure_in_turn(
-  asked: argparse.Namespace, platform: str, torch: Callable[..., programs.Program]
+  asked: argparse.Namespace, torch: Callable[..., programs.Program]
 ) -> tuple[list, list]:
   """Returns rows of times, and a row for each program that cannot run here."""
   times, absent = [], []
@@ -187,30 +179,11 @@ def measure_in_turn(
   for number, case in enumerate(cases, 1):
     passes = results.PASSES[case.backward]
     print(f'part {number} of {len(cases)}: {case.length} tokens, {passes}; compiling', flush=True)
-    pairs = wanted(asked.encodings, case.length, platform)
+    pairs = wanted(asked.encodings, case.length)
     made, missing = compiled(pairs, case, torch)
     times += [{**case._asdict(), **row} for row in take_turns(made, asked.seconds)]
     absent += missing
   return times, absent
-
-
-def write(found: results.Results, out: pathlib.Path) -> None:
-  """Writes JSON and plot, and puts the table in README.md between its platform's marks."""
-  platform = found['machine']['platform']
-  (out / f'{platform}.json').write_text(json.dumps(found, indent=1) + '\n')
-  try:
-    results.plot(found, out / f'{platform}.png')
-  except ImportError as error:
-    print(f'no plot: {error}')
-  readme, (first, last) = out / 'README.md', (f'<!-- {platform} -->\n', f'<!-- /{platform} -->')
-  text = readme.read_text() if readme.exists() else ''
-  if first not in text or last not in text:
-    print(f'{readme} has no {first.strip()} for the table')
-    return
-  before, _, rest = text.partition(first)
-  after = rest.partition(last)[2]
-  lines = (f'    {line}'.rstrip() for line in results.table(found).splitlines())
-  readme.write_text(before + first + '\n'.join(('', *lines, '', '')) + last + after)
 
 
 def main() -> None:
@@ -221,7 +194,12 @@ def main() -> None:
   # PyTorch's process needs some of an accelerator's memory too.
   os.environ.setdefault('XLA_PYTHON_CLIENT_PREALLOCATE', 'false')
   # No process sees a TPU that another has: this one's turn comes last.
-  machine = in_own_process(alone.machine)
+  machine = apart.in_own_process(alone.machine)
+  if machine['platform'] not in DEFAULTS:
+    raise errors.UserError(
+      f'this is for {" and ".join(DEFAULTS)}, but JAX finds platform={machine["platform"]!r}; '
+      'for NVIDIA there is python -m experiments.attention_speed.gpu'
+    )
   for name, default in DEFAULTS[machine['platform']].items():
     if getattr(asked, name) is None:
       setattr(asked, name, default)
@@ -229,7 +207,7 @@ def main() -> None:
   rows_alone, absent_alone = measure_alone(asked.encodings, asked.alone, asked.dtype)
   torch = programs.start_torch(asked.torch_python, machine['threads'])
   machine['torch'] = torch.about
-  times, absent = measure_in_turn(asked, machine['platform'], torch.make)
+  times, absent = measure_in_turn(asked, torch.make)
   torch.close()
   found = {
     'machine': machine,
@@ -244,7 +222,7 @@ def main() -> None:
     'alone': rows_alone,
     'absent': absent_alone + absent,
   }
-  write(found, asked.out)
+  writing.write(found, asked.out, results)
   print(results.table(found))
 
 
