@@ -222,6 +222,20 @@ class Checkpoints:
       self._manager.close()
 
 
+def make_workdir(workdir: pathlib.Path) -> None:
+  """Makes the directory of a run, if it is not there.
+
+  Raises:
+    errors.UserError: if it cannot be made.
+  """
+  try:
+    workdir.mkdir(parents=True, exist_ok=True)
+  except OSError as error:
+    raise errors.UserError(
+      f'cannot write workdir {str(workdir)!r}: {error.strerror or error}; use another --workdir'
+    ) from error
+
+
 def claim_workdir(workdir: pathlib.Path, config: config_lib.Config) -> None:
   """Writes the config into a new workdir; in one that has one, checks that it is the same.
 
@@ -233,12 +247,6 @@ def claim_workdir(workdir: pathlib.Path, config: config_lib.Config) -> None:
   """
   path = workdir / _CONFIG
   if not path.exists():
-    try:
-      workdir.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-      raise errors.UserError(
-        f'cannot write workdir {str(workdir)!r}: {error.strerror or error}; use another --workdir'
-      ) from error
     _write_json(path, config.to_dict())
     return
   there, asked = (flat(c) for c in (read_config(workdir), config))

@@ -4,9 +4,12 @@ tensorboardX' SummaryWriter hands events to a thread. One that cannot write, as 
 ends, and the run then waits for it for ever: so only the parts are taken that write.
 """
 
+import contextlib
 import pathlib
 import time
 from typing import Any
+
+from lex_fire import storage
 
 
 class Events:
@@ -25,11 +28,13 @@ class Events:
 
     protos: Any = event_pb2  # its names are made as it is imported
     self._event, self._scalar = protos.Event, summary.scalar
-    record_writer.directory_check(str(directory))
-    # A path of a bucket is one too, with a scheme.
-    self._file = event_file_writer.EventsWriter(f'{directory}/events')
+    self._writing = storage.network if storage.is_bucket(directory) else contextlib.nullcontext
     start = protos.SessionLog(status=protos.SessionLog.START)
-    self._file.write_event(self._event(step=first_step, session_log=start))
+    with self._writing():
+      record_writer.directory_check(str(directory))
+      # A path of a bucket is one too, with a scheme.
+      self._file = event_file_writer.EventsWriter(f'{directory}/events')
+      self._file.write_event(self._event(step=first_step, session_log=start))
 
   def write(self, step: int, values: dict[str, float]) -> None:
     """Adds scalars, which may stay in memory until `flush`.
@@ -47,7 +52,8 @@ class Events:
     Raises:
       OSError: if it cannot be written.
     """
-    self._file.flush()
+    with self._writing():
+      self._file.flush()
 
   def close(self) -> None:
     """Writes what is in memory, and closes the file.
@@ -55,4 +61,5 @@ class Events:
     Raises:
       OSError: if it cannot be written.
     """
-    self._file.close()
+    with self._writing():
+      self._file.close()

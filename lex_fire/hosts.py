@@ -81,13 +81,14 @@ def join() -> None:
 def _check_alone() -> None:
   """Refuses to be one of several pods that each believe to be the whole run.
 
-  Kubernetes tells a pod its number in a Job of several (JOB_COMPLETION_INDEX). Of TPUs GKE tells
-  JAX all it wants besides; of GPUs JAX asks for it by a client that has to be installed.
+  Kubernetes tells a pod its number in an Indexed Job (JOB_COMPLETION_INDEX), be it the only one. Of
+  TPUs GKE tells JAX all it wants besides; of GPUs JAX asks for it by a client that has to be
+  installed.
   """
   number = os.environ.get('JOB_COMPLETION_INDEX')
   if number is not None:
     raise errors.UserError(
-      f'this is pod JOB_COMPLETION_INDEX={number} of a Job, and JAX has found no other; '
+      f'this is pod JOB_COMPLETION_INDEX={number} of an Indexed Job, and JAX finds no other; '
       'pip install "jax[k8s]" and let its service account read pods, give the three flags of '
       'hosts, or --num_processes=1 to run alone'
     )

@@ -89,24 +89,30 @@ class Writer:
     self._unwritten += json.dumps({'step': step, **values}) + '\n'
     # In a bucket each time is an upload of the whole file.
     pause = _BUCKET_SECONDS if storage.is_bucket(self._path) else 0.0
-    if time.monotonic() - self._wrote >= pause:
-      self.flush()
     with self._writing():
       self._events.write(step, values)
-      if time.monotonic() - self._flushed >= _EVENTS_SECONDS:
-        self._events.flush()
-        self._flushed = time.monotonic()
+    if time.monotonic() - self._wrote >= pause:
+      self._append()
+    if time.monotonic() - self._flushed >= _EVENTS_SECONDS:
+      self.flush()
 
-  def flush(self) -> None:
-    """Writes the lines that are not in the file yet."""
+  def _append(self) -> None:
     if self._unwritten:
       with self._writing():
         storage.append(self._path, self._unwritten)
       self._unwritten, self._wrote = '', time.monotonic()
 
+  def flush(self) -> None:
+    """Writes what is in memory."""
+    self._append()
+    if self._active:
+      with self._writing():
+        self._events.flush()
+      self._flushed = time.monotonic()
+
   def close(self) -> None:
-    """Writes out what is buffered."""
-    self.flush()
+    """Writes what is in memory, and closes the logs."""
+    self._append()
     if self._active:
       with self._writing():
         self._events.close()

@@ -83,7 +83,7 @@ def common(paths: Sequence[pathlib.Path]) -> pathlib.Path:
 
 
 @contextlib.contextmanager
-def _network() -> Iterator[None]:
+def network() -> Iterator[None]:
   """Makes an OSError that says what went wrong of any of a network client's own errors."""
   try:
     yield
@@ -99,7 +99,7 @@ def write(where: pathlib.Path, content: bytes | str) -> None:
   """
   data = content.encode() if isinstance(content, str) else content
   if is_bucket(where):
-    with _network():
+    with network():
       where.write_bytes(data)
     return
   temporary = where.with_name(f'.{where.stem}.{os.getpid()}{where.suffix}')
@@ -130,7 +130,7 @@ def append(where: pathlib.Path, text: str) -> None:
     OSError: if it cannot be written.
   """
   if is_bucket(where):
-    with _network():
+    with network():
       where.write_text((where.read_text() if where.exists() else '') + text)
     return
   with where.open('a') as file:

@@ -257,14 +257,16 @@ def train(
   if executable is not None:
     loaded = executables.load(storage.local(executable, '--executable'), config, program.mesh)
     program.step = OnMesh(program.mesh, loaded)
-  checkpoint.claim_workdir(workdir, config)
-  checkpoint.claim_data(workdir, data.hashes)
-  hosts.wait('the workdir')
   keep = config.train.keep_latest, config.train.keep_best
-  with (
-    lock.hold(workdir),  # first: what a save has begun is swept away as checkpoints are opened
-    contextlib.closing(checkpoint.Checkpoints(workdir, *keep)) as checkpoints,
-  ):
+  checkpoint.make_workdir(workdir)
+  with contextlib.ExitStack() as stack:
+    stack.enter_context(lock.hold(workdir))
+    checkpoint.claim_workdir(workdir, config)
+    checkpoint.claim_data(workdir, data.hashes)
+    hosts.wait('the workdir')
+    # What a save has begun is swept away as checkpoints are opened.
+    checkpoints = checkpoint.Checkpoints(workdir, *keep)
+    stack.enter_context(contextlib.closing(checkpoints))
     found = {'config': (workdir / 'config.json').exists(), 'steps': checkpoints.steps()}
     hosts.check_same(f'a workdir {str(workdir)!r}', found)
     restored = checkpoints.restore_newest(program.abstract_state, reporting.say)

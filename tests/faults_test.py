@@ -123,7 +123,7 @@ def meet(fault, workdir, values, draw):
   if fault == 'full disk':
     status, said = run_on_a_full_disk(workdir, values, enough)
     assert status == 2
-    assert 'cannot be written into' in said and 'make room, and run the same command again' in said
+    assert 'error: ' in said and '; make room' in said  # metrics, a checkpoint, or the config
     return
   process = start(workdir, values)
   wait_for(functools.partial(has_grown, metrics, enough), process)
@@ -153,7 +153,7 @@ def test_a_run_that_meets_faults_at_random_moments_equals_an_unbroken_one_bit_fo
   for number, fault in enumerate(faults[:count], start=1):
     meet(fault, workdir, values, draw)
     kept = checkpoint.Checkpoints(workdir, read_only=True).steps()
-    print(f'{number} of {count}: {fault}, at {len(metrics_of(workdir))} of {steps} steps; {kept=}')
+    print(f'{number} of {count}: {fault}, after step {metrics_of(workdir)[-1:]}; {kept=}')
   # In a process of its own: Orbax leaves the other reads of a failed restore behind.
   last = start(workdir, values)
   last.join()
@@ -197,7 +197,7 @@ def test_a_workdir_in_use_is_refused_and_free_again_in_the_end(corpus, fire_run)
   workdir, expected = fire_run
 
   with lock.hold(workdir):
-    message = f'is in use by process {os.getpid()} on .*; wait for its end, or use another'
+    message = f'is in use by process {os.getpid()} on .*; wait for its end, use another'
     with pytest.raises(errors.UserError, match=message):
       train.train(tiny.config(corpus), workdir)
 
@@ -208,10 +208,28 @@ def test_a_workdir_that_cannot_be_locked_is_refused(tmp_path):
   (tmp_path / '.lock').mkdir()
 
   with (
-    pytest.raises(errors.UserError, match='cannot be locked: Is a directory; make room'),
+    pytest.raises(errors.UserError, match='cannot be locked: Is a directory; use another'),
     lock.hold(tmp_path),
   ):
     pass
+
+
+def hold_on_a_full_disk(workdir, err):
+  resource.setrlimit(resource.RLIMIT_FSIZE, (0, 0))
+  with pytest.raises(errors.UserError) as refused, lock.hold(workdir):
+    pass
+  err.send_bytes(str(refused.value).encode())
+
+
+def test_a_full_disk_is_told_of_the_lock_too(tmp_path):
+  heard, err = multiprocessing.Pipe(duplex=False)
+
+  process = tiny.start(hold_on_a_full_disk, tmp_path, err)
+  err.close()
+  said = heard.recv_bytes().decode()
+  process.join()
+
+  assert said.endswith('cannot be locked: File too large; make room')
 
 
 # Asked to end

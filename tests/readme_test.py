@@ -138,6 +138,16 @@ def test_what_is_said_of_orders_that_seeds_leave_open_is_what_was_measured():
   assert f'by {first}, {second} and {third} at 16,384' in prose('fire_ablations')
 
 
+def test_what_a_run_costs_besides_its_steps_is_what_was_measured():
+  directory = ROOT / 'experiments' / 'run_overhead'
+  found = json.loads((directory / 'run_overhead.json').read_text())
+  text, ratios = (directory / 'README.md').read_text(), found['over_bare_loop']['rounds']
+
+  assert f'    {found["quickstart"]}\n' in text
+  assert f'took {found["over_bare_loop"]["median"]:.2f} of its time' in text
+  assert f'between {min(ratios):.2f} and {max(ratios):.2f}' in text
+
+
 def test_the_table_of_compiled_steps_is_the_one_that_was_measured():
   results = json.loads((compile_table.HERE / 'compile_table.json').read_text())
 

@@ -19,7 +19,7 @@ import time
 import jax
 
 from configs import quickstart
-from lex_fire import cli, feed, train
+from lex_fire import cli, errors, feed, train
 from lex_fire import config as config_lib
 
 HERE = pathlib.Path(__file__).parent
@@ -71,6 +71,8 @@ def breakdown() -> str:
       assert process.stdout is not None
       for line in process.stdout:
         print(line, end='', flush=True)
+    if process.returncode:
+      raise errors.UserError(f'the quickstart has ended with status {process.returncode}')
   return line.strip()
 
 
