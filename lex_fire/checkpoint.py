@@ -247,6 +247,7 @@ def claim_workdir(workdir: pathlib.Path, config: config_lib.Config) -> None:
   """
   path = workdir / _CONFIG
   if not path.exists():
+    make_workdir(workdir)
     _write_json(path, config.to_dict())
     return
   there, asked = (flat(c) for c in (read_config(workdir), config))
