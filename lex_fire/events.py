@@ -1,11 +1,12 @@
-"""TensorBoard's events of a run, written by whoever calls and not by a thread.
+"""TensorBoard's events of a run, kept in memory and written by whoever calls.
 
-tensorboardX' SummaryWriter hands events to a thread. One that cannot write, as on a full disk,
-ends, and the run then waits for it for ever: so only the parts are taken that write.
+tensorboardX makes the messages. Its own writers wait for a thread, which on a full disk ends, or
+in a bucket try again for minutes as they are swept away: here a file is written as all others are.
 """
 
-import contextlib
 import pathlib
+import socket
+import struct
 import time
 from typing import Any
 
@@ -23,28 +24,30 @@ class Events:
     Raises:
       OSError: if it cannot be written.
     """
-    from tensorboardX import event_file_writer, record_writer, summary
+    from tensorboardX import record_writer, summary
     from tensorboardX.proto import event_pb2
 
     protos: Any = event_pb2  # its names are made as it is imported
     self._event, self._scalar = protos.Event, summary.scalar
-    self._writing = storage.network if storage.is_bucket(directory) else contextlib.nullcontext
+    self._checksum = record_writer.masked_crc32c
+    # By such a name TensorBoard knows what it can read.
+    name = f'events.out.tfevents.{time.time():010.0f}.{socket.gethostname()}'
+    self._path, self._unwritten = directory / name, bytearray()
     start = protos.SessionLog(status=protos.SessionLog.START)
-    with self._writing():
-      record_writer.directory_check(str(directory))
-      # A path of a bucket is one too, with a scheme.
-      self._file = event_file_writer.EventsWriter(f'{directory}/events')
-      self._file.write_event(self._event(step=first_step, session_log=start))
+    self._add(self._event(file_version='brain.Event:2'))
+    self._add(self._event(step=first_step, session_log=start))
+    self.flush()
+
+  def _add(self, event: Any) -> None:
+    """Adds a record: its length, that length's checksum, the message and its own."""
+    event.wall_time = time.time()
+    for data in (struct.pack('<Q', event.ByteSize()), event.SerializeToString()):
+      self._unwritten += data + struct.pack('<I', self._checksum(data))
 
   def write(self, step: int, values: dict[str, float]) -> None:
-    """Adds scalars, which may stay in memory until `flush`.
-
-    Raises:
-      OSError: if they cannot be written.
-    """
+    """Adds scalars, which stay in memory until `flush`."""
     for name, value in values.items():
-      summary = self._scalar(name, value)
-      self._file.write_event(self._event(wall_time=time.time(), step=step, summary=summary))
+      self._add(self._event(step=step, summary=self._scalar(name, value)))
 
   def flush(self) -> None:
     """Writes what is in memory.
@@ -52,14 +55,5 @@ class Events:
     Raises:
       OSError: if it cannot be written.
     """
-    with self._writing():
-      self._file.flush()
-
-  def close(self) -> None:
-    """Writes what is in memory, and closes the file.
-
-    Raises:
-      OSError: if it cannot be written.
-    """
-    with self._writing():
-      self._file.close()
+    storage.append(self._path, bytes(self._unwritten))
+    self._unwritten.clear()

@@ -89,8 +89,7 @@ class Writer:
     self._unwritten += json.dumps({'step': step, **values}) + '\n'
     # In a bucket each time is an upload of the whole file.
     pause = _BUCKET_SECONDS if storage.is_bucket(self._path) else 0.0
-    with self._writing():
-      self._events.write(step, values)
+    self._events.write(step, values)
     if time.monotonic() - self._wrote >= pause:
       self._append()
     if time.monotonic() - self._flushed >= _EVENTS_SECONDS:
@@ -109,13 +108,6 @@ class Writer:
       with self._writing():
         self._events.flush()
       self._flushed = time.monotonic()
-
-  def close(self) -> None:
-    """Writes what is in memory, and closes the logs."""
-    self._append()
-    if self._active:
-      with self._writing():
-        self._events.close()
 
 
 def _truncate(path: pathlib.Path, last_step: int) -> None:

@@ -154,9 +154,9 @@ class Reporter:
     say(line + ''.join(f', {number:.4f} bits/byte' for number in bits.values()))
 
   def close(self) -> None:
-    """Reports what is pending and closes the logs."""
+    """Reports what is pending, and writes it."""
     self.flush()
-    self._writer.close()
+    self._writer.flush()
 
 
 def _is_finite(values: dict[str, float]) -> bool:

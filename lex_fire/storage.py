@@ -83,7 +83,7 @@ def common(paths: Sequence[pathlib.Path]) -> pathlib.Path:
 
 
 @contextlib.contextmanager
-def network() -> Iterator[None]:
+def _network() -> Iterator[None]:
   """Makes an OSError that says what went wrong of any of a network client's own errors."""
   try:
     yield
@@ -99,7 +99,7 @@ def write(where: pathlib.Path, content: bytes | str) -> None:
   """
   data = content.encode() if isinstance(content, str) else content
   if is_bucket(where):
-    with network():
+    with _network():
       where.write_bytes(data)
     return
   temporary = where.with_name(f'.{where.stem}.{os.getpid()}{where.suffix}')
@@ -123,15 +123,16 @@ def move(where: pathlib.Path, target: pathlib.Path) -> None:
   where.rename(target)
 
 
-def append(where: pathlib.Path, text: str) -> None:
+def append(where: pathlib.Path, content: bytes | str) -> None:
   """Appends to a file, which is made if it is not there.
 
   Raises:
     OSError: if it cannot be written.
   """
+  data = content.encode() if isinstance(content, str) else content
   if is_bucket(where):
-    with network():
-      where.write_text((where.read_text() if where.exists() else '') + text)
+    with _network():
+      where.write_bytes((where.read_bytes() if where.exists() else b'') + data)
     return
-  with where.open('a') as file:
-    file.write(text)
+  with where.open('ab') as file:
+    file.write(data)

@@ -72,6 +72,9 @@ class Handler(http.server.BaseHTTPRequestHandler):
   def do_POST(self):
     """Writes an object, or copies one, or deletes many."""
     body = self._body()
+    if self.server.is_read_only:
+      self._reply(403, {'error': {'code': 403, 'message': 'the project is over its quota'}})
+      return
     if self.path.startswith('/batch'):
       self._batch(body)
       return
@@ -139,6 +142,7 @@ class Bucket(http.server.ThreadingHTTPServer):
   Attributes:
     address: http://HOST:PORT.
     objects: {name: (generation, content)}.
+    is_read_only: whether it refuses all that is written.
   """
 
   daemon_threads = True
@@ -147,6 +151,7 @@ class Bucket(http.server.ThreadingHTTPServer):
     super().__init__(('localhost', 0), Handler)
     self.address = f'http://localhost:{self.server_port}'
     self.objects: dict[str, tuple[int, bytes]] = {}
+    self.is_read_only = False
     self._generations, self._lock = itertools.count(1), threading.Lock()
 
   def handle_error(self, request, client_address):

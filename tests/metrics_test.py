@@ -103,7 +103,7 @@ def write_run(workdir, first_step, steps):
   writer = metrics.Writer(workdir, first_step)
   for step in steps:
     writer.write(step, {'loss': 10.0 - step})
-  writer.close()
+  writer.flush()
 
 
 def read_lines(workdir):

@@ -11,7 +11,7 @@ import bucket
 import pytest
 import tiny
 
-from lex_fire import errors, storage, train
+from lex_fire import errors, events, storage, train
 
 
 @pytest.fixture
@@ -65,6 +65,25 @@ def test_what_cannot_be_written_leaves_what_was_there(folder, monkeypatch):
   assert raised.value.strerror
   assert path.read_text() == 'old'
   assert [found.name for found in folder.iterdir()] == ['config.json']
+
+
+def test_a_bucket_that_refuses_what_is_written_is_an_error_of_the_system(served, place):
+  begun = events.Events(place, 0)
+  begun.write(1, {'loss': 1.0})
+  served.is_read_only = True
+
+  for refused in (
+    begun.flush,
+    lambda: events.Events(place, 1),
+    lambda: storage.append(place / 'metrics.jsonl', 'one'),
+  ):
+    with pytest.raises(OSError, match='over its quota'):
+      refused()
+  served.is_read_only = False
+  begun.flush()
+
+  (name,) = (name for name in served.objects if 'events.out' in name)
+  assert b'loss' in served.objects[name][1]
 
 
 def test_runs_share_the_deepest_directory_that_has_them_all():
