@@ -282,6 +282,34 @@ def test_rows_without_segments_equal_the_oracle(length, num_kv_heads, implementa
   oracles.assert_gradients(gradients, of_pairs, visible_BQK, arrays, probe(arrays))
 
 
+IN_ORDER_CASES = [case for case in CASES if encodings.get(CASES[case][0]).table is not None]
+
+
+@pytest.mark.parametrize('mask', ['causal', 'bidirectional'])
+@pytest.mark.parametrize('case', IN_ORDER_CASES)
+def test_tiles_whose_positions_are_in_order_equal_the_oracle(case, mask, monkeypatch):
+  """In which the TPU kernel computes what depends on the distance alone once a distance.
+
+  Each head is a block of its own, which no layout of the matrix has, and the keys are in parts.
+  """
+  monkeypatch.setattr(mosaic_tpu_size, 'CHANNELS_TOGETHER', mosaic_tpu_size.LANES)
+  encoding, params = make(case)
+  arrays = inputs(1, 64, 64, num_kv_heads=NUM_HEADS)
+  position_1L = np.arange(490, 554, dtype=np.int32)[None]  # on both sides of FIRE's threshold
+
+  out_BQHC, gradients = out_and_gradients(
+    'mosaic_tpu', encoding, params, arrays, position_1L, mask=MASKS[mask]
+  )
+
+  visible_BQK = oracles.visible_pairs(position_1L, position_1L, **MASKS[mask])
+  of_pairs = pairs(case, arrays, position_1L, position_1L, visible_BQK)
+  expected_BQHC = oracles.attention(of_pairs.logits_BHQK, visible_BQK, arrays[2])
+  largest = max(4.0, of_pairs.logits_BHQK.max())
+  tolerance = oracles.TOLERANCE['float32'] * largest / 4
+  np.testing.assert_allclose(out_BQHC, expected_BQHC, atol=tolerance)
+  oracles.assert_gradients(gradients, of_pairs, visible_BQK, arrays, probe(arrays))
+
+
 @every_case
 @every_implementation_here
 def test_a_few_late_queries_over_many_keys_equal_the_rows_of_the_whole(implementation, case):

@@ -38,7 +38,9 @@ def positions(seed, length=50):
   ).astype(np.int32)
 
 
-def planned(mask, position_BL, segment_BL=None, table=None, coordinate=None, stretch=None):
+def planned(
+  mask, position_BL, segment_BL=None, table=None, coordinate=None, stretch=None, part=None
+):
   x_BL1C = jnp.zeros((*position_BL.shape, 1, 8))
   queries, keys = plan.cut(
     kernels.Mask(**mask),
@@ -49,7 +51,7 @@ def planned(mask, position_BL, segment_BL=None, table=None, coordinate=None, str
     (x_BL1C, x_BL1C, position_BL, segment_BL),
   )
   blocks = QUERY_BLOCK, KEY_BLOCK
-  made = plan.make(kernels.Mask(**mask), *blocks, queries, keys, table, coordinate)
+  made = plan.make(kernels.Mask(**mask), *blocks, queries, keys, table, coordinate, part)
   return jax.tree.map(np.array, made)
 
 
@@ -102,6 +104,45 @@ def test_a_span_has_the_segment_of_every_pair_in_its_tile(case, seed):
   segment_BQK = np.searchsorted(table.lower_Z, x_BQK) - 1
   for at, segment in tiles(segment_BQK):
     assert made.low_IJ[at] <= segment.min() and segment.max() < made.high_IJ[at], at
+
+
+@pytest.mark.parametrize('seed', range(4))
+@pytest.mark.parametrize('case', TABLES)
+def test_a_part_has_the_segment_of_every_pair_in_it_and_a_tile_those_of_its_parts(case, seed):
+  name, options = TABLES[case]
+  encoding = encodings.get(name, **options)
+  params = encoding.init(jax.random.key(seed), num_heads=2, head_dim=8, d_model=16)
+  table = encoding.table(params, 2)
+  position_BL, part = positions(seed), KEY_BLOCK // 4
+
+  made = planned({'causal': False}, position_BL, None, table, encoding.coordinate, part=part)
+
+  numbers = jax.tree.map(lambda number_1: number_1[0], table.coordinate)
+  x_BQK = encoding.coordinate(numbers, position_BL[:, :, None], position_BL[:, None])
+  segment_BQK = np.searchsorted(table.lower_Z, x_BQK) - 1
+  for at, segment in tiles(segment_BQK):
+    for n in range(-(-segment.shape[2] // part)):
+      own = segment[:, :, n * part : (n + 1) * part]
+      assert made.part_low_IJP[at][n] <= own.min() and own.max() < made.part_high_IJP[at][n], at
+  assert (made.part_low_IJP < made.part_high_IJP).all()
+  visited = made.high_IJ > 0
+  assert (made.low_IJ == made.part_low_IJP.min(axis=2))[visited].all()
+  assert (made.high_IJ == made.part_high_IJP.max(axis=2))[visited].all()
+
+
+def test_a_tile_is_in_order_if_its_positions_rise_by_one_in_every_row():
+  rows = np.stack([np.arange(48), np.arange(90, 138)]).astype(np.int32)
+  packed = rows.copy()
+  packed[1, 30:] -= 30  # within the fourth block of queries, and the second of keys
+
+  for position_BL, out_of_order in ((rows, ()), (packed, (3, 1)), (rows[:, ::-1], None)):
+    found = planned({'causal': False}, position_BL).in_order_IJ
+    expected = np.ones((6, 3))
+    if out_of_order is None:
+      expected[:] = 0
+    elif out_of_order:
+      expected[out_of_order[0]] = expected[:, out_of_order[1]] = 0
+    np.testing.assert_array_equal(found, expected)
 
 
 @pytest.mark.parametrize('case', TABLES)

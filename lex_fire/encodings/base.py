@@ -57,6 +57,9 @@ class Encoding(NamedTuple):
       queries and keys; all may have more axes before, which broadcast. Where the table has
       breakpoints, monotone in i and in j on each side of i = j, where it is the same for all. None
       where `table` is.
+    factors: two functions whose product `coordinate` is, or None: (table.coordinate, i_Q1, j_1K) ->
+      what depends on the distance alone, and (table.coordinate, position) -> a number of the later
+      position. Of no use where `coordinate` itself depends on the distance alone.
     shared: whether one set of parameters serves all layers (FIRE-S, and whatever is only embedded).
     shift_invariant: whether adding one number to all positions leaves the logits as they are.
     learned: whether `params` holds anything.
@@ -74,6 +77,7 @@ class Encoding(NamedTuple):
   bias: Callable[[Params, jax.Array, jax.Array, int], jax.Array] | None = None
   table: Callable[[Params, int], Any] | None = None
   coordinate: Callable[[Any, jax.Array, jax.Array], jax.Array] | None = None
+  factors: tuple[Callable[..., jax.Array], Callable[..., jax.Array]] | None = None
   shared: bool = False
   shift_invariant: bool = True
   learned: bool = False

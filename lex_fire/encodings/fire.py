@@ -100,16 +100,31 @@ def interpolation(
     threshold: likewise.
     exponent: likewise.
   """
-  c = jnp.abs(params['c']) if psi == 'log' else 1.0
+  rate = functools.partial(_rate, params, psi=psi, threshold=threshold, exponent=exponent)
+  # Divided for each position and not for each pair, of which there are many more.
+  later = jnp.where(i >= j, rate(i), rate(j))
+  return _of_distance(params, i, j, psi=psi, exponent=exponent) * later
+
+
+def _of_distance(
+  params: base.Params, i: jax.Array, j: jax.Array, *, psi: str, exponent: float
+) -> jax.Array:
+  """Returns psi(|i - j|)."""
+  return _transform(params, jnp.abs(i - j).astype(jnp.float32), psi, exponent)
+
+
+def _rate(
+  params: base.Params, position: jax.Array, *, psi: str, threshold: float, exponent: float
+) -> jax.Array:
+  """Returns 1 / (psi(max(L, position)) + eps)."""
   length = jnp.abs(params['length_multiplier']) * threshold if threshold > 0 else 0.0
+  norm = _transform(params, jnp.maximum(position.astype(jnp.float32), length), psi, exponent)
+  return 1 / (norm + EPSILON)
 
-  def transform(x: jax.Array) -> jax.Array:
-    return PSI[psi](c * x, exponent)
 
-  def norm(position: jax.Array) -> jax.Array:
-    return transform(jnp.maximum(position.astype(jnp.float32), length)) + EPSILON
-
-  return transform(jnp.abs(i - j).astype(jnp.float32)) / jnp.maximum(norm(i), norm(j))
+def _transform(params: base.Params, x: jax.Array, psi: str, exponent: float) -> jax.Array:
+  c = jnp.abs(params['c']) if psi == 'log' else 1.0
+  return PSI[psi](c * x, exponent)
 
 
 def mlp(params: base.Params, x_BQK: jax.Array) -> jax.Array:
@@ -207,6 +222,10 @@ def fire(
     bias=functools.partial(_bias, **coordinate),
     table=_table if _num_segments(hidden_layers, width) <= MOST_SEGMENTS else None,
     coordinate=functools.partial(interpolation, **coordinate),
+    factors=(
+      functools.partial(_of_distance, psi=psi, exponent=exponent),
+      functools.partial(_rate, **coordinate),
+    ),
     shared=shared,
     shift_invariant=False,
     learned=True,

@@ -23,9 +23,10 @@ from lex_fire import errors
 from lex_fire.encodings import base
 from lex_fire.kernels import decay, residuals, tile
 from lex_fire.kernels import mask as mask_lib
+from lex_fire.kernels import mosaic_tpu_bias as bias_lib
 from lex_fire.kernels import plan as plan_lib
-from lex_fire.kernels.mosaic_tpu_size import BLOCK, blocks, why_not
-from lex_fire.kernels.mosaic_tpu_tile import Constants, Setup, Tile, dot, per_head
+from lex_fire.kernels.mosaic_tpu_size import BLOCK, blocks, num_segments, why_not
+from lex_fire.kernels.mosaic_tpu_tile import Constants, Parts, Setup, Tile, dot
 from lex_fire.kernels.plan import Keys, Queries
 
 VMEM_BYTES = 60 * 2**20  # of the 64 MiB of a v5p; v5e and v6e have 128
@@ -46,7 +47,7 @@ def attention(
   block: int = BLOCK,
   interpret: bool = False,
 ) -> jax.Array:
-  """Returns out_BQHC like `reference.attention`, in tiles of `block` queries by `block` keys.
+  """Returns out_BQHC like `reference.attention`, in tiles of `block` queries by twice the keys.
 
   The block is a multiple of 128 on a TPU. Interpreted, it runs on any platform, slowly.
 
@@ -70,10 +71,10 @@ def attention(
     rate_1C = np.float32(encoding.log_decay(channels)[None])
     stretch = decay.stretch_of(encoding.log_decay(channels))
   table = None if encoding.table is None else encoding.table(params, num_heads)
-  cut = blocks(query_BQHC, key_BKGC, block)
-  coordinate, of_coordinate = _traced(encoding.coordinate, table, cut.queries, cut.keys)
+  cut = blocks(query_BQHC, key_BKGC, block, num_segments(encoding))
+  functions, of_functions = bias_lib.trace(encoding, table, cut.queries, cut.keys, mask.causal)
   setup = Setup(
-    coordinate=coordinate,
+    functions=functions,
     learned=encoding.learned,
     stretch=stretch,
     query_block=cut.queries,
@@ -90,21 +91,18 @@ def attention(
     (query_BQHC, query_position_BQ, query_segment_BQ),
     (key_BKGC, value_BKGC, key_position_BK, key_segment_BK),
   )
-  plan = plan_lib.make(mask, cut.queries, cut.keys, queries, keys, table, encoding.coordinate)
-  flash = _flash(setup, Constants(rate_1C, of_coordinate))
+  plan = plan_lib.make(
+    mask,
+    cut.queries,
+    cut.keys,
+    queries,
+    keys,
+    table,
+    encoding.coordinate,
+    bias_lib.width(cut.keys),
+  )
+  flash = _flash(setup, Constants(rate_1C, of_functions))
   return jnp.swapaxes(flash(table, queries, keys, plan), 1, 2)[:, : query_BQHC.shape[1]]
-
-
-def _traced(coordinate, table, query_block, key_block):
-  """Returns the coordinate of a tile as a jaxpr, and its constants, which kernels must be given."""
-  if table is None:
-    return None, ()
-  number = jax.ShapeDtypeStruct((), jnp.float32)
-  i_Q1 = jax.ShapeDtypeStruct((query_block, 1), jnp.int32)
-  j_1K = jax.ShapeDtypeStruct((1, key_block), jnp.int32)
-  numbers = jax.tree.map(lambda _: number, table.coordinate)
-  traced = jax.make_jaxpr(coordinate)(numbers, i_Q1, j_1K)
-  return traced.jaxpr, tuple(traced.consts)
 
 
 class Softmax(NamedTuple):
@@ -116,7 +114,21 @@ class Softmax(NamedTuple):
 
 
 def _forward_kernel(
-  spans, _, queries, keys, table, constants, out, log_norm, sums, largest, norms, *, setup
+  spans,
+  _,
+  parts,
+  queries,
+  keys,
+  table,
+  constants,
+  out,
+  log_norm,
+  sums,
+  largest,
+  norms,
+  own,
+  *,
+  setup,
 ):
   """Visits tiles row by row: grid (batch, head block, query block, key block)."""
   step, steps = pl.program_id(3), pl.num_programs(3)
@@ -131,10 +143,11 @@ def _forward_kernel(
 
   @pl.when(spans[at] > 0)
   def _():
-    tile = Tile(setup, _unpacked(spans[at]), first_head, queries, keys, table, constants)
+    code = _unpacked(spans[at])
+    tile = Tile(setup, code, first_head, parts, queries, keys, table, constants, own)
 
-    def add(head):
-      logits_QK = tile.logits(head)
+    def add(head, bias):
+      logits_QK = tile.logits(head, bias)
       _, value_KC = tile.key_and_value(head)
       largest_Q1 = jnp.maximum(largest[head], logits_QK.max(axis=1, keepdims=True))
       shrink_Q1 = jnp.exp(largest[head] - largest_Q1)
@@ -144,11 +157,11 @@ def _forward_kernel(
       norms[head] = norms[head] * shrink_Q1 + weights_QK.sum(axis=1, keepdims=True)
       largest[head] = largest_Q1
 
-    _each(setup.heads, add)
+    bias_lib.visit(tile, functools.partial(_each, setup.heads, add))
 
   @pl.when(step == steps - 1)
   def _():
-    def write(head):
+    def write(head, _):
       """A query that saw no key gets 0 and +inf: exp(logit - inf) is 0 in the backward pass."""
       seen_Q1 = largest[head] > mask_lib.HIDDEN_LOGIT / 2
       norm_Q1 = jnp.where(seen_Q1, norms[head], 1.0)
@@ -156,36 +169,59 @@ def _forward_kernel(
       log_norm_Q1 = jnp.where(seen_Q1, largest[head] + jnp.log(norm_Q1), jnp.inf)
       log_norm[0, 0, pl.ds(head, 1)] = log_norm_Q1.T
 
-    _each(setup.heads, write)
+    jax.lax.fori_loop(0, setup.heads, write, None)
 
 
-HALF = 15  # bits: a table has fewer than 2^15 segments
+SPAN_BITS = 15  # a table has fewer than 2^15 segments
 
 
 def _packed(plan):
   """Returns the spans of all tiles, each in one number, as scalar memory is small."""
-  return (plan.low_IJ | plan.high_IJ << HALF).ravel()
+  spans_IJ = plan.low_IJ | plan.high_IJ << SPAN_BITS
+  return (spans_IJ | jnp.where(spans_IJ > 0, plan.in_order_IJ, 0) << 2 * SPAN_BITS).ravel()
 
 
-def _unpacked(span):
-  return span & 2**HALF - 1, span >> HALF
+def _unpacked(code):
+  """Returns the first of a span, one past its last, and whether positions are in order."""
+  first, end = (code >> shift & 2**SPAN_BITS - 1 for shift in (0, SPAN_BITS))
+  return first, end, code >> 2 * SPAN_BITS > 0
 
 
-def _each(count, function):
-  jax.lax.fori_loop(0, count, lambda index, _: function(index), None)
+def _parts(plan):
+  """Returns the spans of parts, a row a tile."""
+  if plan.part_low_IJP is None:
+    return Parts(None, None)
+  return Parts(*(x_IJP.reshape(-1, 1, x_IJP.shape[2]) for x_IJP in plan[-2:]))
 
 
-def _weights_and_gradient(tile, softmax, head):
+def _each(count, function, bias):
+  jax.lax.fori_loop(0, count, lambda head, _: function(head, bias), None)
+
+
+def _weights_and_gradient(tile, softmax, head, bias):
   """Returns weights_QK of a head in a tile, and the gradient of its logits."""
   _, value_KC = tile.key_and_value(head)
-  weights_QK = jnp.exp(tile.logits(head) - softmax.log_norm_BNHQ[0, 0, pl.ds(head, 1)].T)
+  weights_QK = jnp.exp(tile.logits(head, bias) - softmax.log_norm_BNHQ[0, 0, pl.ds(head, 1)].T)
   d_weights_QK = dot(softmax.d_out_BHQC[0, head], value_KC, (1, 1))
   d_logits_QK = weights_QK * (d_weights_QK - softmax.delta_BNHQ[0, 0, pl.ds(head, 1)].T)
   return weights_QK, d_logits_QK
 
 
 def _query_kernel(
-  spans, _, queries, keys, table, constants, softmax, d_query, d_table, d_queries, *, setup
+  spans,
+  _,
+  parts,
+  queries,
+  keys,
+  table,
+  constants,
+  softmax,
+  d_query,
+  d_table,
+  d_queries,
+  own,
+  *,
+  setup,
 ):
   """Visits tiles row by row, for the gradient of queries and of the table."""
   row, step, steps = pl.program_id(2), pl.program_id(3), pl.num_programs(3)
@@ -194,12 +230,12 @@ def _query_kernel(
 
   @pl.when((row == 0) & (step == 0))
   def _():
-    for ref in jax.tree.leaves(d_table):
-
-      def clear(index, ref=ref):
-        ref[0, 0, 0, index] = jnp.float32(0)
-
-      _each(ref.shape[3], clear)
+    if d_table is not None:
+      for ref in jax.tree.leaves(d_table._replace(coordinate=None)):
+        ref[...] = jnp.zeros_like(ref)
+      for ref in jax.tree.leaves(d_table.coordinate):
+        for index in range(ref.shape[3]):
+          ref[0, 0, 0, index] = jnp.float32(0)
 
   @pl.when(step == 0)
   def _():
@@ -207,25 +243,16 @@ def _query_kernel(
 
   @pl.when(spans[at] > 0)
   def _():
-    tile = Tile(setup, _unpacked(spans[at]), first_head, queries, keys, table, constants)
+    code = _unpacked(spans[at])
+    tile = Tile(setup, code, first_head, parts, queries, keys, table, constants, own)
 
-    def add(head, d_x_QK):
-      _, d_logits_QK = _weights_and_gradient(tile, softmax, head)
+    def add(head, bias):
+      _, d_logits_QK = _weights_and_gradient(tile, softmax, head, bias)
       d_queries[head] += tile.query_gradient(head, d_logits_QK)
       if d_table is not None:
-        tile.add_table_gradient(head, d_logits_QK, d_table)
-      if shares_numbers:
-        return d_x_QK + tile.x_gradient(head, d_logits_QK)
-      if has_numbers:
-        tile.add_numbers_gradient(head, tile.x_gradient(head, d_logits_QK), d_table)
-      return d_x_QK
+        bias.add_gradient(head, d_logits_QK, d_table)
 
-    has_numbers = d_table is not None and bool(d_table.coordinate)
-    shares_numbers = has_numbers and not per_head(table)
-    shape = (setup.query_block, setup.key_block) if shares_numbers else (1, 1)
-    d_x_QK = jax.lax.fori_loop(0, setup.heads, add, jnp.zeros(shape, jnp.float32))
-    if shares_numbers:
-      tile.add_numbers_gradient(0, d_x_QK, d_table)
+    bias_lib.visit(tile, functools.partial(_each, setup.heads, add), d_table)
 
   @pl.when(step == steps - 1)
   def _():
@@ -233,7 +260,21 @@ def _query_kernel(
 
 
 def _key_kernel(
-  spans, _, queries, keys, table, constants, softmax, d_key, d_value, d_keys, d_values, *, setup
+  spans,
+  _,
+  parts,
+  queries,
+  keys,
+  table,
+  constants,
+  softmax,
+  d_key,
+  d_value,
+  d_keys,
+  d_values,
+  own,
+  *,
+  setup,
 ):
   """Visits tiles column by column: grid (batch, head block, key block, query block)."""
   column, step, steps = pl.program_id(2), pl.program_id(3), pl.num_programs(3)
@@ -246,16 +287,17 @@ def _key_kernel(
 
   @pl.when(spans[at] > 0)
   def _():
-    tile = Tile(setup, _unpacked(spans[at]), first_head, queries, keys, table, constants)
+    code = _unpacked(spans[at])
+    tile = Tile(setup, code, first_head, parts, queries, keys, table, constants, own)
 
-    def add(head):
+    def add(head, bias):
       group = setup.group(head)
-      weights_QK, d_logits_QK = _weights_and_gradient(tile, softmax, head)
+      weights_QK, d_logits_QK = _weights_and_gradient(tile, softmax, head, bias)
       d_out_QC = softmax.d_out_BHQC[0, head]
       d_values[group] += dot(weights_QK.astype(d_out_QC.dtype), d_out_QC, (0, 0))
       d_keys[group] += tile.key_gradient(head, d_logits_QK)
 
-    _each(setup.heads, add)
+    bias_lib.visit(tile, functools.partial(_each, setup.heads, add))
 
   @pl.when(step == steps - 1)
   def _():
@@ -306,18 +348,28 @@ class Specs:
     shape = (1, 1, self.setup.heads, self.setup.query_block)
     return self._spec(shape, lambda batch, heads, i, j: (batch, heads, 0, i))
 
-  def inputs(self, queries, keys, table, constants):
+  def inputs(self, parts, queries, keys, table, constants):
     """Returns the specs of what all kernels take after the plan."""
 
     def whole(array):
       return pl.BlockSpec(array.shape, lambda *_: (0,) * array.ndim)
 
     return (
+      jax.tree.map(self._of_tile, parts),
       jax.tree.map(self.query, queries),
       jax.tree.map(self.key, keys),
       jax.tree.map(self._scalars, table),
       jax.tree.map(whole, constants),
     )
+
+  def _of_tile(self, numbers):
+    """Returns the spec of a row of numbers for each tile."""
+
+    def index_map(batch, heads, outer, step, *_):
+      tile = step * self.columns + outer if self.by_column else outer * self.columns + step
+      return tile, 0, 0
+
+    return pl.BlockSpec((1, *numbers.shape[1:]), index_map, memory_space=pltpu.SMEM)
 
   def _scalars(self, numbers):
     """Returns the spec of all numbers of one axis, or of a row of more for each head block."""
@@ -332,8 +384,12 @@ class Specs:
     return Softmax(self.query(softmax.d_out_BHQC), self.norm(), self.norm())
 
 
-def _call(kernel, setup, grid, plan, hold_IJ, inputs, in_specs, outputs, scratch):
-  """Runs a kernel; `outputs` is a tree of (shape and dtype, spec)."""
+def _call(kernel, setup, grid, plan, hold_IJ, inputs, in_specs, outputs, sums, own):
+  """Runs a kernel.
+
+  `outputs` is a tree of (shape and dtype, spec), `sums` shapes of what stays from tile to tile, and
+  `own` what `mosaic_tpu_bias.scratch` says of one tile.
+  """
   leaves, tree = jax.tree.flatten(outputs, is_leaf=lambda x: isinstance(x, Output))
   arrays, out_specs = (jax.tree.unflatten(tree, list(part)) for part in zip(*leaves, strict=True))
   return pl.pallas_call(
@@ -343,7 +399,7 @@ def _call(kernel, setup, grid, plan, hold_IJ, inputs, in_specs, outputs, scratch
       grid=grid,
       in_specs=in_specs,
       out_specs=out_specs,
-      scratch_shapes=[pltpu.VMEM(shape, jnp.float32) for shape in scratch],
+      scratch_shapes=[*(pltpu.VMEM(shape, jnp.float32) for shape in sums), own],
     ),
     out_shape=arrays,
     compiler_params=pltpu.CompilerParams(
@@ -353,6 +409,11 @@ def _call(kernel, setup, grid, plan, hold_IJ, inputs, in_specs, outputs, scratch
     ),
     interpret=setup.interpret,
   )(_packed(plan), hold_IJ.ravel(), *inputs)
+
+
+def _scratch(setup, table, learned):
+  shape = setup.query_block, setup.key_block
+  return bias_lib.scratch(setup.functions, table, shape, learned)
 
 
 class Output(NamedTuple):
@@ -386,7 +447,7 @@ def _flash(setup, constants):
     batch, num_heads, num_queries, channels = query_BHQC.shape
     rows, columns = plan.low_IJ.shape
     specs = Specs(setup, columns, by_column=False)
-    inputs = queries, keys, _flat(table, setup.heads), constants
+    inputs = _parts(plan), queries, keys, _flat(table, setup.heads), constants
     norm = (batch, num_heads // setup.heads, setup.heads, num_queries)
     tile = (setup.heads, setup.query_block)
     out_BHQC, log_norm_BNHQ = _call(
@@ -402,6 +463,7 @@ def _flash(setup, constants):
         Output(jax.ShapeDtypeStruct(norm, jnp.float32), specs.norm()),
       ),
       [(*tile, channels), (*tile, 1), (*tile, 1)],
+      _scratch(setup, table, learned=False),
     )
     out_BHQC, log_norm_BNHQ = residuals.named(out_BHQC, log_norm_BNHQ)
     return out_BHQC, (table, queries, keys, plan, out_BHQC, log_norm_BNHQ)
@@ -434,22 +496,29 @@ def _query_gradient(setup, constants, table, queries, keys, plan, softmax):
   query_BHQC = queries.query_BHQC
   rows, columns = plan.low_IJ.shape
   specs = Specs(setup, columns, by_column=False)
-  inputs = queries, keys, _flat(table, setup.heads), constants
+  inputs = _parts(plan), queries, keys, _flat(table, setup.heads), constants
   grid = (*softmax.delta_BNHQ.shape[:2], rows, columns)
 
-  def sums(numbers):
-    """The sums of a batch row and a block of heads lie together, in scalar memory."""
-    count = max(1, numbers.size // grid[1])
-    spec = pl.BlockSpec(
-      (1, 1, 1, count),
-      lambda batch, heads, *_: (batch, heads, 0, 0),
-      memory_space=pltpu.SMEM,
-    )
-    return Output(jax.ShapeDtypeStruct((*grid[:2], 1, count), jnp.float32), spec)
+  def scalars(numbers):
+    """Sums of a batch row and a block of heads, in scalar memory."""
+    return output((1, max(1, numbers.size // grid[1])), pltpu.SMEM)
+
+  def rows(numbers):
+    """Sums of what lies in each lane."""
+    count = numbers.size // grid[1]
+    return output((count, bias_lib.width(setup.key_block)), pltpu.VMEM)
+
+  def output(shape, memory_space):
+    def index_map(batch, heads, *_):
+      return batch, heads, 0, 0
+
+    spec = pl.BlockSpec((1, 1, *shape), index_map, memory_space=memory_space)
+    return Output(jax.ShapeDtypeStruct((*grid[:2], *shape), jnp.float32), spec)
 
   d_table = None
   if table is not None and setup.learned:
-    d_table = jax.tree.map(sums, table._replace(lower_Z=None, anchor_Z=None))
+    lines = table._replace(coordinate={}, lower_Z=None, anchor_Z=None)
+    d_table = jax.tree.map(rows, lines)._replace(coordinate=jax.tree.map(scalars, table.coordinate))
   d_query_BHQC, d_table = _call(
     _query_kernel,
     setup,
@@ -460,29 +529,32 @@ def _query_gradient(setup, constants, table, queries, keys, plan, softmax):
     (*specs.inputs(*inputs), specs.softmax(softmax)),
     (Output(_like(query_BHQC, query_BHQC.dtype), specs.query(query_BHQC)), d_table),
     [(setup.heads, setup.query_block, query_BHQC.shape[3])],
+    _scratch(setup, table, setup.learned),
   )
   if table is None:
     return d_query_BHQC, None
   if d_table is None:
     return d_query_BHQC, jax.tree.map(jnp.zeros_like, table)
 
-  def whole(number, sums_BN1Z):
-    """Returns the sums in the shape of what they are the gradient of."""
-    sums_NZ = sums_BN1Z.sum(axis=(0, 2))
-    if number.ndim == 1:  # of x: a head's own, or shared by all
-      return sums_NZ.ravel() if number.size > 1 else sums_NZ.sum(axis=0)
-    return sums_NZ.reshape(number.shape[::-1]).T
+  def of_lines(number_ZH, sums_BNZW):
+    return sums_BNZW.sum(axis=(0, 3)).reshape(number_ZH.shape[::-1]).T
+
+  def of_x(number_H, sums_BN1H):
+    sums_NH = sums_BN1H.sum(axis=(0, 2))  # of each head, or of all that share it
+    return sums_NH.ravel() if number_H.size > 1 else sums_NH.sum(axis=0)
 
   ends = {'lower_Z': table.lower_Z, 'anchor_Z': table.anchor_Z}
-  d_table = jax.tree.map(whole, table._replace(lower_Z=None, anchor_Z=None), d_table)
-  return d_query_BHQC, d_table._replace(**jax.tree.map(jnp.zeros_like, ends))
+  d_coordinate = jax.tree.map(of_x, table.coordinate, d_table.coordinate)
+  d_table = jax.tree.map(of_lines, lines, d_table._replace(coordinate={}))
+  ends = jax.tree.map(jnp.zeros_like, ends)
+  return d_query_BHQC, d_table._replace(coordinate=d_coordinate, **ends)
 
 
 def _key_gradient(setup, constants, table, queries, keys, plan, softmax):
   """Returns d_key_BGKC and d_value_BGKC."""
   rows, columns = plan.low_IJ.shape
   specs = Specs(setup, columns, by_column=True)
-  inputs = queries, keys, _flat(table, setup.heads), constants
+  inputs = _parts(plan), queries, keys, _flat(table, setup.heads), constants
   outputs = [Output(_like(x_BGKC, x_BGKC.dtype), specs.key(x_BGKC)) for x_BGKC in keys[:2]]
   return _call(
     _key_kernel,
@@ -494,4 +566,5 @@ def _key_gradient(setup, constants, table, queries, keys, plan, softmax):
     (*specs.inputs(*inputs), specs.softmax(softmax)),
     outputs,
     [(setup.groups, setup.key_block, keys.key_BGKC.shape[3])] * 2,
+    _scratch(setup, table, learned=False),
   )

@@ -5,16 +5,16 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax.extend import core as jax_core
 
 from lex_fire.kernels import mask as mask_lib
+from lex_fire.kernels.mosaic_tpu_bias import Functions
 
 
 class Setup(NamedTuple):
   """What is static of a kernel.
 
   Attributes:
-    coordinate: the encoding's, of one tile, traced, so that its constants are known; or None.
+    functions: the encoding's, as jaxprs, so that their constants are known.
     learned: whether the table has a gradient.
     stretch: positions in one of a decay's, or None.
     query_block: queries of a tile.
@@ -24,7 +24,7 @@ class Setup(NamedTuple):
     interpret: whether to run on any platform, slowly.
   """
 
-  coordinate: Any
+  functions: Functions
   learned: bool
   stretch: int | None
   query_block: int
@@ -43,30 +43,32 @@ class Constants(NamedTuple):
 
   Attributes:
     rate_1C: of a decay [nats per token], or None.
-    of_coordinate: those of `Setup.coordinate`.
+    of_functions: those of `Setup.functions`.
   """
 
   rate_1C: Any
-  of_coordinate: tuple[Any, ...]
+  of_functions: Functions
+
+
+class Parts(NamedTuple):
+  """Spans of each part of the keys, of all T tiles row by row; or None."""
+
+  low_TP: Any
+  high_TP: Any
 
 
 class Tile:
-  """The logits of one tile, inside a kernel, from refs to its blocks.
+  """The logits of one tile, inside a kernel, from refs to its blocks and a bias."""
 
-  Heads are numbered within the tile, and the lines of its heads lie flat, a head's together.
-  """
-
-  def __init__(self, setup, span, first_head, queries, keys, table, constants):
-    self.setup, self.span, self.first_head, self.table = setup, span, first_head, table
-    self.queries, self.keys, self.constants = queries, keys, constants
+  def __init__(self, setup, code, first_head, parts, queries, keys, table, constants, scratch):
+    self.setup, self.first_head, self.parts, self.table = setup, first_head, parts, table
+    *self.span, self.in_order = code
+    self.queries, self.keys, self.constants, self.scratch = queries, keys, constants, scratch
     self.i_Q1, self.j_1K = queries.position_B1Q[0].T, keys.position_B1K[0]
     self.visible_QK = self._visible()
     self.apart_QK = None
     if setup.stretch is not None:
       self.apart_QK = queries.stretch_B1Q[0].T - keys.stretch_B1K[0]
-    self.shared_x_QK = None
-    if table is not None and not per_head(table):
-      self.shared_x_QK = self._coordinate(self.numbers(0))
 
   def _over_span(self, function, start):
     first, end = self.span
@@ -92,59 +94,16 @@ class Tile:
 
     return jax.tree.map(of_head, self.table.coordinate)
 
-  def x(self, head):
-    """Returns x_QK of a head."""
-    if self.shared_x_QK is not None:
-      return self.shared_x_QK
-    return self._coordinate(self.numbers(head))
-
-  def _coordinate(self, numbers):
-    constants = [constant[...] for constant in self.constants.of_coordinate]
-    arguments = *jax.tree.leaves(numbers), self.i_Q1, self.j_1K
-    coordinate = jax_core.ClosedJaxpr(self.setup.coordinate, constants)
-    return jax_core.jaxpr_as_fun(coordinate)(*arguments)[0]
-
-  def logits(self, head):
+  def logits(self, head, bias):
     """Returns logits_QK of a head, HIDDEN_LOGIT where hidden."""
+    # Before the products, so that what fills a scratch does not hold them.
+    bias_QK = None if bias is None else bias(head)
     logits_QK = self._products(head)
-    if self.table is not None:
-      logits_QK += self._bias(head)
+    if bias_QK is not None:
+      logits_QK += bias_QK
     if self.visible_QK is not None:
       logits_QK = jnp.where(self.visible_QK, logits_QK, mask_lib.HIDDEN_LOGIT)
     return logits_QK
-
-  def _bias(self, head):
-    table, x_QK = self.table, self.x(head)
-    if table.lower_Z is None:
-      return table.slope_ZH[0, 0, head] * x_QK
-    start = self._first_segment(head)
-
-    def line(z):
-      slope = table.slope_ZH[0, 0, start + z]
-      return table.value_ZH[0, 0, start + z] + slope * (x_QK - table.anchor_Z[z])
-
-    return self._by_segment(x_QK, line)
-
-  def _slope(self, head):
-    """Returns the slope of the bias in x, of each pair."""
-    table, x_QK = self.table, self.x(head)
-    if table.lower_Z is None:
-      return jnp.full_like(x_QK, table.slope_ZH[0, 0, head])
-    start = self._first_segment(head)
-    return self._by_segment(x_QK, lambda z: jnp.full_like(x_QK, table.slope_ZH[0, 0, start + z]))
-
-  def _first_segment(self, head):
-    """Returns where the numbers of a head begin."""
-    return head * (self.table.lower_Z.shape[0] - 1)
-
-  def _by_segment(self, x_QK, line):
-    """Returns line(z) of the segment in which each x lies, of those that the tile can reach."""
-
-    def above(z, so_far_QK):
-      return jnp.where(x_QK > self.table.lower_Z[z], line(z), so_far_QK)
-
-    first, end = self.span
-    return jax.lax.fori_loop(first + 1, end, above, line(first))
 
   def query(self, head):
     """Returns query_QC."""
@@ -201,42 +160,6 @@ class Tile:
 
     zeros_KC = jnp.zeros((self.setup.key_block, query_QC.shape[1]), jnp.float32)
     return self._over_span(add, zeros_KC)
-
-  def add_table_gradient(self, head, d_logits_QK, sums):
-    """Adds the share of a head to the lines of `sums`, a table of refs."""
-    table, x_QK = self.table, self.x(head)
-    if table.lower_Z is None:
-      sums.slope_ZH[0, 0, 0, head] += jnp.sum(d_logits_QK * x_QK)
-    else:
-      start = self._first_segment(head)
-      first, end = self.span
-
-      def add(z, _):
-        # As `_by_segment`, should rounding put an x beside the span.
-        lower = jnp.where(z == first, -jnp.inf, table.lower_Z[z])
-        upper = jnp.where(z == end - 1, jnp.inf, table.lower_Z[z + 1])
-        inside_QK = (x_QK > lower) & (x_QK <= upper)
-        d_here_QK = jnp.where(inside_QK, d_logits_QK, 0.0)
-        sums.slope_ZH[0, 0, 0, start + z] += jnp.sum(d_here_QK * (x_QK - table.anchor_Z[z]))
-        sums.value_ZH[0, 0, 0, start + z] += jnp.sum(d_here_QK)
-
-      self._over_span(add, None)
-
-  def x_gradient(self, head, d_logits_QK):
-    """Returns d_x_QK."""
-    return d_logits_QK * self._slope(head)
-
-  def add_numbers_gradient(self, head, d_x_QK, sums):
-    """Adds to `sums` the gradient of what x is computed from, of a head or of all that share it."""
-    _, gradient = jax.vjp(self._coordinate, self.numbers(head))
-    d_numbers = jax.tree.leaves(gradient(d_x_QK)[0])
-    for ref, d_number in zip(jax.tree.leaves(sums.coordinate), d_numbers, strict=True):
-      ref[0, 0, 0, head] += d_number
-
-
-def per_head(table: Any) -> bool:
-  """Returns whether each head has an x of its own."""
-  return any(number_H.shape[0] > 1 for number_H in jax.tree.leaves(table.coordinate))
 
 
 def dot(a: jax.Array, b: jax.Array, axes: tuple[int, int]) -> jax.Array:

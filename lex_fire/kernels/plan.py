@@ -61,12 +61,19 @@ class Plan(NamedTuple):
     key_IJ: the block of keys to hold at the tile, when a row of tiles is walked: its own, or if
       hidden that of the next that is not. So nothing is fetched for a hidden tile.
     query_IJ: the block of queries to hold, when a column of tiles is walked.
+    in_order_IJ: 1 if in every row of the batch the positions of either block rise by one from each
+      to the next, so that all pairs of a diagonal are equally far apart.
+    part_low_IJP: as low_IJ, of each part of the tile's keys; None if the span is not of segments.
+    part_high_IJP: as high_IJ; above low_IJP in parts that are hidden, too.
   """
 
   low_IJ: jax.Array
   high_IJ: jax.Array
   key_IJ: jax.Array
   query_IJ: jax.Array
+  in_order_IJ: jax.Array
+  part_low_IJP: jax.Array | None
+  part_high_IJP: jax.Array | None
 
 
 def cut(
@@ -137,6 +144,7 @@ def make(
   keys: Keys,
   table: Any,
   coordinate: Any,
+  part: int | None = None,
 ) -> Plan:
   """Returns the plan of all tiles.
 
@@ -148,6 +156,7 @@ def make(
     keys: likewise.
     table: a `piecewise.Table`, or None.
     coordinate: of its encoding.
+    part: keys of a part, that divide those of a block; None: a tile is one part.
   """
   of_queries = functools.partial(_bounds, block=query_block)
   of_keys = functools.partial(_bounds, block=key_block)
@@ -159,21 +168,36 @@ def make(
     of_keys(keys.segment_B1K),
   )
   low_IJ, high_IJ = 0, 1
+  part_low_IJP = part_high_IJP = None
   whole = (1, 2)  # a span serves all rows of the batch
   if table is not None and table.lower_Z is not None:
+    part = part or key_block
     i_low, i_high = (x_I[:, None] for x_I in of_queries(queries.position_B1Q, axes=whole))
-    j_low, j_high = (x_J[None] for x_J in of_keys(keys.position_B1K, axes=whole))
-    low_IJ, high_IJ = segments(table, coordinate, i_low, i_high, j_low, j_high)
+    j_low, j_high = (x_P[None] for x_P in _bounds(keys.position_B1K, part, axes=whole))
+    found = segments(table, coordinate, i_low, i_high, j_low, j_high)
+    part_low_IJP, part_high_IJP = (x_IP.reshape(len(x_IP), -1, key_block // part) for x_IP in found)
+    low_IJ, high_IJ = part_low_IJP.min(axis=2), part_high_IJP.max(axis=2)
   elif queries.stretch_B1Q is not None:
     low_IJ, high_IJ = _stretches_apart(
       of_queries(queries.stretch_B1Q, axes=whole), of_keys(keys.stretch_B1K, axes=whole)
     )
+  in_order_I = _in_order(queries.position_B1Q, query_block)
+  in_order_IJ = in_order_I[:, None] & _in_order(keys.position_B1K, key_block)[None]
   return Plan(
     low_IJ=jnp.where(visit_IJ, low_IJ, 0),
     high_IJ=jnp.where(visit_IJ, high_IJ, 0),
     key_IJ=_next_visited(visit_IJ),
     query_IJ=_next_visited(visit_IJ.T).T,
+    in_order_IJ=in_order_IJ.astype(jnp.int32),
+    part_low_IJP=part_low_IJP,
+    part_high_IJP=part_high_IJP,
   )
+
+
+def _in_order(position_B1L, block):
+  """Returns whether the positions of a block rise by one, in all rows, _I."""
+  position_BIK = position_B1L.reshape(len(position_B1L), -1, block)
+  return (position_BIK == position_BIK[..., :1] + jnp.arange(block)[None, None]).all(axis=(0, 2))
 
 
 def _bounds(number_B1L, block, axes: Any = 2) -> Any:
