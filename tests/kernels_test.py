@@ -693,7 +693,7 @@ def test_auto_takes_the_kernel_of_a_platform_where_it_can_and_else_says_why_not(
     (chosen('tpu', 4096, 4096, hidden_layers=3), "a table of the bias, which 'fire' has not"),
     (chosen('tpu', 4096, 4096, dtype=jnp.float16), 'bfloat16 and float32, not float16'),
     (chosen('tpu', 2**20, 2**20), 'of scalar memory, and has 983,040'),
-    (chosen('tpu', 4096, 4096, hidden_layers=2, width=127), 'of scalar memory'),
+    (chosen('tpu', 4096, 4096, hidden_layers=2, width=127), 'for the sums of a table'),
   ):
     assert choice.implementation == 'chunked' and reason in choice.reason
   assert chosen('cpu', 128, 128, implementation='chunked') == ('chunked', 'as asked')

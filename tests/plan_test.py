@@ -123,11 +123,11 @@ def test_a_part_has_the_segment_of_every_pair_in_it_and_a_tile_those_of_its_part
   for at, segment in tiles(segment_BQK):
     for n in range(-(-segment.shape[2] // part)):
       own = segment[:, :, n * part : (n + 1) * part]
-      assert made.part_low_IJP[at][n] <= own.min() and own.max() < made.part_high_IJP[at][n], at
-  assert (made.part_low_IJP < made.part_high_IJP).all()
+      assert made.part_low_IJY[at][n] <= own.min() and own.max() < made.part_high_IJY[at][n], at
+  assert (made.part_low_IJY < made.part_high_IJY).all()
   visited = made.high_IJ > 0
-  assert (made.low_IJ == made.part_low_IJP.min(axis=2))[visited].all()
-  assert (made.high_IJ == made.part_high_IJP.max(axis=2))[visited].all()
+  assert (made.low_IJ == made.part_low_IJY.min(axis=2))[visited].all()
+  assert (made.high_IJ == made.part_high_IJY.max(axis=2))[visited].all()
 
 
 def test_a_tile_is_in_order_if_its_positions_rise_by_one_in_every_row():

@@ -3,11 +3,10 @@
 The online softmax of FlashAttention (Dao et al. 2022, arXiv:2205.14135): a forward kernel, and two
 backward ones, for queries and for keys. A bias is its encoding's `piecewise.Table`: from positions
 alone, a tile computes x once for its heads and a line of it a head, and more only for breakpoints
-that x can reach there, which `plan.make` finds beforehand. The gradient of the table is a
-running sum in scalar memory in the order of the grid: no [Q, K] array, and the same bits each run.
+that x can reach there, which `plan.make` finds beforehand. The gradient of the table is a running
+sum in the order of the grid: no [Q, K] array, and the same bits each run.
 
-A decay (xPos) that `tile.prepare` has left to the tile is one factor a channel for each number of
-stretches that a query is after a key; most tiles have one such number.
+`experiments/attention_tpu` says what the compiler makes of it: how long each part of a tile takes.
 """
 
 import functools
@@ -24,12 +23,13 @@ from lex_fire.encodings import base
 from lex_fire.kernels import decay, residuals, tile
 from lex_fire.kernels import mask as mask_lib
 from lex_fire.kernels import mosaic_tpu_bias as bias_lib
+from lex_fire.kernels import mosaic_tpu_call as call
+from lex_fire.kernels import mosaic_tpu_x as x_lib
 from lex_fire.kernels import plan as plan_lib
+from lex_fire.kernels.mosaic_tpu_products import dot
 from lex_fire.kernels.mosaic_tpu_size import BLOCK, blocks, num_segments, why_not
-from lex_fire.kernels.mosaic_tpu_tile import Constants, Parts, Setup, Tile, dot
+from lex_fire.kernels.mosaic_tpu_tile import Constants, Setup, Tile
 from lex_fire.kernels.plan import Keys, Queries
-
-VMEM_BYTES = 60 * 2**20  # of the 64 MiB of a v5p; v5e and v6e have 128
 
 
 def attention(
@@ -72,7 +72,7 @@ def attention(
     stretch = decay.stretch_of(encoding.log_decay(channels))
   table = None if encoding.table is None else encoding.table(params, num_heads)
   cut = blocks(query_BQHC, key_BKGC, block, num_segments(encoding))
-  functions, of_functions = bias_lib.trace(encoding, table, cut.queries, cut.keys, mask.causal)
+  functions, of_functions = x_lib.trace(encoding, table, cut.queries, cut.keys, mask.causal)
   setup = Setup(
     functions=functions,
     learned=encoding.learned,
@@ -99,7 +99,7 @@ def attention(
     keys,
     table,
     encoding.coordinate,
-    bias_lib.width(cut.keys),
+    x_lib.width(cut.keys),
   )
   flash = _flash(setup, Constants(rate_1C, of_functions))
   return jnp.swapaxes(flash(table, queries, keys, plan), 1, 2)[:, : query_BQHC.shape[1]]
@@ -113,23 +113,7 @@ class Softmax(NamedTuple):
   delta_BNHQ: Any  # sum_k p_k dp_k of each query, which the softmax's gradient subtracts
 
 
-def _forward_kernel(
-  spans,
-  _,
-  parts,
-  queries,
-  keys,
-  table,
-  constants,
-  out,
-  log_norm,
-  sums,
-  largest,
-  norms,
-  own,
-  *,
-  setup,
-):
+def _forward_kernel(spans, _, inputs, out, log_norm, sums, largest, norms, own, *, setup):
   """Visits tiles row by row: grid (batch, head block, query block, key block)."""
   step, steps = pl.program_id(3), pl.num_programs(3)
   at = pl.program_id(2) * steps + step
@@ -143,11 +127,10 @@ def _forward_kernel(
 
   @pl.when(spans[at] > 0)
   def _():
-    code = _unpacked(spans[at])
-    tile = Tile(setup, code, first_head, parts, queries, keys, table, constants, own)
+    tile = Tile(setup, spans[at], first_head, inputs, own)
 
-    def add(head, bias):
-      logits_QK = tile.logits(head, bias)
+    def add(head, products, bias):
+      logits_QK = tile.logits(head, products, bias)
       _, value_KC = tile.key_and_value(head)
       largest_Q1 = jnp.maximum(largest[head], logits_QK.max(axis=1, keepdims=True))
       shrink_Q1 = jnp.exp(largest[head] - largest_Q1)
@@ -172,57 +155,22 @@ def _forward_kernel(
     jax.lax.fori_loop(0, setup.heads, write, None)
 
 
-SPAN_BITS = 15  # a table has fewer than 2^15 segments
+def _each(count, function, products, bias):
+  jax.lax.fori_loop(0, count, lambda head, _: function(head, products, bias), None)
 
 
-def _packed(plan):
-  """Returns the spans of all tiles, each in one number, as scalar memory is small."""
-  spans_IJ = plan.low_IJ | plan.high_IJ << SPAN_BITS
-  return (spans_IJ | jnp.where(spans_IJ > 0, plan.in_order_IJ, 0) << 2 * SPAN_BITS).ravel()
-
-
-def _unpacked(code):
-  """Returns the first of a span, one past its last, and whether positions are in order."""
-  first, end = (code >> shift & 2**SPAN_BITS - 1 for shift in (0, SPAN_BITS))
-  return first, end, code >> 2 * SPAN_BITS > 0
-
-
-def _parts(plan):
-  """Returns the spans of parts, a row a tile."""
-  if plan.part_low_IJP is None:
-    return Parts(None, None)
-  return Parts(*(x_IJP.reshape(-1, 1, x_IJP.shape[2]) for x_IJP in plan[-2:]))
-
-
-def _each(count, function, bias):
-  jax.lax.fori_loop(0, count, lambda head, _: function(head, bias), None)
-
-
-def _weights_and_gradient(tile, softmax, head, bias):
+def _weights_and_gradient(tile, softmax, head, products, bias):
   """Returns weights_QK of a head in a tile, and the gradient of its logits."""
   _, value_KC = tile.key_and_value(head)
-  weights_QK = jnp.exp(tile.logits(head, bias) - softmax.log_norm_BNHQ[0, 0, pl.ds(head, 1)].T)
+  weights_QK = jnp.exp(
+    tile.logits(head, products, bias) - softmax.log_norm_BNHQ[0, 0, pl.ds(head, 1)].T
+  )
   d_weights_QK = dot(softmax.d_out_BHQC[0, head], value_KC, (1, 1))
   d_logits_QK = weights_QK * (d_weights_QK - softmax.delta_BNHQ[0, 0, pl.ds(head, 1)].T)
   return weights_QK, d_logits_QK
 
 
-def _query_kernel(
-  spans,
-  _,
-  parts,
-  queries,
-  keys,
-  table,
-  constants,
-  softmax,
-  d_query,
-  d_table,
-  d_queries,
-  own,
-  *,
-  setup,
-):
+def _query_kernel(spans, _, inputs, softmax, d_query, d_table, d_queries, own, *, setup):
   """Visits tiles row by row, for the gradient of queries and of the table."""
   row, step, steps = pl.program_id(2), pl.program_id(3), pl.num_programs(3)
   at = row * steps + step
@@ -243,12 +191,11 @@ def _query_kernel(
 
   @pl.when(spans[at] > 0)
   def _():
-    code = _unpacked(spans[at])
-    tile = Tile(setup, code, first_head, parts, queries, keys, table, constants, own)
+    tile = Tile(setup, spans[at], first_head, inputs, own)
 
-    def add(head, bias):
-      _, d_logits_QK = _weights_and_gradient(tile, softmax, head, bias)
-      d_queries[head] += tile.query_gradient(head, d_logits_QK)
+    def add(head, products, bias):
+      _, d_logits_QK = _weights_and_gradient(tile, softmax, head, products, bias)
+      d_queries[head] += products.query_gradient(head, d_logits_QK)
       if d_table is not None:
         bias.add_gradient(head, d_logits_QK, d_table)
 
@@ -259,23 +206,7 @@ def _query_kernel(
     d_query[0] = d_queries[...].astype(d_query.dtype)
 
 
-def _key_kernel(
-  spans,
-  _,
-  parts,
-  queries,
-  keys,
-  table,
-  constants,
-  softmax,
-  d_key,
-  d_value,
-  d_keys,
-  d_values,
-  own,
-  *,
-  setup,
-):
+def _key_kernel(spans, _, inputs, softmax, d_key, d_value, d_keys, d_values, own, *, setup):
   """Visits tiles column by column: grid (batch, head block, key block, query block)."""
   column, step, steps = pl.program_id(2), pl.program_id(3), pl.num_programs(3)
   at = step * pl.num_programs(2) + column
@@ -287,15 +218,14 @@ def _key_kernel(
 
   @pl.when(spans[at] > 0)
   def _():
-    code = _unpacked(spans[at])
-    tile = Tile(setup, code, first_head, parts, queries, keys, table, constants, own)
+    tile = Tile(setup, spans[at], first_head, inputs, own)
 
-    def add(head, bias):
+    def add(head, products, bias):
       group = setup.group(head)
-      weights_QK, d_logits_QK = _weights_and_gradient(tile, softmax, head, bias)
+      weights_QK, d_logits_QK = _weights_and_gradient(tile, softmax, head, products, bias)
       d_out_QC = softmax.d_out_BHQC[0, head]
       d_values[group] += dot(weights_QK.astype(d_out_QC.dtype), d_out_QC, (0, 0))
-      d_keys[group] += tile.key_gradient(head, d_logits_QK)
+      d_keys[group] += products.key_gradient(head, d_logits_QK)
 
     bias_lib.visit(tile, functools.partial(_each, setup.heads, add))
 
@@ -305,140 +235,6 @@ def _key_kernel(
     d_value[0] = d_values[...].astype(d_value.dtype)
 
 
-class Specs:
-  """Which block of each array a kernel holds at a step of its grid.
-
-  The grid is (batch, head block, query block, key block); by column, the last two change places.
-  """
-
-  def __init__(self, setup, columns, by_column):
-    self.setup, self.columns, self.by_column = setup, columns, by_column
-
-  def _spec(self, shape, index):
-    """Returns a spec from the index of (batch, head block, query block, key block)."""
-
-    def index_map(batch, heads, outer, step, spans, hold):
-      del spans
-      if self.by_column:
-        return index(batch, heads, hold[step * self.columns + outer], outer)
-      return index(batch, heads, outer, hold[outer * self.columns + step])
-
-    return pl.BlockSpec(shape, index_map)
-
-  def query(self, x):
-    """Returns the spec of x_BHQC or x_B1Q."""
-    if x.ndim == 3:
-      last = len(x) - 1
-      shape = (1, 1, self.setup.query_block)
-      return self._spec(shape, lambda batch, _, i, j: (jnp.minimum(batch, last), 0, i))
-    shape = (1, self.setup.heads, self.setup.query_block, x.shape[3])
-    return self._spec(shape, lambda batch, heads, i, j: (batch, heads, i, 0))
-
-  def key(self, x):
-    """Returns the spec of x_BGKC or x_B1K."""
-    if x.ndim == 3:
-      last = len(x) - 1
-      shape = (1, 1, self.setup.key_block)
-      return self._spec(shape, lambda batch, _, i, j: (jnp.minimum(batch, last), 0, j))
-    shape = (1, self.setup.groups, self.setup.key_block, x.shape[3])
-    return self._spec(shape, lambda batch, heads, i, j: (batch, heads, j, 0))
-
-  def norm(self):
-    """Returns the spec of x_BNHQ."""
-    shape = (1, 1, self.setup.heads, self.setup.query_block)
-    return self._spec(shape, lambda batch, heads, i, j: (batch, heads, 0, i))
-
-  def inputs(self, parts, queries, keys, table, constants):
-    """Returns the specs of what all kernels take after the plan."""
-
-    def whole(array):
-      return pl.BlockSpec(array.shape, lambda *_: (0,) * array.ndim)
-
-    return (
-      jax.tree.map(self._of_tile, parts),
-      jax.tree.map(self.query, queries),
-      jax.tree.map(self.key, keys),
-      jax.tree.map(self._scalars, table),
-      jax.tree.map(whole, constants),
-    )
-
-  def _of_tile(self, numbers):
-    """Returns the spec of a row of numbers for each tile."""
-
-    def index_map(batch, heads, outer, step, *_):
-      tile = step * self.columns + outer if self.by_column else outer * self.columns + step
-      return tile, 0, 0
-
-    return pl.BlockSpec((1, *numbers.shape[1:]), index_map, memory_space=pltpu.SMEM)
-
-  def _scalars(self, numbers):
-    """Returns the spec of all numbers of one axis, or of a row of more for each head block."""
-    if numbers.ndim == 1:
-      return pl.BlockSpec(memory_space=pltpu.SMEM)
-    return pl.BlockSpec(
-      (1, *numbers.shape[1:]), lambda _, heads, *rest: (heads, 0, 0), memory_space=pltpu.SMEM
-    )
-
-  def softmax(self, softmax):
-    """Returns the specs of what the backward kernels take besides."""
-    return Softmax(self.query(softmax.d_out_BHQC), self.norm(), self.norm())
-
-
-def _call(kernel, setup, grid, plan, hold_IJ, inputs, in_specs, outputs, sums, own):
-  """Runs a kernel.
-
-  `outputs` is a tree of (shape and dtype, spec), `sums` shapes of what stays from tile to tile, and
-  `own` what `mosaic_tpu_bias.scratch` says of one tile.
-  """
-  leaves, tree = jax.tree.flatten(outputs, is_leaf=lambda x: isinstance(x, Output))
-  arrays, out_specs = (jax.tree.unflatten(tree, list(part)) for part in zip(*leaves, strict=True))
-  return pl.pallas_call(
-    functools.partial(kernel, setup=setup),
-    grid_spec=pltpu.PrefetchScalarGridSpec(
-      num_scalar_prefetch=2,
-      grid=grid,
-      in_specs=in_specs,
-      out_specs=out_specs,
-      scratch_shapes=[*(pltpu.VMEM(shape, jnp.float32) for shape in sums), own],
-    ),
-    out_shape=arrays,
-    compiler_params=pltpu.CompilerParams(
-      # The table's gradient is summed over rows, so these keep their order.
-      dimension_semantics=('parallel', 'parallel', 'arbitrary', 'arbitrary'),
-      vmem_limit_bytes=VMEM_BYTES,
-    ),
-    interpret=setup.interpret,
-  )(_packed(plan), hold_IJ.ravel(), *inputs)
-
-
-def _scratch(setup, table, learned):
-  shape = setup.query_block, setup.key_block
-  return bias_lib.scratch(setup.functions, table, shape, learned)
-
-
-class Output(NamedTuple):
-  """An output of a kernel."""
-
-  array: jax.ShapeDtypeStruct
-  spec: pl.BlockSpec
-
-
-def _flat(table, heads):
-  """Returns a table as kernels read it: the lines of a tile's heads in a row, a head's together."""
-  if table is None:
-    return None
-
-  def rows(number_ZH):
-    return number_ZH.T.reshape(number_ZH.shape[1] // heads, 1, -1)
-
-  if table.lower_Z is None:
-    return table._replace(slope_ZH=rows(table.slope_ZH))
-  lower_Z = jnp.append(table.lower_Z, jnp.inf)  # an end to the last
-  return table._replace(
-    lower_Z=lower_Z, slope_ZH=rows(table.slope_ZH), value_ZH=rows(table.value_ZH)
-  )
-
-
 def _flash(setup, constants):
   """Makes (table, Queries, Keys, Plan) -> out_BHQC with flash attention's own gradient."""
 
@@ -446,21 +242,21 @@ def _flash(setup, constants):
     query_BHQC = queries.query_BHQC
     batch, num_heads, num_queries, channels = query_BHQC.shape
     rows, columns = plan.low_IJ.shape
-    specs = Specs(setup, columns, by_column=False)
-    inputs = _parts(plan), queries, keys, _flat(table, setup.heads), constants
+    specs = call.Specs(setup, columns, by_column=False)
+    inputs = call.inputs(setup, plan, queries, keys, table, constants)
     norm = (batch, num_heads // setup.heads, setup.heads, num_queries)
     tile = (setup.heads, setup.query_block)
-    out_BHQC, log_norm_BNHQ = _call(
+    out_BHQC, log_norm_BNHQ = call.call(
       _forward_kernel,
       setup,
       (*norm[:2], rows, columns),
       plan,
       plan.key_IJ,
-      inputs,
-      specs.inputs(*inputs),
+      (inputs,),
+      (specs.inputs(inputs),),
       (
-        Output(_like(query_BHQC, keys.value_BGKC.dtype), specs.query(query_BHQC)),
-        Output(jax.ShapeDtypeStruct(norm, jnp.float32), specs.norm()),
+        call.Output(_like(query_BHQC, keys.value_BGKC.dtype), specs.query(query_BHQC)),
+        call.Output(jax.ShapeDtypeStruct(norm, jnp.float32), specs.norm()),
       ),
       [(*tile, channels), (*tile, 1), (*tile, 1)],
       _scratch(setup, table, learned=False),
@@ -487,6 +283,15 @@ def _flash(setup, constants):
   return flash
 
 
+def _softmax_specs(specs, softmax):
+  return Softmax(specs.query(softmax.d_out_BHQC), specs.norm(), specs.norm())
+
+
+def _scratch(setup, table, learned):
+  shape = setup.query_block, setup.key_block
+  return x_lib.scratch(setup.functions, table, shape, learned)
+
+
 def _like(array, dtype):
   return jax.ShapeDtypeStruct(array.shape, dtype)
 
@@ -495,8 +300,8 @@ def _query_gradient(setup, constants, table, queries, keys, plan, softmax):
   """Returns d_query_BHQC and the gradient of the table, None if there is none."""
   query_BHQC = queries.query_BHQC
   rows, columns = plan.low_IJ.shape
-  specs = Specs(setup, columns, by_column=False)
-  inputs = _parts(plan), queries, keys, _flat(table, setup.heads), constants
+  specs = call.Specs(setup, columns, by_column=False)
+  inputs = call.inputs(setup, plan, queries, keys, table, constants)
   grid = (*softmax.delta_BNHQ.shape[:2], rows, columns)
 
   def scalars(numbers):
@@ -506,28 +311,28 @@ def _query_gradient(setup, constants, table, queries, keys, plan, softmax):
   def rows(numbers):
     """Sums of what lies in each lane."""
     count = numbers.size // grid[1]
-    return output((count, bias_lib.width(setup.key_block)), pltpu.VMEM)
+    return output((count, x_lib.width(setup.key_block)), pltpu.VMEM)
 
   def output(shape, memory_space):
     def index_map(batch, heads, *_):
       return batch, heads, 0, 0
 
     spec = pl.BlockSpec((1, 1, *shape), index_map, memory_space=memory_space)
-    return Output(jax.ShapeDtypeStruct((*grid[:2], *shape), jnp.float32), spec)
+    return call.Output(jax.ShapeDtypeStruct((*grid[:2], *shape), jnp.float32), spec)
 
   d_table = None
   if table is not None and setup.learned:
     lines = table._replace(coordinate={}, lower_Z=None, anchor_Z=None)
     d_table = jax.tree.map(rows, lines)._replace(coordinate=jax.tree.map(scalars, table.coordinate))
-  d_query_BHQC, d_table = _call(
+  d_query_BHQC, d_table = call.call(
     _query_kernel,
     setup,
     grid,
     plan,
     plan.key_IJ,
-    (*inputs, softmax),
-    (*specs.inputs(*inputs), specs.softmax(softmax)),
-    (Output(_like(query_BHQC, query_BHQC.dtype), specs.query(query_BHQC)), d_table),
+    (inputs, softmax),
+    (specs.inputs(inputs), _softmax_specs(specs, softmax)),
+    (call.Output(_like(query_BHQC, query_BHQC.dtype), specs.query(query_BHQC)), d_table),
     [(setup.heads, setup.query_block, query_BHQC.shape[3])],
     _scratch(setup, table, setup.learned),
   )
@@ -536,8 +341,8 @@ def _query_gradient(setup, constants, table, queries, keys, plan, softmax):
   if d_table is None:
     return d_query_BHQC, jax.tree.map(jnp.zeros_like, table)
 
-  def of_lines(number_ZH, sums_BNZW):
-    return sums_BNZW.sum(axis=(0, 3)).reshape(number_ZH.shape[::-1]).T
+  def of_lines(number_ZH, sums_BNZT):
+    return sums_BNZT.sum(axis=(0, 3)).reshape(number_ZH.shape[::-1]).T
 
   def of_x(number_H, sums_BN1H):
     sums_NH = sums_BN1H.sum(axis=(0, 2))  # of each head, or of all that share it
@@ -553,17 +358,17 @@ def _query_gradient(setup, constants, table, queries, keys, plan, softmax):
 def _key_gradient(setup, constants, table, queries, keys, plan, softmax):
   """Returns d_key_BGKC and d_value_BGKC."""
   rows, columns = plan.low_IJ.shape
-  specs = Specs(setup, columns, by_column=True)
-  inputs = _parts(plan), queries, keys, _flat(table, setup.heads), constants
-  outputs = [Output(_like(x_BGKC, x_BGKC.dtype), specs.key(x_BGKC)) for x_BGKC in keys[:2]]
-  return _call(
+  specs = call.Specs(setup, columns, by_column=True)
+  inputs = call.inputs(setup, plan, queries, keys, table, constants)
+  outputs = [call.Output(_like(x_BGKC, x_BGKC.dtype), specs.key(x_BGKC)) for x_BGKC in keys[:2]]
+  return call.call(
     _key_kernel,
     setup,
     (*softmax.delta_BNHQ.shape[:2], columns, rows),
     plan,
     plan.query_IJ,
-    (*inputs, softmax),
-    (*specs.inputs(*inputs), specs.softmax(softmax)),
+    (inputs, softmax),
+    (specs.inputs(inputs), _softmax_specs(specs, softmax)),
     outputs,
     [(setup.groups, setup.key_block, keys.key_BGKC.shape[3])] * 2,
     _scratch(setup, table, learned=False),

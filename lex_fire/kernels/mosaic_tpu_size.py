@@ -106,11 +106,12 @@ def _sum_bytes(heads, segments):
 @functools.lru_cache(maxsize=256)
 def num_segments(encoding: base.Encoding) -> int:
   """Returns how many segments the table of an encoding has; 0 without one."""
-  if encoding.table is None:
+  table = encoding.table
+  if table is None:
     return 0
 
   def any_table():
     params = encoding.init(jax.random.key(0), num_heads=1, head_dim=LANES, d_model=LANES)
-    return encoding.table(params, 1)
+    return table(params, 1)
 
   return jax.eval_shape(any_table).slope_ZH.shape[0]

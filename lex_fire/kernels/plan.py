@@ -63,8 +63,8 @@ class Plan(NamedTuple):
     query_IJ: the block of queries to hold, when a column of tiles is walked.
     in_order_IJ: 1 if in every row of the batch the positions of either block rise by one from each
       to the next, so that all pairs of a diagonal are equally far apart.
-    part_low_IJP: as low_IJ, of each part of the tile's keys; None if the span is not of segments.
-    part_high_IJP: as high_IJ; above low_IJP in parts that are hidden, too.
+    part_low_IJY: as low_IJ, of each part of the tile's keys; None if the span is not of segments.
+    part_high_IJY: as high_IJ; above low_IJP in parts that are hidden, too.
   """
 
   low_IJ: jax.Array
@@ -72,8 +72,8 @@ class Plan(NamedTuple):
   key_IJ: jax.Array
   query_IJ: jax.Array
   in_order_IJ: jax.Array
-  part_low_IJP: jax.Array | None
-  part_high_IJP: jax.Array | None
+  part_low_IJY: jax.Array | None
+  part_high_IJY: jax.Array | None
 
 
 def cut(
@@ -168,15 +168,15 @@ def make(
     of_keys(keys.segment_B1K),
   )
   low_IJ, high_IJ = 0, 1
-  part_low_IJP = part_high_IJP = None
+  part_low_IJY = part_high_IJY = None
   whole = (1, 2)  # a span serves all rows of the batch
   if table is not None and table.lower_Z is not None:
     part = part or key_block
     i_low, i_high = (x_I[:, None] for x_I in of_queries(queries.position_B1Q, axes=whole))
-    j_low, j_high = (x_P[None] for x_P in _bounds(keys.position_B1K, part, axes=whole))
+    j_low, j_high = (x_Y[None] for x_Y in _bounds(keys.position_B1K, part, axes=whole))
     found = segments(table, coordinate, i_low, i_high, j_low, j_high)
-    part_low_IJP, part_high_IJP = (x_IP.reshape(len(x_IP), -1, key_block // part) for x_IP in found)
-    low_IJ, high_IJ = part_low_IJP.min(axis=2), part_high_IJP.max(axis=2)
+    part_low_IJY, part_high_IJY = (x_IY.reshape(len(x_IY), -1, key_block // part) for x_IY in found)
+    low_IJ, high_IJ = part_low_IJY.min(axis=2), part_high_IJY.max(axis=2)
   elif queries.stretch_B1Q is not None:
     low_IJ, high_IJ = _stretches_apart(
       of_queries(queries.stretch_B1Q, axes=whole), of_keys(keys.stretch_B1K, axes=whole)
@@ -189,8 +189,8 @@ def make(
     key_IJ=_next_visited(visit_IJ),
     query_IJ=_next_visited(visit_IJ.T).T,
     in_order_IJ=in_order_IJ.astype(jnp.int32),
-    part_low_IJP=part_low_IJP,
-    part_high_IJP=part_high_IJP,
+    part_low_IJY=part_low_IJY,
+    part_high_IJY=part_high_IJY,
   )
 
 

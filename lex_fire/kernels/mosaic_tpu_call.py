@@ -1,0 +1,159 @@
+"""How the Pallas kernels for TPU are called: what they are given, and hold at each step."""
+
+import functools
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+
+from lex_fire.kernels.mosaic_tpu_tile import SPAN_BITS, Inputs, Parts, Setup
+from lex_fire.kernels.plan import Keys, Plan, Queries
+
+VMEM_BYTES = 60 * 2**20  # of the 64 MiB of a v5p; v5e and v6e have 128
+
+
+def inputs(
+  setup: Setup, plan: Plan, queries: Queries, keys: Keys, table: Any, constants: Any
+) -> Inputs:
+  """Returns what all kernels take."""
+  return Inputs(_parts(plan), queries, keys, _flat(table, setup.heads), constants)
+
+
+def _parts(plan):
+  """Returns the spans of parts, a row a tile."""
+  if plan.part_low_IJY is None:
+    return Parts(None, None)
+  return Parts(*(x_IJY.reshape(-1, 1, x_IJY.shape[2]) for x_IJY in plan[-2:]))
+
+
+def _flat(table, heads):
+  """Returns a table as kernels read it: the lines of a tile's heads in a row, a head's together."""
+  if table is None:
+    return None
+
+  def rows(number_ZH):
+    return number_ZH.T.reshape(number_ZH.shape[1] // heads, 1, -1)
+
+  if table.lower_Z is None:
+    return table._replace(slope_ZH=rows(table.slope_ZH))
+  lower_Z = jnp.append(table.lower_Z, jnp.inf)  # an end to the last
+  return table._replace(
+    lower_Z=lower_Z, slope_ZH=rows(table.slope_ZH), value_ZH=rows(table.value_ZH)
+  )
+
+
+class Specs:
+  """Which block of each array a kernel holds at a step of its grid.
+
+  The grid is (batch, head block, query block, key block); by column, the last two change places.
+  """
+
+  def __init__(self, setup, columns, by_column):
+    self.setup, self.columns, self.by_column = setup, columns, by_column
+
+  def _spec(self, shape, index):
+    """Returns a spec from the index of (batch, head block, query block, key block)."""
+
+    def index_map(batch, heads, outer, step, spans, hold):
+      del spans
+      if self.by_column:
+        return index(batch, heads, hold[step * self.columns + outer], outer)
+      return index(batch, heads, outer, hold[outer * self.columns + step])
+
+    return pl.BlockSpec(shape, index_map)
+
+  def query(self, x):
+    """Returns the spec of x_BHQC or x_B1Q."""
+    if x.ndim == 3:
+      last = len(x) - 1
+      shape = (1, 1, self.setup.query_block)
+      return self._spec(shape, lambda batch, _, i, j: (jnp.minimum(batch, last), 0, i))
+    shape = (1, self.setup.heads, self.setup.query_block, x.shape[3])
+    return self._spec(shape, lambda batch, heads, i, j: (batch, heads, i, 0))
+
+  def key(self, x):
+    """Returns the spec of x_BGKC or x_B1K."""
+    if x.ndim == 3:
+      last = len(x) - 1
+      shape = (1, 1, self.setup.key_block)
+      return self._spec(shape, lambda batch, _, i, j: (jnp.minimum(batch, last), 0, j))
+    shape = (1, self.setup.groups, self.setup.key_block, x.shape[3])
+    return self._spec(shape, lambda batch, heads, i, j: (batch, heads, j, 0))
+
+  def norm(self):
+    """Returns the spec of x_BNHQ."""
+    shape = (1, 1, self.setup.heads, self.setup.query_block)
+    return self._spec(shape, lambda batch, heads, i, j: (batch, heads, 0, i))
+
+  def inputs(self, inputs: Inputs) -> Inputs:
+    """Returns the specs of what all kernels take after the plan."""
+
+    def whole(array):
+      return pl.BlockSpec(array.shape, lambda *_: (0,) * array.ndim)
+
+    return Inputs(
+      parts=jax.tree.map(self._of_tile, inputs.parts),
+      queries=jax.tree.map(self.query, inputs.queries),
+      keys=jax.tree.map(self.key, inputs.keys),
+      table=jax.tree.map(self._scalars, inputs.table),
+      constants=jax.tree.map(whole, inputs.constants),
+    )
+
+  def _of_tile(self, numbers):
+    """Returns the spec of a row of numbers for each tile."""
+
+    def index_map(batch, heads, outer, step, *_):
+      tile = step * self.columns + outer if self.by_column else outer * self.columns + step
+      return tile, 0, 0
+
+    return pl.BlockSpec((1, *numbers.shape[1:]), index_map, memory_space=pltpu.SMEM)
+
+  def _scalars(self, numbers):
+    """Returns the spec of all numbers of one axis, or of a row of more for each head block."""
+    if numbers.ndim == 1:
+      return pl.BlockSpec(memory_space=pltpu.SMEM)
+    return pl.BlockSpec(
+      (1, *numbers.shape[1:]), lambda _, heads, *rest: (heads, 0, 0), memory_space=pltpu.SMEM
+    )
+
+
+class Output(NamedTuple):
+  """An output of a kernel."""
+
+  array: jax.ShapeDtypeStruct
+  spec: pl.BlockSpec
+
+
+def packed(plan):
+  """Returns the spans of all tiles, each in one number, as scalar memory is small."""
+  spans_IJ = plan.low_IJ | plan.high_IJ << SPAN_BITS
+  return (spans_IJ | jnp.where(spans_IJ > 0, plan.in_order_IJ, 0) << 2 * SPAN_BITS).ravel()
+
+
+def call(kernel, setup, grid, plan, hold_IJ, inputs, in_specs, outputs, sums, own):
+  """Runs a kernel.
+
+  `outputs` is a tree of (shape and dtype, spec), `sums` shapes of what stays from tile to tile, and
+  `own` what `mosaic_tpu_x.scratch` says of one tile.
+  """
+  leaves, tree = jax.tree.flatten(outputs, is_leaf=lambda x: isinstance(x, Output))
+  arrays, out_specs = (jax.tree.unflatten(tree, list(part)) for part in zip(*leaves, strict=True))
+  return pl.pallas_call(
+    functools.partial(kernel, setup=setup),
+    grid_spec=pltpu.PrefetchScalarGridSpec(
+      num_scalar_prefetch=2,
+      grid=grid,
+      in_specs=in_specs,
+      out_specs=out_specs,
+      scratch_shapes=[*(pltpu.VMEM(shape, jnp.float32) for shape in sums), own],
+    ),
+    out_shape=arrays,
+    compiler_params=pltpu.CompilerParams(
+      # The table's gradient is summed over rows, so these keep their order.
+      dimension_semantics=('parallel', 'parallel', 'arbitrary', 'arbitrary'),
+      vmem_limit_bytes=VMEM_BYTES,
+    ),
+    interpret=setup.interpret,
+  )(packed(plan), hold_IJ.ravel(), *inputs)
