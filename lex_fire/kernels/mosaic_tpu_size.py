@@ -15,7 +15,8 @@ LANES = 128  # of a vector register: blocks are multiples, and channels are padd
 # Heads of one tile share its positions, mask and x: as many as have these channels.
 CHANNELS_TOGETHER = 2048
 QUERY_BYTES = 32 * 2**20  # of vector memory, for all that a tile holds of its queries
-SUM_BYTES = 20 * 2**20  # of those, for the gradient of a table's lines
+KEY_BYTES = 24 * 2**20  # likewise of its keys
+SUM_BYTES = 20 * 2**20  # of what queries may have, for the gradient of a table's lines
 SMEM_BYTES = 960 * 2**10  # of 1 MiB, for the plan and the table
 MOST_TILES = 2**16  # of a plan; keys of a tile are doubled until it has no more
 MOST_KEYS = 2048  # of a tile
@@ -69,27 +70,40 @@ def blocks(query: Any, key: Any, block: int, segments: int) -> Blocks:
     block: queries, at most.
     segments: of the encoding's table.
   """
-  batch, num_queries, num_heads, channels = query.shape
-  _, num_keys, num_groups, _ = key.shape
-  lanes, per_group = pl.cdiv(channels, LANES) * LANES, num_heads // num_groups
-  most_groups = CHANNELS_TOGETHER // (lanes * per_group)
-  if segments:
-    most_groups = min(most_groups, SUM_BYTES // _sum_bytes(per_group, segments))
-  if batch == 1:  # so that both cores of a chip that has two, as v5p, have heads of their own
-    most_groups = min(most_groups, num_groups // 2)
-  groups = max(
-    n for n in range(1, num_groups + 1) if num_groups % n == 0 and n <= max(most_groups, 1)
-  )
-  heads = groups * per_group
-  # Of each head and query: three blocks, held twice, a sum, and two columns.
-  query_bytes = heads * (lanes * (6 * query.dtype.itemsize + 4) + 2 * LANES * 4)
-  most_queries = (QUERY_BYTES - _sum_bytes(heads, segments)) // query_bytes
-  most_queries = max(most_queries // LANES, 1) * LANES
-  queries = min(block, most_queries, pl.cdiv(num_queries, LANES) * LANES)
+  num_queries, num_keys = query.shape[1], key.shape[1]
   keys = min(2 * block, pl.cdiv(num_keys, LANES) * LANES)
-  while keys < MOST_KEYS and pl.cdiv(num_queries, queries) * pl.cdiv(num_keys, keys) > MOST_TILES:
+  while True:
+    groups = _groups(query, key, keys, segments)
+    heads = groups * (query.shape[2] // key.shape[2])
+    # Of each head and query: three blocks, held twice, a sum, and two columns.
+    query_bytes = heads * (_lanes(query) * (6 * query.dtype.itemsize + 4) + 2 * LANES * 4)
+    most_queries = (QUERY_BYTES - _sum_bytes(heads, segments)) // query_bytes
+    most_queries = max(most_queries // LANES, 1) * LANES
+    queries = min(block, most_queries, pl.cdiv(num_queries, LANES) * LANES)
+    tiles = pl.cdiv(num_queries, queries) * pl.cdiv(num_keys, keys)
+    if keys >= MOST_KEYS or tiles <= MOST_TILES:
+      return Blocks(queries, keys, heads, groups)
     keys *= 2
-  return Blocks(queries, keys, heads, groups)
+
+
+def _groups(query, key, keys, segments):
+  """Returns how many key heads a tile of so many keys has."""
+  num_groups, per_group = key.shape[2], query.shape[2] // key.shape[2]
+  # Of each key head and key: four blocks, held twice, and two sums.
+  key_bytes = _lanes(key) * (8 * key.dtype.itemsize + 8)
+  most = min(CHANNELS_TOGETHER // (_lanes(query) * per_group), KEY_BYTES // (keys * key_bytes))
+  if segments:
+    most = min(most, SUM_BYTES // _sum_bytes(per_group, segments))
+  if (
+    query.shape[0] == 1
+  ):  # so that both cores of a chip that has two, as v5p, have heads of their own
+    most = min(most, num_groups // 2)
+  return max(n for n in range(1, num_groups + 1) if num_groups % n == 0 and n <= max(most, 1))
+
+
+def _lanes(array):
+  """Returns the channels of a head, padded to whole registers."""
+  return pl.cdiv(array.shape[3], LANES) * LANES
 
 
 def _scalar_bytes(tile, segments, query, key):
