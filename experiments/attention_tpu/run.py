@@ -54,13 +54,14 @@ def traced(
   num_heads: int = SHAPE['num_heads'],
   num_kv_heads: int = SHAPE['num_kv_heads'],
   head_dim: int = SHAPE['head_dim'],
+  batch: int = 1,
   dtype=jnp.bfloat16,
   packed: bool = False,
   mask: dict | None = None,
   sharding=None,
   **options,
 ):
-  """Returns attention, forward and backward, of one sequence, traced for TPU."""
+  """Returns attention, forward and backward, traced for TPU."""
   encoding = encodings.get(name, **options)
 
   def abstract(shape, kind):
@@ -92,7 +93,7 @@ def traced(
   with jax.default_device('tpu'):
     return jax.jit(jax.grad(total, argnums=(0, 1, 2, 3)), out_shardings=sharding).trace(
       jax.tree.map(lambda leaf: abstract(leaf.shape, leaf.dtype), params),
-      *(abstract((1, length, count, head_dim), dtype) for count in heads),
+      *(abstract((batch, length, count, head_dim), dtype) for count in heads),
       position_1L,
       position_1L if packed else None,
     )

@@ -1,0 +1,254 @@
+"""How long does FIRE make a tile of a TPU's attention kernel, by the compiler's own schedule?
+
+    make test-tpu  # makes .venv-tpu
+    JAX_PLATFORMS=cpu .venv-tpu/bin/python -m experiments.attention_tpu.schedule
+
+A TPU's core issues one bundle of instructions a cycle, in the order in which the compiler has put
+them. It can be asked to write its bundles down; counted by loop, and each loop as often as the plan
+says that it runs, they are the cycles of attention, but for what waits for memory. Writes
+schedule.json beside this file and prints the table.
+"""
+
+import argparse
+import json
+import os
+import pathlib
+import re
+import subprocess
+import sys
+import tempfile
+from typing import NamedTuple
+
+import jax
+import numpy as np
+
+from experiments.attention_tpu import run
+from lex_fire import encodings, zoo
+from lex_fire.kernels import Mask, mosaic_tpu_size, mosaic_tpu_x, plan
+
+HERE = pathlib.Path(__file__).parent
+LENGTHS = [2048, 8192, 32_768, 131_072]
+# As the compiler names what jax.grad makes of attention: forward, and backward for queries, keys.
+KERNELS = {'forward': 'jvp__.2', 'queries': 'transpose_jvp___.2', 'keys': 'transpose_jvp___.3'}
+CASES = ['fire', 'nope']
+BATCH = 2  # sequences: with one, its heads would be two blocks, for chips of two cores
+LONG = 1000  # bundles of a loop over heads at least, and of what is done once a tile
+
+
+class Loop(NamedTuple):
+  """A loop of a schedule.
+
+  Attributes:
+    stretches: bundles between its branches that are in no loop within it, in order; None where such
+      a loop stands.
+    inner: the loops within it.
+  """
+
+  stretches: list[int | None]
+  inner: list['Loop']
+
+  @property
+  def own(self) -> int:
+    """Bundles that are in no loop within it."""
+    return sum(count or 0 for count in self.stretches)
+
+
+LINE = re.compile(r'\s*(?:0x[0-9a-f]+|\d+)\s+(LB|LH|LE|PB|PF|CT)?\s*:\s*((?:> ?)*)\{')
+
+
+def parse(listing: str) -> Loop:
+  """Returns the outermost loop, over the steps of the grid, of a listing of final bundles."""
+  stack = [Loop([0], [])]
+  for line in listing.splitlines():
+    if not (found := LINE.match(line)):
+      continue
+    tag, depth = found[1], found[2].count('>')
+    # Bundles after a branch that are issued before it is taken have no depth of their own.
+    depth = depth or len(stack) - 1
+    del stack[depth + 1 :]
+    if tag == 'LB':
+      del stack[depth:]
+      stack[-1].stretches.append(None)
+      stack[-1].inner.append(Loop([0], []))
+      stack.append(stack[-1].inner[-1])
+    elif tag == 'PF' or stack[-1].stretches[-1] is None:
+      stack[-1].stretches.append(0)
+    stack[-1].stretches[-1] += 1
+  return stack[0].inner[0]
+
+
+class Cost(NamedTuple):
+  """Bundles of a kernel: once a tile whose positions are in order, and of a head in it.
+
+  Attributes:
+    once: a tile.
+    line: a head under one line, or without a bias.
+    pieces: a head under several lines, but for its parts; None without a bias.
+    part: a part of those.
+    breakpoint: one in a part.
+  """
+
+  once: int
+  line: int
+  pieces: int | None
+  part: int
+  breakpoint: int
+
+
+def cost(grid: Loop, has_bias: bool) -> Cost:
+  """Returns what a kernel's loops take.
+
+  Raises:
+    ValueError: if the kernel has other loops than those that are known here.
+  """
+  heads = [loop for loop in grid.inner if loop.own > LONG]
+  if len(heads) != 1 + has_bias:
+    raise ValueError(f'{len(heads)} loops over heads, not {1 + has_bias}')
+  first = grid.stretches.index(None) if not grid.inner else _position(grid, heads[0])
+  last = _position(grid, heads[-1])
+  before = [count for count in grid.stretches[:first] if count]
+  after = [count for count in grid.stretches[last:] if count and count > LONG]
+  if not has_bias:
+    return Cost(before[-1], heads[0].own, None, 0, 0)
+  # What is done once comes twice, for positions in order and for any others.
+  once = [count for count in before if count > LONG][-2] + (after[0] if after else 0)
+  line, pieces = heads
+  parts = pieces.inner
+  return Cost(
+    once=once,
+    line=line.own,
+    pieces=pieces.own,
+    part=sum(loop.own for loop in parts),
+    breakpoint=sum(loop.inner[0].own for loop in parts),
+  )
+
+
+def _position(grid, loop):
+  """Returns where in the stretches of a grid one of its loops stands."""
+  places = [at for at, count in enumerate(grid.stretches) if count is None]
+  return places[[id(other) for other in grid.inner].index(id(loop))]
+
+
+def dump(chip: str, case: str) -> dict[str, str]:
+  """Returns the listing of each kernel, from a process whose compiler writes them down."""
+  with tempfile.TemporaryDirectory() as folder:
+    flags = f'--xla_jf_dump_to={folder} --xla_jf_dump_llo_text=true'
+    command = [
+      sys.executable,
+      '-m',
+      'experiments.attention_tpu.schedule',
+      f'--compile={chip} {case}',
+    ]
+    subprocess.run(command, check=True, env=os.environ | {'LIBTPU_INIT_ARGS': flags})
+    files = {path.name: path for path in pathlib.Path(folder).iterdir()}
+
+    def listing(name):
+      pattern = re.compile(rf'\d+-{re.escape(name)}-\d+-final_bundles\.txt')
+      (path,) = (path for file, path in files.items() if pattern.fullmatch(file))
+      return path.read_text()
+
+    return {kernel: listing(name) for kernel, name in KERNELS.items()}
+
+
+class Reach(NamedTuple):
+  """What a sequence asks of a head: tiles with one line, with several, and breakpoints in parts."""
+
+  lines: int
+  pieces: int
+  breakpoints: int
+
+
+def shapes(length: int) -> tuple:
+  """Returns query_BQHC and key_BKGC of the sequences, as shapes."""
+  return tuple(
+    jax.ShapeDtypeStruct((BATCH, length, run.SHAPE[heads], run.SHAPE['head_dim']), 'bfloat16')
+    for heads in ('num_heads', 'num_kv_heads')
+  )
+
+
+def reach(params, length: int) -> Reach:
+  """Returns what a sequence in order asks of a head under FIRE."""
+  encoding = encodings.get('fire')
+  table = encoding.table(params, run.SHAPE['num_heads'])
+  tile = mosaic_tpu_size.blocks(*shapes(length), mosaic_tpu_size.BLOCK, len(table.lower_Z))
+  position_1L = np.arange(length, dtype=np.int32)[None]
+  x_1L1C = np.zeros((1, length, 1, 1), np.float32)
+  sides = (x_1L1C, position_1L, None), (x_1L1C, x_1L1C, position_1L, None)
+  blocks = Mask(), tile.queries, tile.keys
+  cut = plan.cut(*blocks, None, *sides)
+  part = mosaic_tpu_x.width(tile.keys)
+  made = plan.make(*blocks, *cut, table, encoding.coordinate, part)
+  spans_IJ = np.array(made.high_IJ - made.low_IJ)
+  within_IJ = np.array(made.part_high_IJY - made.part_low_IJY - 1).sum(axis=2)
+  several = spans_IJ > 1
+  return Reach(int((spans_IJ == 1).sum()), int(several.sum()), int(within_IJ[several].sum()))
+
+
+def cycles(cost: Cost, reach: Reach, heads: int, num_parts: int) -> float:
+  """Returns the cycles of a kernel, of all heads of a tile and all tiles of a sequence."""
+  tiles = reach.lines + reach.pieces
+  of_head = tiles * cost.line
+  if cost.pieces is not None:
+    several = cost.pieces + num_parts * cost.part
+    of_head = reach.lines * cost.line + reach.pieces * several
+    of_head += reach.breakpoints * cost.breakpoint
+  return tiles * cost.once + heads * of_head
+
+
+def layers() -> dict[str, list]:
+  """Returns FIRE's parameters of layers: as they start, and of a model that was trained."""
+  sizes = {'num_heads': run.SHAPE['num_heads'], 'head_dim': run.SHAPE['head_dim'], 'd_model': 1024}
+  at_first = [encodings.get('fire').init(jax.random.key(seed), **sizes) for seed in range(8)]
+  _, params = zoo.load('fire-tiny')
+  blocks = (block for name, block in params.items() if name.startswith('block_'))
+  trained = [block['attention']['encoding'] for block in blocks]
+  return {'as it starts': at_first, 'trained': trained}
+
+
+def table(results: dict) -> str:
+  """Returns FIRE's cycles over no encoding's, a line for each chip, kernel and model."""
+  heads = ''.join(f'{length:>9}' for length in LENGTHS)
+  lines = [f'{"":28}{heads}']
+  tile = mosaic_tpu_size.blocks(*shapes(LENGTHS[0]), mosaic_tpu_size.BLOCK, 0)
+  for name, of_layers in layers().items():
+    reached = {length: [reach(params, length) for params in of_layers] for length in LENGTHS}
+    for chip, costs in results['chips'].items():
+      for kernels in (*([kernel] for kernel in KERNELS), list(KERNELS)):
+        ratios = []
+        for of_length in reached.values():
+          fire, nope = (
+            sum(
+              cycles(Cost(*costs[case][kernel]), one, tile.heads, tile.keys // mosaic_tpu_x.LANES)
+              for kernel in kernels
+              for one in of_length
+            )
+            for case in CASES
+          )
+          ratios.append(fire / nope)
+        label = kernels[0] if len(kernels) == 1 else 'all'
+        lines.append(f'{name:14}{chip:4}{label:10}' + ''.join(f'{r:>9.2f}' for r in ratios))
+  return '\n'.join(lines)
+
+
+def main() -> None:
+  """The experiment."""
+  parser = argparse.ArgumentParser()
+  parser.add_argument('--chips', default='v5e,v6e,v5p')
+  parser.add_argument('--compile', help=argparse.SUPPRESS)
+  options = parser.parse_args()
+  if options.compile:  # what `dump` asks of another process
+    run.compiled(*options.compile.split(' '), LENGTHS[0], batch=BATCH)
+    return
+  results = {'shape': run.SHAPE | {'batch': BATCH}, 'jax': jax.__version__, 'chips': {}}
+  for chip in options.chips.split(','):
+    costs = results['chips'][chip] = {}
+    for case in CASES:
+      listings = dump(chip, case)
+      costs[case] = {name: cost(parse(text), case == 'fire') for name, text in listings.items()}
+      print(chip, case, costs[case], flush=True)
+  (HERE / 'schedule.json').write_text(json.dumps(results, indent=1) + '\n')
+  print(table(results))
+
+
+if __name__ == '__main__':
+  main()

@@ -1,0 +1,70 @@
+"""What `experiments/attention_tpu/schedule.py` reads in a listing of a TPU's bundles."""
+
+import pytest
+
+from experiments.attention_tpu import schedule
+
+
+def listing(*stretches):
+  """Returns a listing: a legend, then so many bundles of each (tag, depth, how many)."""
+  lines, address = ['= control target key start', 'LB: loop body', ''], 0
+  for tag, depth, count in stretches:
+    for number in range(count):
+      place = '> ' * depth
+      lines.append(f'  0x{address:x} {tag if number == 0 else ""}   : {place}{{ %s1 = smov 0 }}')
+      address += 1
+  return '\n'.join(lines)
+
+
+# A kernel under FIRE, made small: what is done once, for tiles in order and for others, then heads
+# under one line and under pieces, of which each part has a loop over breakpoints.
+KERNEL = [
+  ('', 0, 5),
+  ('LB', 1, 30),
+  ('PF', 1, 1200),  # of a row
+  ('PF', 1, 1500),
+  ('PF', 1, 2700),
+  ('LB', 2, 2600),  # one line
+  ('LB', 2, 500),  # pieces
+  ('LB', 3, 10),
+  ('LB', 4, 81),
+  ('', 3, 4),
+  ('', 2, 2500),
+  ('PF', 1, 8),
+  ('LB', 2, 590),  # of a row
+  ('PF', 1, 130),
+  ('', 0, 2),
+]
+
+
+def test_bundles_are_counted_by_loop():
+  grid = schedule.parse(listing(*KERNEL))
+
+  one_line, pieces, of_row = grid.inner
+  assert (one_line.own, pieces.own, of_row.own) == (2600, 3000, 590)
+  (parts,) = pieces.inner
+  assert parts.own == 14
+  assert parts.inner[0].own == 81
+  assert [count for count in grid.stretches if count] == [30, 1200, 1500, 2700, 8, 130 + 2]
+
+
+def test_bundles_after_a_branch_belong_to_its_loop():
+  """Those that a branch still issues stand at no depth."""
+  grid = schedule.parse(listing(('LB', 1, 3), ('LB', 2, 7), ('', 0, 4), ('', 1, 2), ('', 0, 1)))
+
+  assert grid.inner[0].own == 11
+  assert grid.own == 6
+
+
+def test_the_cost_of_a_tile_is_what_is_done_once_and_what_each_head_takes():
+  found = schedule.cost(schedule.parse(listing(*KERNEL)), has_bias=True)
+
+  assert found == schedule.Cost(once=1500, line=2600, pieces=3000, part=14, breakpoint=81)
+  reach = schedule.Reach(lines=3, pieces=2, breakpoints=5)
+  of_heads = 8 * (3 * 2600 + 2 * (3000 + 4 * 14) + 5 * 81)
+  assert schedule.cycles(found, reach, heads=8, num_parts=4) == 5 * 1500 + of_heads
+
+
+def test_a_kernel_of_other_loops_is_refused():
+  with pytest.raises(ValueError, match='2 loops over heads, not 1'):
+    schedule.cost(schedule.parse(listing(*KERNEL)), has_bias=False)
