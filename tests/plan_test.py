@@ -1,5 +1,7 @@
 """What tiles are told to do before a kernel runs, against every pair that they hold."""
 
+import itertools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -113,7 +115,7 @@ def test_a_part_has_the_segment_of_every_pair_in_it_and_a_tile_those_of_its_part
   encoding = encodings.get(name, **options)
   params = encoding.init(jax.random.key(seed), num_heads=2, head_dim=8, d_model=16)
   table = encoding.table(params, 2)
-  position_BL, part = positions(seed), KEY_BLOCK // 4
+  position_BL, part = positions(seed), (QUERY_BLOCK // 2, KEY_BLOCK // 4)
 
   made = planned({'causal': False}, position_BL, None, table, encoding.coordinate, part=part)
 
@@ -121,9 +123,10 @@ def test_a_part_has_the_segment_of_every_pair_in_it_and_a_tile_those_of_its_part
   x_BQK = encoding.coordinate(numbers, position_BL[:, :, None], position_BL[:, None])
   segment_BQK = np.searchsorted(table.lower_Z, x_BQK) - 1
   for at, segment in tiles(segment_BQK):
-    for n in range(-(-segment.shape[2] // part)):
-      own = segment[:, :, n * part : (n + 1) * part]
-      assert made.part_low_IJY[at][n] <= own.min() and own.max() < made.part_high_IJY[at][n], at
+    for n, (column, row) in enumerate(itertools.product(range(4), range(2))):
+      own = segment[:, row * part[0] :][:, : part[0], column * part[1] :][..., : part[1]]
+      if own.size:
+        assert made.part_low_IJY[at][n] <= own.min() and own.max() < made.part_high_IJY[at][n], at
   assert (made.part_low_IJY < made.part_high_IJY).all()
   visited = made.high_IJ > 0
   assert (made.low_IJ == made.part_low_IJY.min(axis=2))[visited].all()

@@ -176,7 +176,7 @@ def reach(params, length: int) -> Reach:
   sides = (x_1L1C, position_1L, None), (x_1L1C, x_1L1C, position_1L, None)
   blocks = Mask(), tile.queries, tile.keys
   cut = plan.cut(*blocks, None, *sides)
-  part = mosaic_tpu_x.width(tile.keys)
+  part = mosaic_tpu_x.part(tile.queries, tile.keys)
   made = plan.make(*blocks, *cut, table, encoding.coordinate, part)
   spans_IJ = np.array(made.high_IJ - made.low_IJ)
   within_IJ = np.array(made.part_high_IJY - made.part_low_IJY - 1).sum(axis=2)
@@ -210,6 +210,8 @@ def table(results: dict) -> str:
   heads = ''.join(f'{length:>9}' for length in LENGTHS)
   lines = [f'{"":28}{heads}']
   tile = mosaic_tpu_size.blocks(*shapes(LENGTHS[0]), mosaic_tpu_size.BLOCK, 0)
+  part = mosaic_tpu_x.part(tile.queries, tile.keys)
+  num_parts = tile.queries // part[0] * (tile.keys // part[1])
   for name, of_layers in layers().items():
     reached = {length: [reach(params, length) for params in of_layers] for length in LENGTHS}
     for chip, costs in results['chips'].items():
@@ -218,7 +220,7 @@ def table(results: dict) -> str:
         for of_length in reached.values():
           fire, nope = (
             sum(
-              cycles(Cost(*costs[case][kernel]), one, tile.heads, tile.keys // mosaic_tpu_x.LANES)
+              cycles(Cost(*costs[case][kernel]), one, tile.heads, num_parts)
               for kernel in kernels
               for one in of_length
             )

@@ -81,6 +81,7 @@ def attention(
     key_block=cut.keys,
     heads=cut.heads,
     groups=cut.groups,
+    sum_rows=cut.sum_rows,
     interpret=interpret,
   )
   queries, keys = plan_lib.cut(
@@ -99,7 +100,7 @@ def attention(
     keys,
     table,
     encoding.coordinate,
-    x_lib.width(cut.keys),
+    x_lib.part(cut.queries, cut.keys),
   )
   flash = _flash(setup, Constants(rate_1C, of_functions))
   return jnp.swapaxes(flash(table, queries, keys, plan), 1, 2)[:, : query_BQHC.shape[1]]
@@ -289,7 +290,7 @@ def _softmax_specs(specs, softmax):
 
 def _scratch(setup, table, learned):
   shape = setup.query_block, setup.key_block
-  return x_lib.scratch(setup.functions, table, shape, learned)
+  return x_lib.scratch(setup.functions, table, shape, setup.sum_rows, learned)
 
 
 def _like(array, dtype):
@@ -310,7 +311,7 @@ def _query_gradient(setup, constants, table, queries, keys, plan, softmax):
 
   def rows(numbers):
     """Sums of what lies in each lane."""
-    count = numbers.size // grid[1]
+    count = numbers.size // grid[1] * setup.sum_rows
     return output((count, x_lib.width(setup.key_block)), pltpu.VMEM)
 
   def output(shape, memory_space):
@@ -341,8 +342,9 @@ def _query_gradient(setup, constants, table, queries, keys, plan, softmax):
   if d_table is None:
     return d_query_BHQC, jax.tree.map(jnp.zeros_like, table)
 
-  def of_lines(number_ZH, sums_BNZT):
-    return sums_BNZT.sum(axis=(0, 3)).reshape(number_ZH.shape[::-1]).T
+  def of_lines(number_ZH, sums_BNST):
+    sums_HZS = sums_BNST.sum(axis=(0, 3)).reshape(*number_ZH.shape[::-1], setup.sum_rows)
+    return sums_HZS.sum(axis=2).T
 
   def of_x(number_H, sums_BN1H):
     sums_NH = sums_BN1H.sum(axis=(0, 2))  # of each head, or of all that share it

@@ -50,11 +50,9 @@ class Line:
   def add_gradient(self, head: jax.Array, d_logits_QK: jax.Array, sums: Any) -> None:
     """Adds the share of a head to `sums`, a table of refs, and to the gradient of a shared x."""
     index, d_bias_ST = self._index(head), self.at.gradient(d_logits_QK)
-    of_x_ST = d_bias_ST * self._beyond(head)
-    for rows in self.at.static_parts():
-      _add_row(sums.slope_ZH, index, _over_rows(of_x_ST[rows]))
-      if sums.value_ZH is not None:
-        _add_row(sums.value_ZH, index, _over_rows(d_bias_ST[rows]))
+    self._add(sums.slope_ZH, index, d_bias_ST * self._beyond(head))
+    if sums.value_ZH is not None:
+      self._add(sums.value_ZH, index, d_bias_ST)
     if not sums.coordinate:
       return
     d_x_ST = self.table.slope_ZH[0, 0, index] * d_bias_ST
@@ -62,6 +60,11 @@ class Line:
       self.at.add_numbers_gradient(head, d_x_ST, sums)
     else:
       self.at.refs.d_x_ST[...] += d_x_ST
+
+  def _add(self, ref, index, number_ST):
+    # One sum after another would each wait for the last.
+    rows = self.at.tile.setup.sum_rows
+    _add_to(ref, index, sum(_over_rows(number_ST[part], rows) for part in self.at.static_parts()))
 
 
 class Pieces:
@@ -121,40 +124,44 @@ class Pieces:
     A segment has what lies above its lower end, less what lies above that of the next.
     """
     table, (slope, _), start = self.table, self._of_head(head), _first_segment(self.table, head)
+    sum_rows = self.at.tile.setup.sum_rows
     x_ST, d_x_ST = self.refs.x_ST, self.refs.d_x_ST
     of_parts = self.refs.of_x_YT, self.refs.of_one_YT
 
     def add_segment(z, from_here, from_next):
       of_x, of_one = (a - b for a, b in zip(from_here, from_next, strict=True))
-      _add_row(sums.slope_ZH, start + z, of_x - table.anchor_Z[z] * of_one)
-      _add_row(sums.value_ZH, start + z, of_one)
+      _add_to(sums.slope_ZH, start + z, of_x - table.anchor_Z[z] * of_one)
+      _add_to(sums.value_ZH, start + z, of_one)
 
     def add_pieces(part, rows, second, end):
       def step(z, from_before):
         d_above = jnp.where(x_ST[rows] > table.lower_Z[z], self.refs.d_bias_ST[rows], 0.0)
         if d_x_ST is not None:
           d_x_ST[rows] += (slope(z) - slope(z - 1)) * d_above
-        from_here = tuple(_over_rows(_halved(d)) for d in (d_above * x_ST[rows], d_above))
+        of_rows = d_above * x_ST[rows], d_above
+        from_here = tuple(_over_rows(_halved(x), sum_rows) for x in of_rows)
         add_segment(z - 1, from_before, from_here)
         return from_here
 
-      from_first = tuple(ref[pl.ds(part, 1)] for ref in of_parts)
+      own = pl.ds(pl.multiple_of(part * sum_rows, sum_rows), sum_rows)
+      from_first = tuple(ref[own] for ref in of_parts)
       add_segment(end - 1, jax.lax.fori_loop(second, end, step, from_first), (0.0, 0.0))
 
     d_bias_ST = self.at.kept(d_logits_QK)
     for part, rows in enumerate(self.at.static_parts()):
       if d_x_ST is not None:
         d_x_ST[rows] += slope(self.at.span(part)[0]) * d_bias_ST[rows]
-      for ref, number_ST in zip(
-        of_parts, (d_bias_ST[rows] * x_ST[rows], d_bias_ST[rows]), strict=True
-      ):
-        ref[part : part + 1] = _over_rows(number_ST)
+      of_rows = d_bias_ST[rows] * x_ST[rows], d_bias_ST[rows]
+      for ref, number_ST in zip(of_parts, of_rows, strict=True):
+        ref[part * sum_rows : (part + 1) * sum_rows] = _over_rows(number_ST, sum_rows)
     self._each_part(add_pieces)
 
 
-def _over_rows(number_ST):
-  """Returns the sum over rows, as a row; what is left of the sum is done outside of kernels."""
-  return number_ST.sum(axis=0, keepdims=True)
+def _over_rows(number_ST, rows):
+  """Returns the sum over all but so many rows; what is left of it is done outside of kernels."""
+  if rows == 1:
+    return number_ST.sum(axis=0, keepdims=True)
+  return number_ST.reshape(-1, rows, number_ST.shape[1]).sum(axis=0)
 
 
 def _halved(number_ST):
@@ -168,8 +175,9 @@ def _halved(number_ST):
   return number_ST
 
 
-def _add_row(ref, index, row_1T):
-  ref[0, 0, pl.ds(index, 1)] += row_1T
+def _add_to(ref, index, sum_ST):
+  rows = len(sum_ST)
+  ref[0, 0, pl.ds(pl.multiple_of(index * rows, rows), rows)] += sum_ST
 
 
 def _first_segment(table, head):

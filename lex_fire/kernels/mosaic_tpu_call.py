@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from lex_fire.kernels.mosaic_tpu_tile import SPAN_BITS, Inputs, Parts, Setup
+from lex_fire.kernels.mosaic_tpu_tile import SPAN_BITS, Inputs, Setup
 from lex_fire.kernels.plan import Keys, Plan, Queries
 
 VMEM_BYTES = 60 * 2**20  # of the 64 MiB of a v5p; v5e and v6e have 128
@@ -22,10 +22,11 @@ def inputs(
 
 
 def _parts(plan):
-  """Returns the spans of parts, a row a tile."""
+  """Returns the spans of parts, a row a tile, each in one number."""
   if plan.part_low_IJY is None:
-    return Parts(None, None)
-  return Parts(*(x_IJY.reshape(-1, 1, x_IJY.shape[2]) for x_IJY in plan[-2:]))
+    return None
+  spans_IJY = plan.part_low_IJY | plan.part_high_IJY << SPAN_BITS
+  return spans_IJY.reshape(-1, 1, spans_IJY.shape[2])
 
 
 def _flat(table, heads):
@@ -94,7 +95,7 @@ class Specs:
       return pl.BlockSpec(array.shape, lambda *_: (0,) * array.ndim)
 
     return Inputs(
-      parts=jax.tree.map(self._of_tile, inputs.parts),
+      part_I1Y=jax.tree.map(self._of_tile, inputs.part_I1Y),
       queries=jax.tree.map(self.query, inputs.queries),
       keys=jax.tree.map(self.key, inputs.keys),
       table=jax.tree.map(self._scalars, inputs.table),

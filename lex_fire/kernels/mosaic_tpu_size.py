@@ -11,7 +11,8 @@ from lex_fire.encodings import base
 from lex_fire.kernels import mask as mask_lib
 
 BLOCK = 512  # queries of a tile; of keys it has twice as many
-LANES = 128  # of a vector register: blocks are multiples, and channels are padded to one
+SUBLANES = 8  # rows of a vector register
+LANES = 128  # of one: blocks are multiples, and channels are padded to one
 # Heads of one tile share its positions, mask and x: as many as have these channels.
 CHANNELS_TOGETHER = 2048
 QUERY_BYTES = 32 * 2**20  # of vector memory, for all that a tile holds of its queries
@@ -50,12 +51,16 @@ def why_not(encoding: base.Encoding, mask: mask_lib.Mask, query: Any, key: Any) 
 
 
 class Blocks(NamedTuple):
-  """What a tile has of each."""
+  """What a tile has of each, and rows of each sum of the gradient of a table.
+
+  With as many as a register has, nothing is summed within one.
+  """
 
   queries: int
   keys: int
   heads: int
   groups: int
+  sum_rows: int
 
 
 def blocks(query: Any, key: Any, block: int, segments: int) -> Blocks:
@@ -82,7 +87,8 @@ def blocks(query: Any, key: Any, block: int, segments: int) -> Blocks:
     queries = min(block, most_queries, pl.cdiv(num_queries, LANES) * LANES)
     tiles = pl.cdiv(num_queries, queries) * pl.cdiv(num_keys, keys)
     if keys >= MOST_KEYS or tiles <= MOST_TILES:
-      return Blocks(queries, keys, heads, groups)
+      sum_rows = SUBLANES if SUBLANES * _sum_bytes(heads, segments) <= SUM_BYTES // 2 else 1
+      return Blocks(queries, keys, heads, groups, sum_rows)
     keys *= 2
 
 

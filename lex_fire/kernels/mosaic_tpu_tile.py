@@ -21,6 +21,7 @@ class Setup(NamedTuple):
     key_block: keys of a tile.
     heads: heads of a tile.
     groups: their key heads.
+    sum_rows: of each sum of the gradient of a table.
     interpret: whether to run on any platform, slowly.
   """
 
@@ -31,6 +32,7 @@ class Setup(NamedTuple):
   key_block: int
   heads: int
   groups: int
+  sum_rows: int
   interpret: bool
 
   def group(self, head: jax.Array) -> jax.Array:
@@ -50,13 +52,6 @@ class Constants(NamedTuple):
   of_functions: Functions
 
 
-class Parts(NamedTuple):
-  """Spans of each part of the keys, of all T tiles row by row; or None."""
-
-  low_I1Y: Any
-  high_I1Y: Any
-
-
 SPAN_BITS = 15  # a table has fewer than 2^15 segments
 
 
@@ -64,14 +59,14 @@ class Inputs(NamedTuple):
   """What all kernels take after the plan: arrays, or refs to the blocks that a tile needs of them.
 
   Attributes:
-    parts: spans.
+    part_I1Y: spans of the parts of all tiles row by row, each in one number; or None.
     queries: a `plan.Queries`.
     keys: a `plan.Keys`.
     table: a `piecewise.Table` with the lines of a block of heads in a row, a head's together.
     constants: see `Constants`.
   """
 
-  parts: Parts
+  part_I1Y: Any
   queries: Any
   keys: Any
   table: Any
@@ -84,9 +79,13 @@ class Tile:
   def __init__(self, setup, code, first_head, inputs, scratch):
     self.setup, self.first_head, self.scratch = setup, first_head, scratch
     *self.span, self.in_order = _unpacked(code)
-    self.parts, self.queries, self.keys, self.table, self.constants = inputs
+    self._part_I1Y, self.queries, self.keys, self.table, self.constants = inputs
     self.i_Q1, self.j_1K = self.queries.position_B1Q[0].T, self.keys.position_B1K[0]
     self.visible_QK = self._visible()
+
+  def span_of_part(self, number):
+    """Returns the first segment that a part can reach, and one past the last."""
+    return _unpacked(self._part_I1Y[0, 0, number])[:2]
 
   def _visible(self):
     """Returns visible_QK, or None if all is."""

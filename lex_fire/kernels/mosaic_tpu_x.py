@@ -4,6 +4,7 @@ Where positions are in order, what depends on the distance alone is computed onc
 not once a pair: see `Distances`.
 """
 
+import math
 from typing import Any, NamedTuple
 
 import jax
@@ -12,8 +13,10 @@ from jax.experimental.pallas import tpu as pltpu
 from jax.extend import core as jax_core
 
 from lex_fire.encodings import base
+from lex_fire.kernels.mosaic_tpu_size import LANES, SUBLANES
 
-SUBLANES, LANES = 8, 128  # of a vector register
+# Queries of a part. Fewer have fewer breakpoints, but each part takes its time to begin.
+PART = 256
 
 
 class Functions(NamedTuple):
@@ -35,6 +38,12 @@ class Functions(NamedTuple):
 def width(key_block: int) -> int:
   """Returns W of `Distances`; tiles that are narrower than a register are only interpreted."""
   return LANES if key_block % LANES == 0 else SUBLANES
+
+
+def part(query_block: int, key_block: int) -> tuple[int, int]:
+  """Returns queries and keys of a part of a tile, which has a span of segments of its own."""
+  queries = math.gcd(query_block, PART) if query_block % LANES == 0 else SUBLANES
+  return queries, width(key_block)
 
 
 def trace(
@@ -103,7 +112,9 @@ class Scratch(NamedTuple):
 NOTHING = Scratch(Refs(*[None] * 6), Refs(*[None] * 6))
 
 
-def scratch(functions: Functions, table: Any, shape: tuple[int, int], learned: bool) -> Scratch:
+def scratch(
+  functions: Functions, table: Any, shape: tuple[int, int], sum_rows: int, learned: bool
+) -> Scratch:
   """Returns what a kernel needs for a tile of a shape: for the gradient of the table if learned."""
   if table is None:
     return NOTHING
@@ -112,17 +123,19 @@ def scratch(functions: Functions, table: Any, shape: tuple[int, int], learned: b
   wide = width(key_block)
 
   def refs(num_rows, num_parts, has_bias):
-    array, row = (pltpu.VMEM((count, wide), jnp.float32) for count in (num_rows, num_parts))
+    array = pltpu.VMEM((num_rows, wide), jnp.float32)
+    sums = pltpu.VMEM((num_parts * sum_rows, wide), jnp.float32)
     return Refs(
       x_ST=array if shared else None,
       bias_ST=array if has_bias and pieces else None,
       d_bias_ST=array if learned else None,
       d_x_ST=array if has_bias and shared and learned and table.coordinate else None,
-      of_x_YT=row if has_bias and pieces and learned else None,
-      of_one_YT=row if has_bias and pieces and learned else None,
+      of_x_YT=sums if has_bias and pieces and learned else None,
+      of_one_YT=sums if has_bias and pieces and learned else None,
     )
 
-  of_pairs = refs(query_block * key_block // wide, key_block // wide, True)
+  num_rows = query_block * key_block // wide
+  of_pairs = refs(num_rows, num_rows // part(*shape)[0], True)
   if functions.of_distances is None:
     return NOTHING._replace(pairs=of_pairs)
   is_whole = functions.of_queries is None  # all of x depends on the distance alone
@@ -135,7 +148,7 @@ def per_head(table: Any) -> bool:
 
 
 class Pairs:
-  """Numbers of a tile for each pair of a query and a key: W keys of all queries after another.
+  """Numbers of a tile for each pair of a query and a key: T keys with all queries, then the next.
 
   So each part is one piece of memory.
 
@@ -147,13 +160,14 @@ class Pairs:
   def __init__(self, tile: Any, refs: Refs):
     self.tile, self.refs, setup = tile, refs, tile.setup
     self.width = width(setup.key_block)
-    self.num_parts, self.part_rows = setup.key_block // self.width, setup.query_block
+    self.part_rows, _ = part(setup.query_block, setup.key_block)
+    self.num_parts = setup.query_block * setup.key_block // self.width // self.part_rows
 
   def _slices(self):
     """Yields which rows are which columns of the tile."""
     setup = self.tile.setup
-    for part, first in enumerate(range(0, setup.key_block, self.width)):
-      start = part * setup.query_block
+    for number, first in enumerate(range(0, setup.key_block, self.width)):
+      start = number * setup.query_block
       yield slice(start, start + setup.query_block), slice(first, first + self.width)
 
   def _call(self, name, numbers, *positions):
@@ -180,9 +194,9 @@ class Pairs:
       return self._x_ST(self.tile.numbers(head))
     return self.refs.x_ST[...]
 
-  def span(self, part: Any) -> tuple[Any, Any]:
+  def span(self, number: Any) -> tuple[Any, Any]:
     """Returns the first segment that a part can reach, and one past the last."""
-    return self.tile.parts.low_I1Y[0, 0, part], self.tile.parts.high_I1Y[0, 0, part]
+    return self.tile.span_of_part(number)
 
   def static_parts(self) -> list[slice]:
     """Returns the rows of each part."""
@@ -239,7 +253,7 @@ class Distances(Pairs):
     j_1T = later_11 + jax.lax.broadcasted_iota(jnp.int32, (1, self.width), 1)
     return self._call('of_distances', numbers, i_S1, j_1T)
 
-  def span(self, part: Any) -> tuple[Any, Any]:
+  def span(self, number: Any) -> tuple[Any, Any]:
     """Returns the first segment that the tile can reach, and one past the last."""
     return self.tile.span
 

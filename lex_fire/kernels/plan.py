@@ -63,8 +63,9 @@ class Plan(NamedTuple):
     query_IJ: the block of queries to hold, when a column of tiles is walked.
     in_order_IJ: 1 if in every row of the batch the positions of either block rise by one from each
       to the next, so that all pairs of a diagonal are equally far apart.
-    part_low_IJY: as low_IJ, of each part of the tile's keys; None if the span is not of segments.
-    part_high_IJY: as high_IJ; above low_IJP in parts that are hidden, too.
+    part_low_IJY: as low_IJ, of each part of a tile: parts of its queries, within parts of its keys;
+      None if the span is not of segments.
+    part_high_IJY: as high_IJ, but above part_low_IJY in parts that are hidden, too.
   """
 
   low_IJ: jax.Array
@@ -144,7 +145,7 @@ def make(
   keys: Keys,
   table: Any,
   coordinate: Any,
-  part: int | None = None,
+  part: tuple[int, int] | None = None,
 ) -> Plan:
   """Returns the plan of all tiles.
 
@@ -156,7 +157,7 @@ def make(
     keys: likewise.
     table: a `piecewise.Table`, or None.
     coordinate: of its encoding.
-    part: keys of a part, that divide those of a block; None: a tile is one part.
+    part: queries and keys of a part, which divide those of a tile; None: a tile is one part.
   """
   of_queries = functools.partial(_bounds, block=query_block)
   of_keys = functools.partial(_bounds, block=key_block)
@@ -171,11 +172,12 @@ def make(
   part_low_IJY = part_high_IJY = None
   whole = (1, 2)  # a span serves all rows of the batch
   if table is not None and table.lower_Z is not None:
-    part = part or key_block
-    i_low, i_high = (x_I[:, None] for x_I in of_queries(queries.position_B1Q, axes=whole))
-    j_low, j_high = (x_Y[None] for x_Y in _bounds(keys.position_B1K, part, axes=whole))
+    part = part or (query_block, key_block)
+    i_low, i_high = (x_Y[:, None] for x_Y in _bounds(queries.position_B1Q, part[0], axes=whole))
+    j_low, j_high = (x_Y[None] for x_Y in _bounds(keys.position_B1K, part[1], axes=whole))
     found = segments(table, coordinate, i_low, i_high, j_low, j_high)
-    part_low_IJY, part_high_IJY = (x_IY.reshape(len(x_IY), -1, key_block // part) for x_IY in found)
+    parts = query_block // part[0], key_block // part[1]
+    part_low_IJY, part_high_IJY = (_by_tile(x_YY, *parts) for x_YY in found)
     low_IJ, high_IJ = part_low_IJY.min(axis=2), part_high_IJY.max(axis=2)
   elif queries.stretch_B1Q is not None:
     low_IJ, high_IJ = _stretches_apart(
@@ -192,6 +194,12 @@ def make(
     part_low_IJY=part_low_IJY,
     part_high_IJY=part_high_IJY,
   )
+
+
+def _by_tile(number_YY, of_queries, of_keys):
+  """Returns the numbers of the parts of each tile, _IJY: those of the queries within the keys'."""
+  parts_IYJY = number_YY.reshape(-1, of_queries, number_YY.shape[1] // of_keys, of_keys)
+  return parts_IYJY.transpose(0, 2, 3, 1).reshape(len(parts_IYJY), parts_IYJY.shape[2], -1)
 
 
 def _in_order(position_B1L, block):
