@@ -65,7 +65,7 @@ def table(results: dict) -> str:
   heads = ['size', 'encoding', 'chips', 'of', 'training', *(f'at {n:,}' for n in lengths)]
   heads += ['attention', 'messages', 'model FLOPs']
   lines = [heads, ['---', '---', '---', *['---:'] * (2 + len(lengths)), '---', '---:', '---:']]
-  for r in results.values():
+  for r in sorted(results.values(), key=_place):
     step, *evaluations = r['programs']
     totals = {one['length']: cell(one) for one in evaluations}
     sent = sum(n['bytes'] for n in (step['messages'] or {}).values())
@@ -75,6 +75,12 @@ def table(results: dict) -> str:
     rest = [', '.join(chosen), f'{sent / 2**20:,.0f}']
     lines.append([*first, *memory, *rest, f'{r["model_flops_per_step"] / r["chips"]:.3g}'])
   return '\n'.join(f'| {" | ".join(line)} |' for line in lines)
+
+
+def _place(result: dict) -> list[int]:
+  """Returns where a result stands in the table."""
+  found = result['size'], result['encoding']['name'], result['topology']
+  return [names.index(name) for name, names in zip(found, CHOICES.values(), strict=False)]
 
 
 def cell(program: dict) -> str:
