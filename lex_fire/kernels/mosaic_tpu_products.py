@@ -72,7 +72,8 @@ class Stretches(Products):
     def step(apart, so_far):
       return function(OneStretch(self.tile, apart), self.apart_QK == apart, so_far)
 
-    return jax.lax.fori_loop(*self.tile.span, step, jnp.zeros(shape, jnp.float32))
+    first, end = self.tile.span
+    return jax.lax.fori_loop(first, end, step, jnp.zeros(shape, jnp.float32))
 
   def __call__(self, head: jax.Array) -> jax.Array:
     """Returns products_QK of a head, float32."""

@@ -216,7 +216,7 @@ class Pairs:
     d_ST = self.refs.d_bias_ST[...] = self.gradient(d_QK)
     return d_ST
 
-  def add_numbers_gradient(self, head: jax.Array, d_x_ST: jax.Array, sums: Any) -> None:
+  def add_numbers_gradient(self, head: Any, d_x_ST: jax.Array, sums: Any) -> None:
     """Adds to `sums` the gradient of what x is computed from, of a head or of all that share it."""
     _, pull = jax.vjp(self._x_QK, self.tile.numbers(head))
     _add_scalars(sums, head, pull(self.spread(d_x_ST))[0])
@@ -266,7 +266,7 @@ class Distances(Pairs):
 
   gradient = kept
 
-  def add_numbers_gradient(self, head: jax.Array, d_x_ST: jax.Array, sums: Any) -> None:
+  def add_numbers_gradient(self, head: Any, d_x_ST: jax.Array, sums: Any) -> None:
     """Adds to `sums` the gradient of what x is computed from, of a head or of all that share it."""
     _, pull = jax.vjp(self._x_ST, self.tile.numbers(head))
     _add_scalars(sums, head, pull(d_x_ST)[0])
@@ -298,7 +298,7 @@ class Factors(Pairs):
   def _x_QK(self, numbers):
     return self._product(numbers, self._of_distance_QK())
 
-  def add_numbers_gradient(self, head: jax.Array, d_x_ST: jax.Array, sums: Any) -> None:
+  def add_numbers_gradient(self, head: Any, d_x_ST: jax.Array, sums: Any) -> None:
     """Adds to `sums` the gradient of what x is computed from."""
     _, pull = jax.vjp(self._product, self.tile.numbers(head), self._of_distance_QK())
     d_numbers, d_of_distance_QK = pull(self.spread(d_x_ST))
