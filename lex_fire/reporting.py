@@ -149,14 +149,18 @@ class Reporter:
       )
     bits = self._bits_per_byte('validation_', value)
     self._writer.write(done, {'validation_loss': value, **bits})
-    self._writer.flush()  # before the checkpoint of this step, from which a resume goes on
     line = f'step {done}: validation loss {value:.4f}'
     say(line + ''.join(f', {number:.4f} bits/byte' for number in bits.values()))
+
+  def write(self) -> None:
+    """Writes all that has been reported: before a checkpoint, from which a resume goes on."""
+    with self.spent.on('logging'):
+      self._writer.flush()
 
   def close(self) -> None:
     """Reports what is pending, and writes it."""
     self.flush()
-    self._writer.flush()
+    self.write()
 
 
 def _is_finite(values: dict[str, float]) -> bool:

@@ -124,7 +124,7 @@ def move(where: pathlib.Path, target: pathlib.Path) -> None:
 
 
 def append(where: pathlib.Path, content: bytes | str) -> None:
-  """Appends to a file, which is made if it is not there.
+  """Appends to a file, which is made if it is not there; all of it, or on an error nothing.
 
   Raises:
     OSError: if it cannot be written.
@@ -134,5 +134,11 @@ def append(where: pathlib.Path, content: bytes | str) -> None:
     with _network():
       where.write_bytes((where.read_bytes() if where.exists() else b'') + data)
     return
-  with where.open('ab') as file:
-    file.write(data)
+  size = where.stat().st_size if where.exists() else 0
+  try:
+    with where.open('ab') as file:
+      file.write(data)
+  except OSError:
+    if where.exists():
+      os.truncate(where, size)
+    raise

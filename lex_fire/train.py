@@ -391,6 +391,7 @@ def _loop(config, workdir, program, data, checkpoints, reporter, profile, state,
           value = None if came else validate(program, state['params'], data)
           if value is not None:
             reporter.validation(done, value)
+        reporter.write()
         with spent.on('checkpoint'):
           data.save_place(workdir, keep=checkpoints.steps())
           checkpoints.save(done, state, value)

@@ -97,6 +97,7 @@ def test_gradients_of_a_model_over_four_chips_compile_with_the_kernel():
     {'name': 'fire', 'num_heads': 16, 'num_kv_heads': 16, 'batch': 2},
     {'name': 'fire', 'hidden_layers': 2, 'num_kv_heads': 8, 'batch': 2, 'dtype': jnp.float32},
     {'name': 't5', 'num_heads': 32, 'num_kv_heads': 32, 'batch': 2},
+    {'name': 'fire', 'num_heads': 32, 'num_kv_heads': 8, 'length': 262_144},
     {'name': 'nope', 'length': 262_144},
     {'name': 'xpos', 'mask': {'block': 512}, 'packed': True},
     {'name': 'xpos', 'length': 65_536},

@@ -290,19 +290,21 @@ IN_ORDER_CASES = [case for case in CASES if encodings.get(CASES[case][0]).table 
 def test_tiles_whose_positions_are_in_order_equal_the_oracle(case, mask, monkeypatch):
   """In which the TPU kernel computes what depends on the distance alone once a distance.
 
-  Each head is a block of its own, which no layout of the matrix has, and the keys are in parts.
+  Each head is a block of its own, which no layout of the matrix has, keys are in parts, and rows
+  begin at positions of their own.
   """
   monkeypatch.setattr(mosaic_tpu_size, 'CHANNELS_TOGETHER', mosaic_tpu_size.LANES)
   encoding, params = make(case)
-  arrays = inputs(1, 64, 64, num_kv_heads=NUM_HEADS)
-  position_1L = np.arange(490, 554, dtype=np.int32)[None]  # on both sides of FIRE's threshold
+  arrays = inputs(2, 64, 64, num_kv_heads=NUM_HEADS)
+  starts_B1 = np.int32([[490], [3]])  # on both sides of FIRE's threshold, and before it
+  position_BL = starts_B1 + np.arange(64, dtype=np.int32)
 
   out_BQHC, gradients = out_and_gradients(
-    'mosaic_tpu', encoding, params, arrays, position_1L, mask=MASKS[mask]
+    'mosaic_tpu', encoding, params, arrays, position_BL, mask=MASKS[mask]
   )
 
-  visible_BQK = oracles.visible_pairs(position_1L, position_1L, **MASKS[mask])
-  of_pairs = pairs(case, arrays, position_1L, position_1L, visible_BQK)
+  visible_BQK = oracles.visible_pairs(position_BL, position_BL, **MASKS[mask])
+  of_pairs = pairs(case, arrays, position_BL, position_BL, visible_BQK)
   expected_BQHC = oracles.attention(of_pairs.logits_BHQK, visible_BQK, arrays[2])
   largest = max(4.0, of_pairs.logits_BHQK.max())
   tolerance = oracles.TOLERANCE['float32'] * largest / 4

@@ -183,6 +183,15 @@ def test_a_span_has_every_number_of_stretches_that_a_query_is_after_a_key():
         assert apart[visible].max() < made.high_IJ[at], at
 
 
+def test_a_span_of_stretches_ends_where_nothing_is_left_of_a_key():
+  position_BL = np.array([[0] * KEY_BLOCK + [2**30] * KEY_BLOCK], np.int32)
+
+  made = planned({}, position_BL, stretch=7)
+
+  assert made.high_IJ.max() == made.low_IJ.max() + 1 == 2**15 - 1
+  assert made.high_IJ[-1, 0] == 2**15 - 1
+
+
 @pytest.mark.parametrize('mask', MASKS)
 def test_a_block_is_fetched_only_for_a_tile_that_is_visited(mask):
   """A row holds the block of the tile that it visits, and changes blocks for no other tile."""

@@ -5,6 +5,8 @@ import importlib.util
 import json
 import os
 import pathlib
+import resource
+import signal
 import time
 
 import bucket
@@ -65,6 +67,25 @@ def test_what_cannot_be_written_leaves_what_was_there(folder, monkeypatch):
   assert raised.value.strerror
   assert path.read_text() == 'old'
   assert [found.name for found in folder.iterdir()] == ['config.json']
+
+
+def test_what_cannot_be_appended_whole_is_taken_back(tmp_path):
+  """A file may have as many bytes as the process lets it."""
+  path, limits = tmp_path / 'metrics.jsonl', resource.getrlimit(resource.RLIMIT_FSIZE)
+  storage.append(path, 'one\n')
+  ignored = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+
+  resource.setrlimit(resource.RLIMIT_FSIZE, (6, limits[1]))
+  try:
+    with pytest.raises(OSError, match='File too large'):
+      storage.append(path, 'two\n')
+  finally:
+    resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    signal.signal(signal.SIGXFSZ, ignored)
+
+  assert path.read_text() == 'one\n'
+  storage.append(path, 'two\n')
+  assert path.read_text() == 'one\ntwo\n'
 
 
 def test_a_bucket_that_refuses_what_is_written_is_an_error_of_the_system(served, place):

@@ -15,8 +15,10 @@ SUBLANES = 8  # rows of a vector register
 LANES = 128  # of one: blocks are multiples, and channels are padded to one
 # Heads of one tile share its positions, mask and x: as many as have these channels.
 CHANNELS_TOGETHER = 2048
-QUERY_BYTES = 32 * 2**20  # of vector memory, for all that a tile holds of its queries
-KEY_BYTES = 24 * 2**20  # likewise of its keys
+QUERY_BYTES = (
+  44 * 2**20
+)  # of vector memory, for all that a tile holds of queries, and its own arrays
+KEY_BYTES = 36 * 2**20  # likewise of keys
 SUM_BYTES = 20 * 2**20  # of what queries may have, for the gradient of a table's lines
 SMEM_BYTES = 960 * 2**10  # of 1 MiB, for the plan and the table
 MOST_TILES = 2**16  # of a plan; keys of a tile are doubled until it has no more
@@ -82,7 +84,8 @@ def blocks(query: Any, key: Any, block: int, segments: int) -> Blocks:
     heads = groups * (query.shape[2] // key.shape[2])
     # Of each head and query: three blocks, held twice, a sum, and two columns.
     query_bytes = heads * (_lanes(query) * (6 * query.dtype.itemsize + 4) + 2 * LANES * 4)
-    most_queries = (QUERY_BYTES - _sum_bytes(heads, segments)) // query_bytes
+    free_bytes = QUERY_BYTES - _tile_bytes(keys) - _sum_bytes(heads, segments)
+    most_queries = free_bytes // query_bytes
     most_queries = max(most_queries // LANES, 1) * LANES
     queries = min(block, most_queries, pl.cdiv(num_queries, LANES) * LANES)
     tiles = pl.cdiv(num_queries, queries) * pl.cdiv(num_keys, keys)
@@ -97,7 +100,10 @@ def _groups(query, key, keys, segments):
   num_groups, per_group = key.shape[2], query.shape[2] // key.shape[2]
   # Of each key head and key: four blocks, held twice, and two sums.
   key_bytes = _lanes(key) * (8 * key.dtype.itemsize + 8)
-  most = min(CHANNELS_TOGETHER // (_lanes(query) * per_group), KEY_BYTES // (keys * key_bytes))
+  most = min(
+    CHANNELS_TOGETHER // (_lanes(query) * per_group),
+    (KEY_BYTES - _tile_bytes(keys)) // (keys * key_bytes),
+  )
   if segments:
     most = min(most, SUM_BYTES // _sum_bytes(per_group, segments))
   if (
@@ -107,13 +113,21 @@ def _groups(query, key, keys, segments):
   return max(n for n in range(1, num_groups + 1) if num_groups % n == 0 and n <= max(most, 1))
 
 
+def _tile_bytes(keys):
+  """Returns what six arrays of a tile take: x, a bias, gradients, and what the compiler stores."""
+  return 6 * 4 * BLOCK * keys
+
+
 def _lanes(array):
   """Returns the channels of a head, padded to whole registers."""
   return pl.cdiv(array.shape[3], LANES) * LANES
 
 
 def _scalar_bytes(tile, segments, query, key):
-  """Returns what the plan and the table of a tile's heads take; all but the plan is held twice."""
+  """Returns what the plan takes, and the ends of a table, and twice the lines of a tile's heads.
+
+  Besides, there is room for the spans of a tile's parts and the numbers of x.
+  """
   tiles = pl.cdiv(query.shape[1], tile.queries) * pl.cdiv(key.shape[1], tile.keys)
   return 4 * (2 * tiles + segments * (2 + 4 * tile.heads))
 

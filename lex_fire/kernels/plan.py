@@ -11,6 +11,9 @@ import jax.numpy as jnp
 
 from lex_fire.kernels import mask as mask_lib
 
+# Stretches that a query is after a key, after which nothing is left of it. Kernels pack ends of
+# spans in 15 bits.
+MOST_APART = 2**15 - 2
 PAD_QUERY, PAD_KEY = -1, -2  # segments of padding: equal to no segment, nor to each other
 
 
@@ -282,4 +285,5 @@ def _stretches_apart(query_stretch, key_stretch):
   """Returns the span of how many stretches a query of each tile is after a key."""
   least_IJ = query_stretch.low_I[:, None] - key_stretch.high_I[None]
   most_IJ = query_stretch.high_I[:, None] - key_stretch.low_I[None]
-  return jnp.maximum(least_IJ, 0), jnp.maximum(most_IJ, 0) + 1
+  low_IJ, high_IJ = (jnp.clip(apart_IJ, 0, MOST_APART) for apart_IJ in (least_IJ, most_IJ))
+  return low_IJ, high_IJ + 1
