@@ -189,8 +189,9 @@ def test_a_run_that_goes_on_on_other_meshes_has_the_same_batches_and_agrees_to_r
   )
   assert losses == pytest.approx(expected, rel=1e-5)
   for leaf, of_one in zip(*map(jax.tree.leaves, (state, fire_run[1])), strict=True):
-    # Adam makes steps of a learning rate, 3e-3, also of gradients that are little but rounding.
-    np.testing.assert_allclose(leaf, of_one, rtol=1e-3, atol=3e-4)
+    # Adam makes steps of a learning rate, 3e-3, also of gradients that are little but rounding, as
+    # is that of FIRE's last biases, which move all logits of a head alike.
+    np.testing.assert_allclose(leaf, of_one, rtol=1e-3, atol=6e-4)
 
 
 def test_a_workdir_in_use_is_refused_and_free_again_in_the_end(corpus, fire_run):
