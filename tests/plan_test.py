@@ -57,6 +57,18 @@ def planned(
   return jax.tree.map(np.array, made)
 
 
+def with_segments(case, seed, mask, position_BL, **options):
+  """Returns the plan of rows under a table, and the segment of each pair, _BQK."""
+  name, of_encoding = TABLES[case]
+  encoding = encodings.get(name, **of_encoding)
+  params = encoding.init(jax.random.key(seed), num_heads=2, head_dim=8, d_model=16)
+  table = encoding.table(params, 2)
+  made = planned(mask, position_BL, None, table, encoding.coordinate, **options)
+  numbers = jax.tree.map(lambda number_1: number_1[0], table.coordinate)
+  x_BQK = encoding.coordinate(numbers, position_BL[:, :, None], position_BL[:, None])
+  return made, np.searchsorted(table.lower_Z, x_BQK) - 1
+
+
 def tiles(number_BQK):
   """Yields ((I, J), the numbers of a tile) of every tile."""
   for i in range(-(-number_BQK.shape[1] // QUERY_BLOCK)):
@@ -93,17 +105,8 @@ def test_a_row_in_order_visits_no_tile_without_a_visible_pair():
 @pytest.mark.parametrize('seed', range(4))
 @pytest.mark.parametrize('case', TABLES)
 def test_a_span_has_the_segment_of_every_pair_in_its_tile(case, seed):
-  name, options = TABLES[case]
-  encoding = encodings.get(name, **options)
-  params = encoding.init(jax.random.key(seed), num_heads=2, head_dim=8, d_model=16)
-  table = encoding.table(params, 2)
-  position_BL = positions(seed)
+  made, segment_BQK = with_segments(case, seed, {'causal': False}, positions(seed))
 
-  made = planned({'causal': False}, position_BL, None, table, encoding.coordinate)
-
-  numbers = jax.tree.map(lambda number_1: number_1[0], table.coordinate)
-  x_BQK = encoding.coordinate(numbers, position_BL[:, :, None], position_BL[:, None])
-  segment_BQK = np.searchsorted(table.lower_Z, x_BQK) - 1
   for at, segment in tiles(segment_BQK):
     assert made.low_IJ[at] <= segment.min() and segment.max() < made.high_IJ[at], at
 
@@ -111,17 +114,10 @@ def test_a_span_has_the_segment_of_every_pair_in_its_tile(case, seed):
 @pytest.mark.parametrize('seed', range(4))
 @pytest.mark.parametrize('case', TABLES)
 def test_a_part_has_the_segment_of_every_pair_in_it_and_a_tile_those_of_its_parts(case, seed):
-  name, options = TABLES[case]
-  encoding = encodings.get(name, **options)
-  params = encoding.init(jax.random.key(seed), num_heads=2, head_dim=8, d_model=16)
-  table = encoding.table(params, 2)
-  position_BL, part = positions(seed), (QUERY_BLOCK // 2, KEY_BLOCK // 4)
+  part = QUERY_BLOCK // 2, KEY_BLOCK // 4
 
-  made = planned({'causal': False}, position_BL, None, table, encoding.coordinate, part=part)
+  made, segment_BQK = with_segments(case, seed, {'causal': False}, positions(seed), part=part)
 
-  numbers = jax.tree.map(lambda number_1: number_1[0], table.coordinate)
-  x_BQK = encoding.coordinate(numbers, position_BL[:, :, None], position_BL[:, None])
-  segment_BQK = np.searchsorted(table.lower_Z, x_BQK) - 1
   for at, segment in tiles(segment_BQK):
     for n, (column, row) in enumerate(itertools.product(range(4), range(2))):
       own = segment[:, row * part[0] :][:, : part[0], column * part[1] :][..., : part[1]]
@@ -150,17 +146,8 @@ def test_a_tile_is_in_order_if_its_positions_rise_by_one_in_every_row():
 
 @pytest.mark.parametrize('case', TABLES)
 def test_a_span_has_no_segment_that_a_row_in_order_does_not_reach(case):
-  name, options = TABLES[case]
-  encoding = encodings.get(name, **options)
-  params = encoding.init(jax.random.key(3), num_heads=2, head_dim=8, d_model=16)
-  table = encoding.table(params, 2)
-  position_BL = np.arange(700, 764, dtype=np.int32)[None]
+  made, segment_BQK = with_segments(case, 3, {}, np.arange(700, 764, dtype=np.int32)[None])
 
-  made = planned({}, position_BL, None, table, encoding.coordinate)
-
-  numbers = jax.tree.map(lambda number_1: number_1[0], table.coordinate)
-  x_BQK = encoding.coordinate(numbers, position_BL[:, :, None], position_BL[:, None])
-  segment_BQK = np.searchsorted(table.lower_Z, x_BQK) - 1
   for at, segment in tiles(segment_BQK):
     if made.high_IJ[at]:
       assert (made.low_IJ[at], made.high_IJ[at]) == (segment.min(), segment.max() + 1), at

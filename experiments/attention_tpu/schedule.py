@@ -104,14 +104,13 @@ def cost(grid: Loop, has_bias: bool) -> Cost:
   heads = [loop for loop in grid.inner if loop.own > LONG]
   if len(heads) != 1 + has_bias:
     raise ValueError(f'{len(heads)} loops over heads, not {1 + has_bias}')
-  first = grid.stretches.index(None) if not grid.inner else _position(grid, heads[0])
-  last = _position(grid, heads[-1])
-  before = [count for count in grid.stretches[:first] if count]
-  after = [count for count in grid.stretches[last:] if count and count > LONG]
+  before = [count for count in grid.stretches[: _position(grid, heads[0])] if count]
+  after = [count or 0 for count in grid.stretches[_position(grid, heads[-1]) :]]
   if not has_bias:
     return Cost(before[-1], heads[0].own, None, 0, 0)
   # What is done once comes twice, for positions in order and for any others.
-  once = [count for count in before if count > LONG][-2] + (after[0] if after else 0)
+  once = [count for count in before if count > LONG][-2]
+  once += next((count for count in after if count > LONG), 0)
   line, pieces = heads
   parts = pieces.inner
   return Cost(
@@ -166,18 +165,24 @@ def shapes(length: int) -> tuple:
   )
 
 
+def blocks(length: int) -> mosaic_tpu_size.Blocks:
+  """Returns what a tile has of each."""
+  segments = mosaic_tpu_size.num_segments(encodings.get('fire'))
+  return mosaic_tpu_size.blocks(*shapes(length), mosaic_tpu_size.BLOCK, segments)
+
+
 def reach(params, length: int) -> Reach:
   """Returns what a sequence in order asks of a head under FIRE."""
   encoding = encodings.get('fire')
   table = encoding.table(params, run.SHAPE['num_heads'])
-  tile = mosaic_tpu_size.blocks(*shapes(length), mosaic_tpu_size.BLOCK, len(table.lower_Z))
+  tile = blocks(length)
   position_1L = np.arange(length, dtype=np.int32)[None]
   x_1L1C = np.zeros((1, length, 1, 1), np.float32)
   sides = (x_1L1C, position_1L, None), (x_1L1C, x_1L1C, position_1L, None)
-  blocks = Mask(), tile.queries, tile.keys
-  cut = plan.cut(*blocks, None, *sides)
+  masked = Mask(), tile.queries, tile.keys
+  cut = plan.cut(*masked, None, *sides)
   part = mosaic_tpu_x.part(tile.queries, tile.keys)
-  made = plan.make(*blocks, *cut, table, encoding.coordinate, part)
+  made = plan.make(*masked, *cut, table, encoding.coordinate, part)
   spans_IJ = np.array(made.high_IJ - made.low_IJ)
   within_IJ = np.array(made.part_high_IJY - made.part_low_IJY - 1).sum(axis=2)
   several = spans_IJ > 1
@@ -209,7 +214,7 @@ def table(results: dict) -> str:
   """Returns FIRE's cycles over no encoding's, a line for each chip, kernel and model."""
   heads = ''.join(f'{length:>9}' for length in LENGTHS)
   lines = [f'{"":28}{heads}']
-  tile = mosaic_tpu_size.blocks(*shapes(LENGTHS[0]), mosaic_tpu_size.BLOCK, 0)
+  tile = blocks(LENGTHS[0])
   part = mosaic_tpu_x.part(tile.queries, tile.keys)
   num_parts = tile.queries // part[0] * (tile.keys // part[1])
   for name, of_layers in layers().items():

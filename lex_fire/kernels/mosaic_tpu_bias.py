@@ -78,7 +78,10 @@ class Pieces:
     self.at, self.table, self.refs = at, at.tile.table, at.refs
 
   def _of_head(self, head):
-    """Returns functions of a segment: the slope of a head, and the height of its line at 0."""
+    """Returns functions of a segment: the slope of a head, and the height of its line at 0.
+
+    From there a line is less exact than from its anchor, but by no more than x is rounded.
+    """
     table, start = self.table, _first_segment(self.table, head)
 
     def slope(z):
@@ -182,7 +185,7 @@ def _add_to(ref, index, sum_ST):
 
 def _first_segment(table, head):
   """Returns where the numbers of a head begin."""
-  return head * (table.lower_Z.shape[0] - 1)
+  return head * table.lower_Z.shape[0]
 
 
 def visit(tile: Any, heads: Callable[[Any, Any], None], sums: Any = None) -> None:
@@ -218,7 +221,7 @@ def _by_bias(tile, heads, sums):
     ways = [(tile.in_order, in_order), (~tile.in_order, pairs)]
     if is_whole:
       for here, at in ways:
-        pl.when(here)(functools.partial(_all, at, heads, sums))
+        pl.when(here)(functools.partial(_visit_at, at, heads, sums))
       return
   for here, at in ways:
     _when(here, at.fill)
@@ -232,7 +235,7 @@ def _when(here, function):
   function() if here is True else pl.when(here)(function)
 
 
-def _all(at, heads, sums):
+def _visit_at(at, heads, sums):
   at.fill()
   heads(Line(at) if at.tile.table.lower_Z is None else Pieces(at))
   if sums is not None:

@@ -39,10 +39,7 @@ def _flat(table, heads):
 
   if table.lower_Z is None:
     return table._replace(slope_ZH=rows(table.slope_ZH))
-  lower_Z = jnp.append(table.lower_Z, jnp.inf)  # an end to the last
-  return table._replace(
-    lower_Z=lower_Z, slope_ZH=rows(table.slope_ZH), value_ZH=rows(table.value_ZH)
-  )
+  return table._replace(slope_ZH=rows(table.slope_ZH), value_ZH=rows(table.value_ZH))
 
 
 class Specs:
@@ -67,21 +64,17 @@ class Specs:
 
   def query(self, x):
     """Returns the spec of x_BHQC or x_B1Q."""
-    if x.ndim == 3:
-      last = len(x) - 1
-      shape = (1, 1, self.setup.query_block)
-      return self._spec(shape, lambda batch, _, i, j: (jnp.minimum(batch, last), 0, i))
-    shape = (1, self.setup.heads, self.setup.query_block, x.shape[3])
-    return self._spec(shape, lambda batch, heads, i, j: (batch, heads, i, 0))
+    return self._block(x, self.setup.heads, self.setup.query_block, 0)
 
   def key(self, x):
     """Returns the spec of x_BGKC or x_B1K."""
+    return self._block(x, self.setup.groups, self.setup.key_block, 1)
+
+  def _block(self, x, heads, block, side):
     if x.ndim == 3:
-      last = len(x) - 1
-      shape = (1, 1, self.setup.key_block)
-      return self._spec(shape, lambda batch, _, i, j: (jnp.minimum(batch, last), 0, j))
-    shape = (1, self.setup.groups, self.setup.key_block, x.shape[3])
-    return self._spec(shape, lambda batch, heads, i, j: (batch, heads, j, 0))
+      last = len(x) - 1  # 0 where rows of the batch share it
+      return self._spec((1, 1, block), lambda b, _, *at: (jnp.minimum(b, last), 0, at[side]))
+    return self._spec((1, heads, block, x.shape[3]), lambda b, h, *at: (b, h, at[side], 0))
 
   def norm(self):
     """Returns the spec of x_BNHQ."""

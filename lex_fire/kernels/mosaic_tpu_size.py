@@ -15,10 +15,9 @@ SUBLANES = 8  # rows of a vector register
 LANES = 128  # of one: blocks are multiples, and channels are padded to one
 # Heads of one tile share its positions, mask and x: as many as have these channels.
 CHANNELS_TOGETHER = 2048
-QUERY_BYTES = (
-  44 * 2**20
-)  # of vector memory, for all that a tile holds of queries, and its own arrays
-KEY_BYTES = 36 * 2**20  # likewise of keys
+# Of vector memory, for a tile's own arrays and all that it holds of its queries, or of its keys.
+QUERY_BYTES = 44 * 2**20
+KEY_BYTES = 36 * 2**20
 SUM_BYTES = 20 * 2**20  # of what queries may have, for the gradient of a table's lines
 SMEM_BYTES = 960 * 2**10  # of 1 MiB, for the plan and the table
 MOST_TILES = 2**16  # of a plan; keys of a tile are doubled until it has no more
@@ -106,9 +105,8 @@ def _groups(query, key, keys, segments):
   )
   if segments:
     most = min(most, SUM_BYTES // _sum_bytes(per_group, segments))
-  if (
-    query.shape[0] == 1
-  ):  # so that both cores of a chip that has two, as v5p, have heads of their own
+  # So that both cores of a chip that has two, as v5p, have heads of their own.
+  if query.shape[0] == 1:
     most = min(most, num_groups // 2)
   return max(n for n in range(1, num_groups + 1) if num_groups % n == 0 and n <= max(most, 1))
 

@@ -36,7 +36,7 @@ class Functions(NamedTuple):
 
 
 def width(key_block: int) -> int:
-  """Returns W of `Distances`; tiles that are narrower than a register are only interpreted."""
+  """Returns T of a tile's numbers; one that is narrower than a register is only interpreted."""
   return LANES if key_block % LANES == 0 else SUBLANES
 
 
@@ -230,9 +230,9 @@ class Pairs:
 class Distances(Pairs):
   """Numbers of a tile whose positions are in order: of each distance, and not of each pair.
 
-  number_ST holds that of the distance i_0 - j_0 - (K - W) + r - w, for i_0 and j_0 the first of the
-  tile's positions. Keys W l .. W (l + 1) of number_QK are then Q rows of it, from K - W (l + 1) on:
-  nothing has to be moved from lane to lane, and there are Q + K - W rows of W instead of Q of K.
+  number_ST holds that of the distance i_0 - j_0 - (K - T) + s - t, for i_0 and j_0 the first of the
+  tile's positions. Keys T n .. T (n + 1) of number_QK are then Q rows of it, from K - T (n + 1) on:
+  nothing has to be moved from lane to lane, and there are Q + K - T rows of T instead of Q of K.
   """
 
   def __init__(self, tile: Any, refs: Refs):
