@@ -13,6 +13,8 @@ from jax._src.pallas.mosaic_gpu.interpret import params as interpreter
 
 from lex_fire import encodings, errors, kernels
 from lex_fire.kernels import (
+  chunked,
+  decay,
   mosaic_gpu,
   mosaic_gpu_elementwise,
   mosaic_gpu_plan,
@@ -26,6 +28,12 @@ PLAIN = np.arange(LENGTH, dtype=np.int32)[None], None
 SPARSE = 9 + 16 * PLAIN[0], None
 PACKED = tuple(np.int32([row]) for row in (np.r_[0:90, 0:50], np.repeat([1, 2], [90, 50])))
 LAYOUTS = (SPARSE, PACKED)
+# Over four stretches of xPos' decay: tiles in which pairs are in one, or as many apart, or differ.
+STRETCH = decay.stretch_of(encodings.get('xpos').log_decay(64))
+FAR = (
+  np.int32([np.r_[100:140, STRETCH - 20 : STRETCH + 60, 3 * STRETCH - 8 : 3 * STRETCH + 12]]),
+  None,
+)
 ROWS = (np.r_[SPARSE[0], PACKED[0]], np.r_[np.ones_like(PACKED[1]), PACKED[1]])
 MASKS = {
   'causal': {},
@@ -45,8 +53,8 @@ def served():
   """{case: (name, options)}: all encodings that it serves, but those done before a kernel runs."""
   for name in encodings.ENCODINGS:
     encoding = encodings.get(name, **OPTIONS.get(name, {}))
-    is_here = encoding.rotate is None and encoding.embed is None
-    if is_here and mosaic_gpu.why_not(encoding, 64, jnp.bfloat16) is None:
+    is_here = encoding.bias is not None or encoding.log_decay is not None or name == 'nope'
+    if is_here and mosaic_gpu.why_not(encoding, kernels.Mask(), 64, jnp.bfloat16) is None:
       yield name, (name, OPTIONS.get(name, {}))
   yield 'fire of two layers', ('fire', {'hidden_layers': 2, 'width': 8, 'threshold': 31.5})
 
@@ -58,8 +66,10 @@ CELLS = [
   for number, case in enumerate(CASES)
   for turn, mask in enumerate(MASKS)
   if (number + turn) % 2 == 0 or (case, mask) == ('fire', 'window')
+  if (case, mask) != ('xpos', 'bidirectional')  # which it refuses
 ]
 CELLS.append(('fire', 'causal', ROWS, 64))
+CELLS.append(('xpos', 'causal', FAR, 64))
 ELEMENTWISE = {
   'fire': {},
   'fire_s': {'psi': 'identity', 'threshold': 0.0},
@@ -111,6 +121,9 @@ def out_and_gradients(attention, encoding, params, arrays, positions, segments, 
   probe_BQHC = probe(arrays)
 
   def functional(params, arrays):
+    if encoding.rotate is not None:
+      rotated = map(encoding.rotate, [params] * 2, arrays[:2], positions)
+      arrays = [*rotated, arrays[2]]
     out_BQHC = attention(
       *arrays,
       encoding=encoding,
@@ -143,7 +156,7 @@ def assert_agree(found, expected, tolerance):
     np.testing.assert_allclose(one, other, rtol=0, atol=bound, err_msg=jax.tree_util.keystr(path))
 
 
-def assert_equal_the_oracle(found, case, mask, layout, arrays, dtype='float32'):
+def assert_equal_the_oracle(found, case, mask, layout, arrays, dtype='two parts'):
   (out_BQHC, gradients), (name, options) = found, CASES[case]
   position_BL, segment_BL = layout
   params = make(name, options)[1]
@@ -166,11 +179,23 @@ def where(layout, mask):
 @pytest.mark.parametrize(('case', 'mask', 'layout', 'channels'), CELLS)
 def test_outputs_and_gradients_equal_the_oracles(case, mask, layout, channels):
   encoding, params = make(*CASES[case])
-  arrays = inputs(len(layout[0]), channels)
+  arrays, dtype = inputs(len(layout[0]), channels), 'two parts'
+  if channels == 256:  # of which float32 has no room
+    arrays, dtype = [jnp.bfloat16(x) for x in arrays], 'bfloat16'
 
   found = interpreted(encoding, params, arrays, *where(layout, mask))
 
-  assert_equal_the_oracle(found, case, mask, layout, arrays)
+  assert_equal_the_oracle(found, case, mask, layout, arrays, dtype)
+
+
+def test_decayed_heads_of_many_channels_equal_those_of_tiles_in_xla():
+  """Whose oracle takes the square of the channels."""
+  encoding, params = make('xpos', {}, 128)
+  given = encoding, params, inputs(1, 128), *where(FAR, 'causal')
+
+  found = interpreted(*given)
+
+  assert_agree(found, out_and_gradients(chunked.attention, *given), 1e-4)
 
 
 def test_bfloat16_stays_bfloat16_and_near_the_oracle():
@@ -266,9 +291,9 @@ def test_x_from_vectors_is_x_of_a_tile_and_so_is_its_derivative(name, query_axis
 @pytest.mark.parametrize(
   ('name', 'options', 'channels', 'dtype', 'reason'),
   [
-    ('xpos', {}, 64, jnp.bfloat16, "has no decay, but 'xpos' has one"),
     ('fire', {}, 96, jnp.bfloat16, 'heads of 64, 128 or 256 channels, not 96'),
-    ('fire', {}, 64, jnp.float32, 'takes bfloat16, not float32'),
+    ('fire', {}, 64, jnp.float16, 'takes bfloat16 and float32, not float16'),
+    ('fire', {}, 256, jnp.float32, 'no room for 256 channels of float32'),
     ('sandwich', {}, 64, jnp.bfloat16, "'sandwich'"),
     ('fire', {'hidden_layers': 3}, 64, jnp.bfloat16, "needs a table of the bias, which 'fire'"),
     ('fire', {'hidden_layers': 2, 'width': 40}, 64, jnp.bfloat16, "'fire' has 1681"),
@@ -279,7 +304,7 @@ def test_what_it_cannot_serve_it_refuses(name, options, channels, dtype, reason)
   arrays = [jnp.asarray(x, dtype) for x in inputs(1, channels)]
   position_BL = jnp.int32(PLAIN[0])
 
-  assert reason in mosaic_gpu.why_not(encoding, channels, dtype)
+  assert reason in mosaic_gpu.why_not(encoding, kernels.Mask(), channels, dtype)
   with pytest.raises(errors.UserError, match=f"{reason}.*; use implementation='chunked'"):
     mosaic_gpu.attention(
       *arrays,

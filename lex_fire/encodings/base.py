@@ -10,7 +10,7 @@ The dimension key of the whole project (one capital a dimension, as the suffix o
   D model width   R rotation pairs (C / 2)        P the two of a pair
   F feed-forward  V vocabulary                    N layers
   W, X widths of an encoding's MLP                Z buckets, or rows of a table
-  I, J blocks of queries and of keys              Y parts of a tile
+  I, J blocks of queries and of keys              Y parts of a tile, or a number
   S, T rows and lanes, as a kernel lays them out  1 a broadcast dimension
 
 A position array named `_BL` may have a leading 1: all rows then share their positions, and a bias

@@ -1,11 +1,11 @@
-"""Attention as a Pallas kernel for NVIDIA Hopper (Mosaic GPU), with a bias computed in the tile.
+"""Attention as a Pallas kernel for NVIDIA Hopper (Mosaic GPU), bias and decay computed in the tile.
 
 The online softmax of FlashAttention (Dao et al. 2022, arXiv:2205.14135; for Hopper Shah et al.
 2024, arXiv:2407.08608): one warpgroup copies blocks of keys and values to shared memory, two others
-each multiply 64 queries by them. A bias is its encoding's `piecewise.Table`: from positions alone,
-a tile computes x and a line of it, and more only for breakpoints that x can reach there, which are
-found beforehand from the bounds of each block. Neither a [Q, K] array nor an atomic operation
-exists, so that gradients have the same bits each run.
+each multiply 64 queries by them. A bias is its encoding's `piecewise.Table`: from
+positions alone, a tile computes x and a line of it, and more only for breakpoints that x can reach
+there, which are found beforehand from the bounds of each block. Neither a [Q, K] array nor an
+atomic operation exists, so that gradients have the same bits each run.
 """
 
 # Not strict, as its neighbours are: kernels carry no types.
@@ -21,23 +21,30 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from lex_fire import errors
 from lex_fire.encodings import base
+from lex_fire.kernels import decay, residuals, tile
 from lex_fire.kernels import mask as mask_lib
 from lex_fire.kernels import mosaic_gpu_backward as backward
 from lex_fire.kernels import mosaic_gpu_elementwise as elementwise
 from lex_fire.kernels import mosaic_gpu_plan as plan_lib
+from lex_fire.kernels import mosaic_gpu_products as products
 from lex_fire.kernels import mosaic_gpu_tile as tile_lib
-from lex_fire.kernels import residuals, tile
 
 CHANNELS = (64, 128, 256)  # of a head
 MOST_SEGMENTS = 1280  # of a table, whose gradient is summed in shared memory
-ROWS = tile_lib.ROWS
+ROWS, UNITS = tile_lib.ROWS, tile_lib.UNITS
+# By the channels of a head, times the parts of a number; shared memory has no room for more.
+SIZES = {
+  64: tile_lib.Size(columns=128, stages=4),
+  128: tile_lib.Size(columns=128, stages=2),
+  256: tile_lib.Size(columns=64, stages=2),
+}
 
 
 class Inputs(NamedTuple):
   """Queries, keys and values in whole blocks, prepared, with their integers and tiles.
 
   Attributes:
-    query_BQHC: bfloat16, as the two below.
+    query_BQHC: of one type with the two below.
     key_BKGC: of a length that is a multiple of 128, as the queries'.
     value_BKGC: likewise.
     query_BNQ: see `mosaic_gpu_plan.query_numbers`; B of the integers may be 1.
@@ -57,20 +64,24 @@ class Inputs(NamedTuple):
   keys: Any
 
 
-def why_not(encoding: base.Encoding, channels: int, dtype: Any) -> str | None:
+def why_not(encoding: base.Encoding, mask: mask_lib.Mask, channels: int, dtype: Any) -> str | None:
   """Returns why this kernel cannot serve, or None if it can.
 
   Args:
     encoding: says the decay and the bias of the logits.
+    mask: which keys a query may see.
     channels: of a head.
-    dtype: of queries, keys and values; float32 would be multiplied at a quarter of the speed.
+    dtype: of queries, keys and values.
   """
-  if encoding.log_decay is not None:
-    return f'mosaic_gpu has no decay, but {encoding.name!r} has one'
+  if encoding.log_decay is not None and not mask.causal:
+    return f'mosaic_gpu has the decay of {encoding.name!r} under a causal mask only'
   if channels not in CHANNELS:
     return f'mosaic_gpu has heads of 64, 128 or 256 channels, not {channels}'
-  if dtype != jnp.bfloat16:
-    return f'mosaic_gpu takes bfloat16, not {jnp.dtype(dtype).name}'
+  parts = products.PARTS.get(jnp.dtype(dtype).name)
+  if parts is None:
+    return f'mosaic_gpu takes bfloat16 and float32, not {jnp.dtype(dtype).name}'
+  if parts * channels not in SIZES:
+    return f'mosaic_gpu has no room for {channels} channels of {jnp.dtype(dtype).name}'
   return _why_no_bias(encoding)
 
 
@@ -114,13 +125,13 @@ def attention(
   """Returns out_BQHC like `reference.attention`.
 
   `interpret` is what `plgpu.kernel` takes: False on a GPU; its interpreter's parameters to run on
-  any platform, slowly, and then in float32 too.
+  any platform, slowly.
 
   Raises:
     errors.UserError: as `why_not` says.
   """
   num_queries, num_heads, channels = query_BQHC.shape[1:]
-  reason = why_not(encoding, channels, jnp.bfloat16 if interpret else query_BQHC.dtype)
+  reason = why_not(encoding, mask, channels, query_BQHC.dtype)
   if reason:
     raise errors.UserError(f"{reason}; use implementation='chunked'")
   query_BQHC, key_BKGC = tile.prepare(
@@ -132,9 +143,18 @@ def attention(
     causal=mask.causal,
   )
   table = None if encoding.table is None else encoding.table(params, num_heads)
-  query_padding, key_padding = (-x.shape[1] % (2 * ROWS) for x in (query_BQHC, key_BKGC))
-  query_BNQ = plan_lib.query_numbers(mask, query_position_BQ, query_segment_BQ, query_padding)
-  key_BNK = plan_lib.key_numbers(key_position_BK, key_segment_BK, key_padding)
+  query_padding, key_padding = (-x.shape[1] % (UNITS * ROWS) for x in (query_BQHC, key_BKGC))
+  rate_C = stretch = None
+  if encoding.log_decay is not None:
+    log_decay_C = encoding.log_decay(channels)
+    stretch = decay.stretch_of(log_decay_C)
+    rate_C = jnp.asarray(stretch * log_decay_C, jnp.float32)
+  of_queries = query_position_BQ, query_segment_BQ, query_padding
+  query_BNQ = plan_lib.query_numbers(mask, *of_queries, stretch)
+  key_BNK = plan_lib.key_numbers(key_position_BK, key_segment_BK, key_padding, stretch)
+  parts = products.PARTS[query_BQHC.dtype.name]
+  size, backward_size = SIZES[parts * channels], backward.SIZES[parts * channels]
+  columns = backward_size.columns
   codes = functools.partial(plan_lib.codes, query_BNQ, key_BNK, table, encoding.coordinate)
   inputs = Inputs(
     query_BQHC=_padded(query_BQHC, query_padding),
@@ -142,39 +162,39 @@ def attention(
     value_BKGC=_padded(value_BKGC, key_padding),
     query_BNQ=query_BNQ,
     key_BNK=key_BNK,
-    forward=plan_lib.tiles(codes((ROWS, key_block(channels))), 2),
-    queries=plan_lib.tiles(codes((ROWS, backward.COLUMNS)), 2),
-    keys=plan_lib.tiles(jnp.swapaxes(codes((backward.COLUMNS, ROWS)), 1, 2), 2),
+    forward=plan_lib.tiles(codes((ROWS, size.columns)), UNITS),
+    queries=plan_lib.tiles(codes((ROWS, columns)), UNITS),
+    keys=plan_lib.tiles(jnp.swapaxes(codes((columns, ROWS)), 1, 2), UNITS),
   )
   setup = tile_lib.Setup(
     coordinate=encoding.coordinate,
     numbers=jax.tree.structure({} if table is None else table.coordinate),
     segments=0 if table is None else table.slope_ZH.shape[0],
     learned=encoding.learned,
+    decays=stretch is not None,
+    parts=parts,
     interpret=interpret,
   )
   table = None if table is None else plan_lib.table(table, num_heads)
-  return _flash(setup)(table, inputs)[:, :num_queries]
-
-
-def key_block(channels: int) -> int:
-  """Returns how many keys a tile of the forward pass has: shared memory holds two blocks."""
-  return 64 if channels == 256 else 128
+  return _flash(setup, rate_C)(table, inputs)[:, :num_queries]
 
 
 def _padded(x_BLHC, padding):
   return jnp.pad(x_BLHC, [(0, 0), (0, padding), (0, 0), (0, 0)])
 
 
-def _flash(setup):
-  """Makes (table, Inputs) -> out_BQHC with flash attention's own gradient."""
+def _flash(setup, rate_C):
+  """Makes (table, Inputs) -> out_BQHC with flash attention's own gradient.
+
+  Of a decay the rate is nats a stretch; None without one.
+  """
 
   @jax.custom_vjp
   def flash(table, inputs):
-    return _forward(setup, table, inputs)[0]
+    return _forward(setup, rate_C, table, inputs)[0]
 
   def forward(table, inputs):
-    out_BQHC, log_norm_BHQ = residuals.named(*_forward(setup, table, inputs))
+    out_BQHC, log_norm_BHQ = residuals.named(*_forward(setup, rate_C, table, inputs))
     return out_BQHC, (table, inputs, out_BQHC, log_norm_BHQ)
 
   def gradient(saved, d_out_BQHC):
@@ -183,8 +203,10 @@ def _flash(setup):
       'BQHC,BQHC->BHQ', d_out_BQHC.astype(jnp.float32), out_BQHC.astype(jnp.float32)
     )
     norm_BHPQ = jnp.stack([log_norm_BHQ, delta_BHQ], axis=2)
-    d_query_BQHC, d_table = backward.of_queries(setup, table, inputs, d_out_BQHC, norm_BHPQ)
-    d_key_BKGC, d_value_BKGC = backward.of_keys(setup, table, inputs, d_out_BQHC, norm_BHPQ)
+    given = tile_lib.operands(table, rate_C), split(setup, inputs), inputs
+    d_out_YBQHC = products.split(d_out_BQHC, setup.parts)
+    d_query_BQHC, d_table = backward.of_queries(setup, table, *given, d_out_YBQHC, norm_BHPQ)
+    d_key_BKGC, d_value_BKGC = backward.of_keys(setup, *given, d_out_YBQHC, norm_BHPQ)
     # None: integers have no gradient.
     nothing = Inputs(*(None for _ in Inputs._fields))
     return d_table, nothing._replace(
@@ -195,53 +217,62 @@ def _flash(setup):
   return flash
 
 
-def _forward(setup, table, inputs):
+def split(setup, inputs):
+  """Returns what kernels take of queries, keys and values, in parts, and their integers."""
+  arrays = (products.split(x_BLHC, setup.parts) for x_BLHC in inputs[:3])
+  return (*arrays, inputs.query_BNQ, inputs.key_BNK)
+
+
+def _forward(setup, rate_C, table, inputs):
   """Returns out_BQHC and log_norm_BHQ, the logarithm of the softmax's normaliser."""
   batch, num_queries, num_heads, channels = inputs.query_BQHC.shape
-  columns, stages = key_block(channels), 4 if channels == 64 else 2
-  dtype = inputs.query_BQHC.dtype
-  block = functools.partial(tile_lib.block_in_shared_memory, dtype=dtype)
-  return tile_lib.run(
+  parts = setup.parts
+  size = SIZES[parts * channels]
+  columns, stages = size
+  arrays = split(setup, inputs)
+  out_YBQHC, log_norm_BHQ = tile_lib.run(
     setup,
-    functools.partial(_forward_kernel, setup, stages),
-    (*tile_lib.operands(table), *inputs[:5], *inputs.forward),
+    functools.partial(_forward_kernel, setup, size),
+    (*tile_lib.operands(table, rate_C), *arrays, *inputs.forward),
     out_type=(
-      inputs.query_BQHC,
+      arrays[0],
       jax.ShapeDtypeStruct((batch, num_heads, num_queries), jnp.float32),
     ),
     scratch_types=dict(
-      query_IQC=block((2, ROWS, channels)),
-      key_JKC=block((stages, columns, channels)),
-      value_JKC=block((stages, columns, channels)),
-      query_INQ=plgpu.SMEM((2, 4, ROWS), jnp.int32),
-      key_JNK=plgpu.SMEM((stages, 2, columns), jnp.int32),
-      log_norm_IQ=plgpu.SMEM((2, ROWS), jnp.float32),
-      query_ready=plgpu.Barrier(num_arrivals=2, num_barriers=2),
-      ready=plgpu.Barrier(num_arrivals=3, num_barriers=stages),
-      free=plgpu.Barrier(num_arrivals=2, num_barriers=stages),
+      query_IYQC=products.blocks((UNITS, parts, ROWS, channels)),
+      key_JYKC=products.blocks((stages, parts, columns, channels)),
+      value_JYKC=products.blocks((stages, parts, columns, channels)),
+      query_INQ=plgpu.SMEM((UNITS, inputs.query_BNQ.shape[1], ROWS), jnp.int32),
+      key_JNK=plgpu.SMEM((stages, inputs.key_BNK.shape[1], columns), jnp.int32),
+      log_norm_IQ=plgpu.SMEM((UNITS, ROWS), jnp.float32),
+      query_ready=plgpu.Barrier(num_arrivals=parts + 1, num_barriers=UNITS),
+      ready=plgpu.Barrier(num_arrivals=2 * parts + 1, num_barriers=stages),
+      free=plgpu.Barrier(num_arrivals=UNITS, num_barriers=stages),
     ),
-    grid=dict(head=num_heads, row=num_queries // (2 * ROWS), batch=batch),
+    grid=dict(head=num_heads, row=num_queries // (UNITS * ROWS), batch=batch),
   )
+  return products.join(out_YBQHC, inputs.query_BQHC.dtype), log_norm_BHQ
 
 
 def _forward_kernel(
   setup,
-  stages,
+  size,
   line_HZX,
   number_HN,
-  query_BQHC,
-  key_BKGC,
-  value_BKGC,
+  rate_C,
+  query_YBQHC,
+  key_YBKGC,
+  value_YBKGC,
   query_BNQ,
   key_BNK,
   code_BIJ,
   range_BIP,
-  out_BQHC,
+  out_YBQHC,
   log_norm_BHQ,
   *,
-  query_IQC,
-  key_JKC,
-  value_JKC,
+  query_IYQC,
+  key_JYKC,
+  value_JYKC,
   query_INQ,
   key_JNK,
   log_norm_IQ,
@@ -251,25 +282,25 @@ def _forward_kernel(
 ):
   batch, head, row = (jax.lax.axis_index(name) for name in ('batch', 'head', 'row'))
   integers = tile_lib.row_of(code_BIJ, batch)
-  columns = key_JKC.shape[1]
   first, count = range_BIP[integers, row, 0], range_BIP[integers, row, 1]
+  of_parts = functools.partial(tile_lib.of_parts, setup.parts)
 
   def copy(n, slot):
-    group = head // (query_BQHC.shape[2] // key_BKGC.shape[2])
-    keys = pl.ds((first + n) * columns, columns)
+    group = head // (query_YBQHC.shape[3] // key_YBKGC.shape[3])
+    keys = pl.ds((first + n) * size.columns, size.columns)
     pairs = (
-      (key_BKGC.at[batch, keys, group], key_JKC.at[slot]),
-      (value_BKGC.at[batch, keys, group], value_JKC.at[slot]),
+      *of_parts(key_YBKGC, batch, keys, group, key_JYKC.at[slot]),
+      *of_parts(value_YBKGC, batch, keys, group, value_JYKC.at[slot]),
       (key_BNK.at[tile_lib.row_of(key_BNK, batch), :, keys], key_JNK.at[slot]),
     )
     tile_lib.copy(pairs, ready.at[slot])
 
   def compute(unit):
-    block = 2 * row + unit
+    block = UNITS * row + unit
     rows = pl.ds(block * ROWS, ROWS)
-    query_QC, query_NQ, log_norm_Q = query_IQC.at[unit], query_INQ.at[unit], log_norm_IQ.at[unit]
+    query_YQC, query_NQ, log_norm_Q = query_IYQC.at[unit], query_INQ.at[unit], log_norm_IQ.at[unit]
     pairs = (
-      (query_BQHC.at[batch, rows, head], query_QC),
+      *of_parts(query_YBQHC, batch, rows, head, query_YQC),
       (query_BNQ.at[tile_lib.row_of(query_BNQ, batch), :, rows], query_NQ),
     )
     tile_lib.copy(pairs, query_ready.at[unit])
@@ -278,30 +309,39 @@ def _forward_kernel(
 
     def visit(n, code, slot, so_far):
       del n
-      positions = tile_lib.Positions(query_NQ, key_JNK.at[slot], query_axis=0)
-      x_QK = tile_lib.coordinate(setup, positions, numbers, (ROWS, columns))
-      blocks = query_QC, key_JKC.at[slot]
-      logits_QK = tile_lib.logits(setup, positions, code, *blocks, line_HZX, head, x_QK)
-      return _softmax_step(setup, so_far, logits_QK, value_JKC.at[slot])
+      tile = products.Tile(
+        setup=setup,
+        positions=tile_lib.Positions(query_NQ, key_JNK.at[slot], query_axis=0),
+        code=code,
+        line_ref=line_HZX,
+        head=head,
+        numbers=numbers,
+        rate_ref=rate_C,
+      )
+      x_QK = tile_lib.coordinate(setup, tile.positions, numbers, (ROWS, size.columns))
+      logits_QK = tile.logits(query_YQC, key_JYKC.at[slot], x_QK)
+      return _softmax_step(setup, so_far, logits_QK, value_JYKC.at[slot])
 
     start = (
-      tile_lib.full(setup, query_QC.shape, 0.0),
+      tile_lib.full(setup, query_YQC.shape[1:], 0.0),
       tile_lib.full(setup, (ROWS,), 2 * mask_lib.HIDDEN_LOGIT),
       tile_lib.full(setup, (ROWS,), 0.0),
     )
     code = functools.partial(tile_lib.code, code_BIJ, integers, block, first)
-    end = tile_lib.walk(visit, code, start, count, stages, ready, free)
+    end = tile_lib.walk(visit, code, start, count, size.stages, ready, free)
     out_QC, log_norm_Q[...] = _softmax_end(*end)
-    query_QC[...] = out_QC.astype(query_QC.dtype)
+    products.write(setup, query_YQC, out_QC)
     plgpu.commit_smem()
-    plgpu.copy_smem_to_gmem(query_QC, out_BQHC.at[batch, rows, head])
+    for target, source in of_parts(out_YBQHC, batch, rows, head, query_YQC):
+      plgpu.copy_smem_to_gmem(source, target)
     plgpu.copy_smem_to_gmem(log_norm_Q, log_norm_BHQ.at[batch, head, rows])
     plgpu.wait_smem_to_gmem(0)
 
-  tile_lib.warpgroups(compute, functools.partial(tile_lib.pipeline, copy, count, stages, free))
+  pipeline = functools.partial(tile_lib.pipeline, copy, count, size.stages, free)
+  tile_lib.warpgroups(compute, pipeline)
 
 
-def _softmax_step(setup, so_far, logits_QK, value_KC):
+def _softmax_step(setup, so_far, logits_QK, value_YKC):
   """Adds a tile's keys to the running softmax: (sum of values, maximum, sum of weights)."""
   sum_QC, max_Q, norm_Q = so_far
   new_max_Q = jnp.maximum(max_Q, logits_QK.max(axis=1))
@@ -311,7 +351,7 @@ def _softmax_step(setup, so_far, logits_QK, value_KC):
   weights_QK = tile_lib.weights(logits_QK, origin_Q, 0)
   norm_Q = norm_Q * shrink_Q + weights_QK.sum(axis=1)
   sum_QC *= tile_lib.spread(shrink_Q, sum_QC.shape, 0)
-  return tile_lib.add_product(setup, sum_QC, weights_QK, value_KC), new_max_Q, norm_Q
+  return products.add_product(setup, sum_QC, weights_QK, value_YKC), new_max_Q, norm_Q
 
 
 def _softmax_end(sum_QC, max_Q, norm_Q):

@@ -18,52 +18,60 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from lex_fire.kernels import mosaic_gpu_plan as plan_lib
+from lex_fire.kernels import mosaic_gpu_products as products
 from lex_fire.kernels import mosaic_gpu_tile as tile_lib
 
-ROWS = tile_lib.ROWS
-COLUMNS = 64  # of a tile
+ROWS, UNITS = tile_lib.ROWS, tile_lib.UNITS
 LANES = 128  # of a row of the sums of a table's gradient
-STAGES = {64: 4, 128: 2, 256: 1}  # blocks that shared memory holds, of so many channels
+# By the channels of a head, times the parts of a number.
+SIZES = {
+  64: tile_lib.Size(columns=64, stages=4),
+  128: tile_lib.Size(columns=64, stages=2),
+  256: tile_lib.Size(columns=64, stages=1),
+}
 
 
-def of_queries(setup, table, inputs, d_out_BQHC, norm_BHPQ):
+def of_queries(setup, table, operands, arrays, inputs, d_out_YBQHC, norm_BHPQ):
   """Returns d_query_BQHC and the gradient of the table, or None.
 
   Args:
     setup: of the kernel.
     table: a `mosaic_gpu_plan.Table`, or None.
+    operands: what kernels take of it and of a decay.
+    arrays: what they take of queries, keys and values, in parts, and of their integers.
     inputs: of the forward pass.
-    d_out_BQHC: gradient of its output.
+    d_out_YBQHC: gradient of its output, in parts.
     norm_BHPQ: the logarithm of the softmax's normaliser, and delta.
   """
   batch, num_queries, num_heads, channels = inputs.query_BQHC.shape
-  columns, stages = COLUMNS, STAGES[channels]
-  units = num_queries // ROWS
-  dtype = inputs.query_BQHC.dtype
-  shared = functools.partial(tile_lib.block_in_shared_memory, dtype=dtype)
+  parts = setup.parts
+  size = SIZES[parts * channels]
+  columns, stages = size
+  blocks = num_queries // ROWS
   sums = _sums_shape(setup)
-  d_query_BQHC, *sums_BHI = tile_lib.run(
+  d_query_YBQHC, *sums_BHI = tile_lib.run(
     setup,
-    functools.partial(_query_kernel, setup, stages),
-    (*tile_lib.operands(table), *inputs[:5], d_out_BQHC, norm_BHPQ, *inputs.queries),
-    out_type=[inputs.query_BQHC]
-    + [jax.ShapeDtypeStruct((batch, num_heads, units, *shape), jnp.float32) for shape in sums],
+    functools.partial(_query_kernel, setup, size),
+    (*operands, *arrays, d_out_YBQHC, norm_BHPQ, *inputs.queries),
+    out_type=[d_out_YBQHC]
+    + [jax.ShapeDtypeStruct((batch, num_heads, blocks, *shape), jnp.float32) for shape in sums],
     scratch_types=dict(
-      query_IQC=shared((2, ROWS, channels)),
-      d_out_IQC=shared((2, ROWS, channels)),
-      key_JKC=shared((stages, columns, channels)),
-      value_JKC=shared((stages, columns, channels)),
-      query_INQ=plgpu.SMEM((2, 4, ROWS), jnp.int32),
-      norm_IPQ=plgpu.SMEM((2, 2, ROWS), jnp.float32),
-      key_JNK=plgpu.SMEM((stages, 2, columns), jnp.int32),
-      sums=[plgpu.SMEM((2, *shape), jnp.float32) for shape in sums],
-      spare_IQ=plgpu.SMEM((2, ROWS), jnp.float32),
-      query_ready=plgpu.Barrier(num_arrivals=4, num_barriers=2),
-      ready=plgpu.Barrier(num_arrivals=3, num_barriers=stages),
-      free=plgpu.Barrier(num_arrivals=2, num_barriers=stages),
+      query_IYQC=products.blocks((UNITS, parts, ROWS, channels)),
+      d_out_IYQC=products.blocks((UNITS, parts, ROWS, channels)),
+      key_JYKC=products.blocks((stages, parts, columns, channels)),
+      value_JYKC=products.blocks((stages, parts, columns, channels)),
+      query_INQ=plgpu.SMEM((UNITS, inputs.query_BNQ.shape[1], ROWS), jnp.int32),
+      norm_IPQ=plgpu.SMEM((UNITS, 2, ROWS), jnp.float32),
+      key_JNK=plgpu.SMEM((stages, inputs.key_BNK.shape[1], columns), jnp.int32),
+      sums=[plgpu.SMEM((UNITS, *shape), jnp.float32) for shape in sums],
+      spare_IQ=plgpu.SMEM((UNITS, ROWS), jnp.float32),
+      query_ready=plgpu.Barrier(num_arrivals=2 * parts + 2, num_barriers=UNITS),
+      ready=plgpu.Barrier(num_arrivals=2 * parts + 1, num_barriers=stages),
+      free=plgpu.Barrier(num_arrivals=UNITS, num_barriers=stages),
     ),
-    grid=dict(head=num_heads, row=units // 2, batch=batch),
+    grid=dict(head=num_heads, row=blocks // UNITS, batch=batch),
   )
+  d_query_BQHC = products.join(d_query_YBQHC, inputs.query_BQHC.dtype)
   if not sums:
     return d_query_BQHC, jax.tree.map(jnp.zeros_like, table)
   line_HZP, number_HN = (
@@ -93,24 +101,25 @@ def _sums_shape(setup):
 
 def _query_kernel(
   setup,
-  stages,
+  size,
   line_HZX,
   number_HN,
-  query_BQHC,
-  key_BKGC,
-  value_BKGC,
+  rate_C,
+  query_YBQHC,
+  key_YBKGC,
+  value_YBKGC,
   query_BNQ,
   key_BNK,
-  d_out_BQHC,
+  d_out_YBQHC,
   norm_BHPQ,
   code_BIJ,
   range_BIP,
-  d_query_BQHC,
+  d_query_YBQHC,
   *sums_BHI,
-  query_IQC,
-  d_out_IQC,
-  key_JKC,
-  value_JKC,
+  query_IYQC,
+  d_out_IYQC,
+  key_JYKC,
+  value_JYKC,
   query_INQ,
   norm_IPQ,
   key_JNK,
@@ -122,28 +131,27 @@ def _query_kernel(
 ):
   batch, head, row = (jax.lax.axis_index(name) for name in ('batch', 'head', 'row'))
   integers = tile_lib.row_of(code_BIJ, batch)
-  columns = key_JKC.shape[1]
   first, count = range_BIP[integers, row, 0], range_BIP[integers, row, 1]
+  of_parts = functools.partial(tile_lib.of_parts, setup.parts)
 
   def copy(n, slot):
-    group = head // (query_BQHC.shape[2] // key_BKGC.shape[2])
-    keys = pl.ds((first + n) * columns, columns)
-    numbers_NK = key_BNK.at[tile_lib.row_of(key_BNK, batch), :, keys]
+    group = head // (query_YBQHC.shape[3] // key_YBKGC.shape[3])
+    keys = pl.ds((first + n) * size.columns, size.columns)
     pairs = (
-      (key_BKGC.at[batch, keys, group], key_JKC.at[slot]),
-      (value_BKGC.at[batch, keys, group], value_JKC.at[slot]),
-      (numbers_NK, key_JNK.at[slot]),
+      *of_parts(key_YBKGC, batch, keys, group, key_JYKC.at[slot]),
+      *of_parts(value_YBKGC, batch, keys, group, value_JYKC.at[slot]),
+      (key_BNK.at[tile_lib.row_of(key_BNK, batch), :, keys], key_JNK.at[slot]),
     )
     tile_lib.copy(pairs, ready.at[slot])
 
   def compute(unit):
-    block = 2 * row + unit
+    block = UNITS * row + unit
     rows = pl.ds(block * ROWS, ROWS)
-    query_QC, d_out_QC, query_NQ = query_IQC.at[unit], d_out_IQC.at[unit], query_INQ.at[unit]
+    query_YQC, d_out_YQC, query_NQ = query_IYQC.at[unit], d_out_IYQC.at[unit], query_INQ.at[unit]
     norm_PQ = norm_IPQ.at[unit]
     pairs = (
-      (query_BQHC.at[batch, rows, head], query_QC),
-      (d_out_BQHC.at[batch, rows, head], d_out_QC),
+      *of_parts(query_YBQHC, batch, rows, head, query_YQC),
+      *of_parts(d_out_YBQHC, batch, rows, head, d_out_YQC),
       (query_BNQ.at[tile_lib.row_of(query_BNQ, batch), :, rows], query_NQ),
       (norm_BHPQ.at[batch, head, :, rows], norm_PQ),
     )
@@ -158,31 +166,39 @@ def _query_kernel(
     def visit(n, code, slot, so_far):
       del n
       d_query_QC, table_sums = so_far
-      positions = tile_lib.Positions(query_NQ, key_JNK.at[slot], query_axis=0)
-      shape = ROWS, columns
-      x_QK = tile_lib.coordinate(setup, positions, numbers, shape)
-      blocks = query_QC, key_JKC.at[slot]
-      logits_QK = tile_lib.logits(setup, positions, code, *blocks, line_HZX, head, x_QK)
+      shape = ROWS, size.columns
+      tile = products.Tile(
+        setup=setup,
+        positions=tile_lib.Positions(query_NQ, key_JNK.at[slot], query_axis=0),
+        code=code,
+        line_ref=line_HZX,
+        head=head,
+        numbers=numbers,
+        rate_ref=rate_C,
+      )
+      x_QK = tile_lib.coordinate(setup, tile.positions, numbers, shape)
+      logits_QK = tile.logits(query_YQC, key_JYKC.at[slot], x_QK)
       weights_QK = tile_lib.weights(logits_QK, log_norm_Q, 0)
-      d_weights_QK = tile_lib.product(setup, d_out_QC, value_JKC.at[slot])
+      d_weights_QK = products.product(setup, d_out_YQC, value_JYKC.at[slot])
       d_logits_QK = weights_QK * (d_weights_QK - tile_lib.spread(delta_Q, shape, 0))
-      table_sums = gradient.add(table_sums, positions, numbers, code, x_QK, d_logits_QK)
-      d_query_QC = tile_lib.add_product(setup, d_query_QC, d_logits_QK, key_JKC.at[slot])
-      return d_query_QC, table_sums
+      table_sums = gradient.add(table_sums, tile.positions, numbers, code, x_QK, d_logits_QK)
+      return tile.add(d_query_QC, d_logits_QK, key_JYKC.at[slot]), table_sums
 
-    start = tile_lib.full(setup, query_QC.shape, 0.0), gradient.start()
+    start = tile_lib.full(setup, query_YQC.shape[1:], 0.0), gradient.start()
     code = functools.partial(tile_lib.code, code_BIJ, integers, block, first)
-    end = tile_lib.walk(visit, code, start, count, stages, ready, free)
+    end = tile_lib.walk(visit, code, start, count, size.stages, ready, free)
     d_query_QC, table_sums = end
-    query_QC[...] = d_query_QC.astype(query_QC.dtype)
+    products.write(setup, query_YQC, d_query_QC)
     gradient.end(table_sums)
     plgpu.commit_smem()
-    plgpu.copy_smem_to_gmem(query_QC, d_query_BQHC.at[batch, rows, head])
+    for target, source in of_parts(d_query_YBQHC, batch, rows, head, query_YQC):
+      plgpu.copy_smem_to_gmem(source, target)
     for source, target in zip(gradient.refs, sums_BHI, strict=True):
       plgpu.copy_smem_to_gmem(source, target.at[batch, head, block])
     plgpu.wait_smem_to_gmem(0)
 
-  tile_lib.warpgroups(compute, functools.partial(tile_lib.pipeline, copy, count, stages, free))
+  pipeline = functools.partial(tile_lib.pipeline, copy, count, size.stages, free)
+  tile_lib.warpgroups(compute, pipeline)
 
 
 class TableGradient:
@@ -262,61 +278,64 @@ class TableGradient:
         self._store_total(self.refs[1], n, sum_Q)
 
 
-def of_keys(setup, table, inputs, d_out_BQHC, norm_BHPQ):
-  """Returns d_key_BKGC and d_value_BKGC; see `of_queries`."""
-  both = functools.partial(_of_keys, setup, table, inputs, d_out_BQHC, norm_BHPQ)
+def of_keys(setup, *given):
+  """Returns d_key_BKGC and d_value_BKGC; takes what `of_queries` does, but the table."""
+  both = functools.partial(_of_keys, setup, *given)
+  _, _, inputs, *_ = given
   if inputs.key_BKGC.shape[3] == 256:
     # The sums of both do not fit in registers.
     return *both((True, False)), *both((False, True))
   return both((True, True))
 
 
-def _of_keys(setup, table, inputs, d_out_BQHC, norm_BHPQ, wanted):
+def _of_keys(setup, operands, arrays, inputs, d_out_YBQHC, norm_BHPQ, wanted):
   batch, num_keys, num_groups, channels = inputs.key_BKGC.shape
-  columns, stages = COLUMNS, STAGES[channels]
-  dtype = inputs.query_BQHC.dtype
-  shared = functools.partial(tile_lib.block_in_shared_memory, dtype=dtype)
-  return tile_lib.run(
+  parts = setup.parts
+  size = SIZES[parts * channels]
+  columns, stages = size
+  d_YBKGC = tile_lib.run(
     setup,
-    functools.partial(_key_kernel, setup, stages, wanted),
-    (*tile_lib.operands(table), *inputs[:5], d_out_BQHC, norm_BHPQ, *inputs.keys),
-    out_type=[inputs.key_BKGC] * sum(wanted),
+    functools.partial(_key_kernel, setup, size, wanted),
+    (*operands, *arrays, d_out_YBQHC, norm_BHPQ, *inputs.keys),
+    out_type=[arrays[1]] * sum(wanted),
     scratch_types=dict(
-      key_JKC=shared((2, ROWS, channels)),
-      value_JKC=shared((2, ROWS, channels)),
-      query_IQC=shared((stages, columns, channels)),
-      d_out_IQC=shared((stages, columns, channels)),
-      key_JNK=plgpu.SMEM((2, 2, ROWS), jnp.int32),
-      query_INQ=plgpu.SMEM((stages, 4, columns), jnp.int32),
+      key_JYKC=products.blocks((UNITS, parts, ROWS, channels)),
+      value_JYKC=products.blocks((UNITS, parts, ROWS, channels)),
+      query_IYQC=products.blocks((stages, parts, columns, channels)),
+      d_out_IYQC=products.blocks((stages, parts, columns, channels)),
+      key_JNK=plgpu.SMEM((UNITS, inputs.key_BNK.shape[1], ROWS), jnp.int32),
+      query_INQ=plgpu.SMEM((stages, inputs.query_BNQ.shape[1], columns), jnp.int32),
       norm_IPQ=plgpu.SMEM((stages, 2, columns), jnp.float32),
-      key_ready=plgpu.Barrier(num_arrivals=3, num_barriers=2),
-      ready=plgpu.Barrier(num_arrivals=4, num_barriers=stages),
-      free=plgpu.Barrier(num_arrivals=2, num_barriers=stages),
+      key_ready=plgpu.Barrier(num_arrivals=2 * parts + 1, num_barriers=UNITS),
+      ready=plgpu.Barrier(num_arrivals=2 * parts + 2, num_barriers=stages),
+      free=plgpu.Barrier(num_arrivals=UNITS, num_barriers=stages),
     ),
-    grid=dict(group=num_groups, row=num_keys // (2 * ROWS), batch=batch),
+    grid=dict(group=num_groups, row=num_keys // (UNITS * ROWS), batch=batch),
   )
+  return [products.join(d_YBKGC, inputs.key_BKGC.dtype) for d_YBKGC in d_YBKGC]
 
 
 def _key_kernel(
   setup,
-  stages,
+  size,
   wanted,
   line_HZX,
   number_HN,
-  query_BQHC,
-  key_BKGC,
-  value_BKGC,
+  rate_C,
+  query_YBQHC,
+  key_YBKGC,
+  value_YBKGC,
   query_BNQ,
   key_BNK,
-  d_out_BQHC,
+  d_out_YBQHC,
   norm_BHPQ,
   code_BIJ,
   range_BIP,
-  *d_BKGC,
-  key_JKC,
-  value_JKC,
-  query_IQC,
-  d_out_IQC,
+  *d_YBKGC,
+  key_JYKC,
+  value_JYKC,
+  query_IYQC,
+  d_out_IYQC,
   key_JNK,
   query_INQ,
   norm_IPQ,
@@ -326,10 +345,10 @@ def _key_kernel(
 ):
   batch, group, row = (jax.lax.axis_index(name) for name in ('batch', 'group', 'row'))
   integers = tile_lib.row_of(code_BIJ, batch)
-  columns = query_IQC.shape[1]
   first, blocks = range_BIP[integers, row, 0], range_BIP[integers, row, 1]
-  heads = query_BQHC.shape[2] // key_BKGC.shape[2]
+  heads = query_YBQHC.shape[3] // key_YBKGC.shape[3]
   count = heads * blocks
+  of_parts = functools.partial(tile_lib.of_parts, setup.parts)
 
   def where(n):
     """Returns the head and the block of queries of a step."""
@@ -337,22 +356,22 @@ def _key_kernel(
 
   def copy(n, slot):
     head, block = where(n)
-    queries = pl.ds(block * columns, columns)
+    queries = pl.ds(block * size.columns, size.columns)
     pairs = (
-      (query_BQHC.at[batch, queries, head], query_IQC.at[slot]),
-      (d_out_BQHC.at[batch, queries, head], d_out_IQC.at[slot]),
+      *of_parts(query_YBQHC, batch, queries, head, query_IYQC.at[slot]),
+      *of_parts(d_out_YBQHC, batch, queries, head, d_out_IYQC.at[slot]),
       (query_BNQ.at[tile_lib.row_of(query_BNQ, batch), :, queries], query_INQ.at[slot]),
       (norm_BHPQ.at[batch, head, :, queries], norm_IPQ.at[slot]),
     )
     tile_lib.copy(pairs, ready.at[slot])
 
   def compute(unit):
-    block = 2 * row + unit
+    block = UNITS * row + unit
     rows = pl.ds(block * ROWS, ROWS)
-    key_KC, value_KC, key_NK = key_JKC.at[unit], value_JKC.at[unit], key_JNK.at[unit]
+    key_YKC, value_YKC, key_NK = key_JYKC.at[unit], value_JYKC.at[unit], key_JNK.at[unit]
     pairs = (
-      (key_BKGC.at[batch, rows, group], key_KC),
-      (value_BKGC.at[batch, rows, group], value_KC),
+      *of_parts(key_YBKGC, batch, rows, group, key_YKC),
+      *of_parts(value_YBKGC, batch, rows, group, value_YKC),
       (key_BNK.at[tile_lib.row_of(key_BNK, batch), :, rows], key_NK),
     )
     tile_lib.copy(pairs, key_ready.at[unit])
@@ -360,35 +379,40 @@ def _key_kernel(
 
     def visit(n, code, slot, so_far):
       head, _ = where(n)
-      positions = tile_lib.Positions(query_INQ.at[slot], key_NK, query_axis=1)
-      shape = ROWS, columns
-      numbers = tile_lib.numbers(setup, number_HN, head)
-      x_KQ = tile_lib.coordinate(setup, positions, numbers, shape)
-      blocks = key_KC, query_IQC.at[slot]
-      logits_KQ = tile_lib.logits(setup, positions, code, *blocks, line_HZX, head, x_KQ)
+      tile = products.Tile(
+        setup=setup,
+        positions=tile_lib.Positions(query_INQ.at[slot], key_NK, query_axis=1),
+        code=code,
+        line_ref=line_HZX,
+        head=head,
+        numbers=tile_lib.numbers(setup, number_HN, head),
+        rate_ref=rate_C,
+      )
+      shape = ROWS, size.columns
+      x_KQ = tile_lib.coordinate(setup, tile.positions, tile.numbers, shape)
+      logits_KQ = tile.logits(key_YKC, query_IYQC.at[slot], x_KQ)
       log_norm_Q, delta_Q = (tile_lib.vector(setup, norm_IPQ.at[slot, n], 1) for n in range(2))
       weights_KQ = tile_lib.weights(logits_KQ, log_norm_Q, 1)
-      factors = []
+      sums = list(so_far)
       if wanted[0]:
-        d_weights_KQ = tile_lib.product(setup, value_KC, d_out_IQC.at[slot])
+        d_weights_KQ = products.product(setup, value_YKC, d_out_IYQC.at[slot])
         d_logits_KQ = weights_KQ * (d_weights_KQ - tile_lib.spread(delta_Q, shape, 1))
-        factors.append((d_logits_KQ, query_IQC.at[slot]))
+        sums[0] = tile.add(sums[0], d_logits_KQ, query_IYQC.at[slot])
       if wanted[1]:
-        factors.append((weights_KQ, d_out_IQC.at[slot]))
-      return [
-        tile_lib.add_product(setup, sum_KC, *factor)
-        for sum_KC, factor in zip(so_far, factors, strict=True)
-      ]
+        sums[-1] = products.add_product(setup, sums[-1], weights_KQ, d_out_IYQC.at[slot])
+      return sums
 
     def code(n):
       return code_BIJ[integers, block, where(n)[1]]
 
-    start = [tile_lib.full(setup, key_KC.shape, 0.0)] * sum(wanted)
-    sums = tile_lib.walk(visit, code, start, count, stages, ready, free)
-    for sum_KC, buffer, d_KGC in zip(sums, (key_KC, value_KC), d_BKGC, strict=False):
-      buffer[...] = sum_KC.astype(buffer.dtype)
+    start = [tile_lib.full(setup, key_YKC.shape[1:], 0.0)] * sum(wanted)
+    sums = tile_lib.walk(visit, code, start, count, size.stages, ready, free)
+    for sum_KC, buffer, d_YBGC in zip(sums, (key_YKC, value_YKC), d_YBKGC, strict=False):
+      products.write(setup, buffer, sum_KC)
       plgpu.commit_smem()
-      plgpu.copy_smem_to_gmem(buffer, d_KGC.at[batch, rows, group])
+      for target, source in of_parts(d_YBGC, batch, rows, group, buffer):
+        plgpu.copy_smem_to_gmem(source, target)
     plgpu.wait_smem_to_gmem(0)
 
-  tile_lib.warpgroups(compute, functools.partial(tile_lib.pipeline, copy, count, stages, free))
+  pipeline = functools.partial(tile_lib.pipeline, copy, count, size.stages, free)
+  tile_lib.warpgroups(compute, pipeline)

@@ -62,22 +62,40 @@ def table(table: piecewise.Table, num_heads: int) -> Table:
 
 
 def query_numbers(
-  mask: mask_lib.Mask, position_BQ: jax.Array, segment_BQ: jax.Array | None, padding: int
+  mask: mask_lib.Mask,
+  position_BQ: jax.Array,
+  segment_BQ: jax.Array | None,
+  padding: int,
+  stretch: int | None = None,
 ) -> jax.Array:
-  """Returns number_B4Q, int32: position, segment, first and last visible position of queries."""
+  """Returns number_BNQ, int32: position, segment, first and last visible position of queries.
+
+  And under a decay, which stretch of so many tokens each lies in.
+  """
   first_BQ, last_BQ = mask.first(position_BQ), mask.last(position_BQ)
   rows = (
     position_BQ,
     _or(segment_BQ, 0, position_BQ),
     _or(first_BQ, _LEAST, position_BQ),
     _or(last_BQ, _LARGEST, position_BQ),
+    *_stretches(position_BQ, stretch),
   )
   return _stacked(rows, padding, _PAD_QUERY)
 
 
-def key_numbers(position_BK: jax.Array, segment_BK: jax.Array | None, padding: int) -> jax.Array:
-  """Returns number_B2K, int32: position and segment of keys."""
-  return _stacked((position_BK, _or(segment_BK, 0, position_BK)), padding, _PAD_KEY)
+def key_numbers(
+  position_BK: jax.Array,
+  segment_BK: jax.Array | None,
+  padding: int,
+  stretch: int | None = None,
+) -> jax.Array:
+  """Returns number_BNK, int32: position and segment of keys, and under a decay their stretch."""
+  rows = position_BK, _or(segment_BK, 0, position_BK), *_stretches(position_BK, stretch)
+  return _stacked(rows, padding, _PAD_KEY)
+
+
+def _stretches(position_BL, stretch):
+  return () if stretch is None else (position_BL // stretch,)
 
 
 def _or(number_BL, default, like_BL):
@@ -101,7 +119,10 @@ def codes(
   coordinate: Any,
   blocks: tuple[int, int],
 ) -> jax.Array:
-  """Returns code_BIJ of blocks of queries and of keys."""
+  """Returns code_BIJ of blocks of queries and of keys.
+
+  A span is of a decay's stretches, if there is one, else of a table's segments.
+  """
   query_bounds, key_bounds = _bounds(query_BNQ, blocks[0]), _bounds(key_BNK, blocks[1])
 
   def of_queries(which):
@@ -122,12 +143,23 @@ def codes(
   whole = (first_high <= key_low) & (key_high <= last_low)
   whole &= (of_query == to_key) & (of_key == to_query) & (of_query == to_query)
   code_BIJ = tile_lib.VISIT * visit + tile_lib.WHOLE * whole
-  if table is None or table.lower_Z is None:
+  if query_BNQ.shape[1] > tile_lib.STRETCH:
+    (of_query, to_query), (of_key, to_key) = (
+      of_queries(tile_lib.STRETCH),
+      of_keys(tile_lib.KEY_STRETCH),
+    )
+    # Keys after a query, in stretches after its own, are hidden; of what is as far as the last
+    # that fits nothing is left.
+    most = tile_lib.MOST_SEGMENTS - 1
+    low_BIJ, last_BIJ = (jnp.clip(x, 0, most) for x in (of_query - to_key, to_query - of_key))
+  elif table is not None and table.lower_Z is not None:
+    positions = *of_queries(tile_lib.POSITION), *of_keys(tile_lib.POSITION)
+    low_BIJ, high_BIJ = plan.segments(table, coordinate, *positions)
+    last_BIJ = high_BIJ - 1
+  else:
     return jnp.where(visit, code_BIJ, 0)
-  positions = *of_queries(tile_lib.POSITION), *of_keys(tile_lib.POSITION)
-  low_BIJ, high_BIJ = plan.segments(table, coordinate, *positions)
   code_BIJ += low_BIJ << tile_lib.FIRST_SHIFT
-  code_BIJ += (high_BIJ - 1 - low_BIJ) << tile_lib.MORE_SHIFT
+  code_BIJ += (last_BIJ - low_BIJ) << tile_lib.MORE_SHIFT
   return jnp.where(visit, code_BIJ, 0)
 
 

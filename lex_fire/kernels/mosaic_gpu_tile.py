@@ -1,4 +1,4 @@
-"""One tile of logits on an NVIDIA GPU, inside a kernel: products, bias from positions, mask.
+"""One tile of logits on an NVIDIA GPU, inside a kernel: bias from positions, mask, and the walk.
 
 The tile's axes are 'rows', spread over the threads of a warpgroup, and 'columns'; the pass for
 queries has them in rows, the pass for keys in columns. What depends on rows or columns alone is
@@ -20,14 +20,16 @@ from lex_fire.kernels import mask as mask_lib
 from lex_fire.kernels import mosaic_gpu_elementwise as elementwise
 
 ROWS = 64  # of a tile: what a warpgroup multiplies at once
+UNITS = 2  # warpgroups that compute, each tiles of its own rows
 LOG2E = math.log2(math.e)  # the hardware's exponential is of 2
-_ACC: Any = plgpu.ACC  # pyright: ignore[reportPrivateImportUsage]
-# A tile's code: whether to visit it, whether the mask shows all of it, the first segment of the
-# table that its x may reach, and how many more it may.
+# A tile's code: whether to visit it, whether the mask shows all of it, and a span, its first and
+# how many more. It is of segments of the table that x may reach; under a decay, which has no table,
+# of how many stretches queries are after keys.
 VISIT, WHOLE, FIRST_SHIFT, MORE_SHIFT = 1, 2, 2, 16
 MOST_SEGMENTS = 2 ** (MORE_SHIFT - FIRST_SHIFT)
-# The integers of a query and of a key, in this order.
-POSITION, SEGMENT, FIRST, LAST = range(4)
+# The integers of a query, in this order, and of a key; stretches are there under a decay only.
+POSITION, SEGMENT, FIRST, LAST, STRETCH = range(5)
+KEY_STRETCH = 2
 
 
 class Setup(NamedTuple):
@@ -38,6 +40,8 @@ class Setup(NamedTuple):
     numbers: the structure of the coordinate's parameters.
     segments: of the table.
     learned: whether the table has a gradient.
+    decays: whether a decay with distance is left to the tiles.
+    parts: of bfloat16 that a number is made of; see `mosaic_gpu_products`.
     interpret: what `plgpu.kernel` takes; False on a GPU.
   """
 
@@ -45,14 +49,21 @@ class Setup(NamedTuple):
   numbers: Any
   segments: int
   learned: bool
+  decays: bool
+  parts: int
   interpret: Any
 
 
 def vector(setup, ref, axis):
-  """Returns a vector in shared memory along one axis of a tile."""
+  """Returns a vector in memory along one axis of a tile."""
   if setup.interpret:
     return ref[...]
-  return plgpu.load(ref, (), layout=plgpu.Layout.WGMMA.reduce(1 - axis))
+  return plgpu.load(ref, (), layout=plgpu.Layout.WGMMA.reduce(1 - axis), optimized=False)
+
+
+def block(setup, ref):
+  """Returns a block in shared memory, as products take their rows from registers."""
+  return ref[...] if setup.interpret else plgpu.load(ref, (), layout=plgpu.Layout.WGMMA)
 
 
 def full(setup, shape, number):
@@ -67,42 +78,6 @@ def full(setup, shape, number):
 def spread(vector, shape, axis):
   """Returns a tile of a vector along an axis, repeated along the other."""
   return jax.lax.broadcast_in_dim(vector, shape, [axis])
-
-
-def product(setup, a, b, start=None) -> jax.Array:
-  """Returns start + a b^T, of blocks in shared memory [rows, channels] and [columns, channels].
-
-  Args:
-    setup: of the kernel.
-    a: of the type of the inputs; the product is float32.
-    b: likewise.
-    start: a tile to begin the sum with; None: 0.
-  """
-  shape = a.shape[0], b.shape[0]
-  if setup.interpret:
-    return _dot(a[...], b[...], 1) + (0.0 if start is None else start)
-  b = plgpu.transpose_ref(b, (1, 0))
-  if start is not None:
-    return pl.run_state(lambda sum_ref: plgpu.wgmma(sum_ref, a, b))(_ACC.init(start))
-
-  def multiply(sum_ref):
-    plgpu.wgmma(sum_ref, a, b)
-    return sum_ref[...]
-
-  return pl.run_scoped(multiply, _ACC(shape, jnp.float32))
-
-
-def add_product(setup, so_far, a, b):
-  """Returns so_far + a b, of a tile [rows, columns] and a block [columns, channels]."""
-  a = a.astype(b.dtype)
-  if setup.interpret:
-    return so_far + _dot(a, b[...], 0)
-  return pl.run_state(lambda sum_ref: plgpu.wgmma(sum_ref, a, b))(_ACC.init(so_far))
-
-
-def _dot(a, b, contracted):
-  dimensions = (((1,), (contracted,)), ((), ()))
-  return jax.lax.dot_general(a, b, dimensions, preferred_element_type=jnp.float32)
 
 
 class Positions(NamedTuple):
@@ -201,12 +176,6 @@ def _of_segments(setup, line_ref, head, code, x, function):
   return jax.lax.fori_loop(first + 1, end, above, result)
 
 
-def logits(setup, positions, code, a, b, line_ref, head, x):
-  """Returns the logits of a tile of blocks a and b, HIDDEN_LOGIT where hidden; x None: no bias."""
-  start = None if x is None else bias(setup, line_ref, head, code, x)
-  return hide(setup, positions, code, product(setup, a, b, start))
-
-
 def weights(logits, log_norm, axis):
   """Returns exp(logits - log_norm), of a vector along an axis."""
   return jnp.exp2(logits * LOG2E - spread(log_norm * LOG2E, logits.shape, axis))
@@ -227,22 +196,22 @@ def coordinate_slope(setup, positions, numbers, n, shape):
 # Kernels of two warpgroups that compute and one that copies
 
 
-def block_in_shared_memory(shape, dtype):
-  """Returns room for blocks [..., rows, channels], laid out as matrix products read them."""
-  swizzle = 128  # bytes
-  tiling = plgpu.TilingTransform((8, swizzle // jnp.dtype(dtype).itemsize))
-  transforms = tiling, plgpu.SwizzleTransform(swizzle)
-  return plgpu.SMEM(shape, dtype, transforms=transforms)
-
-
-def operands(table):
-  """Returns the arrays of a table that kernels take, also where there is none."""
-  return (jnp.zeros((1, 1, 4)), jnp.zeros((1, 1))) if table is None else table
+def operands(table, rate_C):
+  """Returns the arrays of a table and of a decay that kernels take, also where there is none."""
+  lines = (jnp.zeros((1, 1, 4)), jnp.zeros((1, 1))) if table is None else table
+  return (*lines, jnp.zeros(1) if rate_C is None else rate_C)
 
 
 def row_of(array_ref, batch):
   """Returns the row of an array of integers, which the batch may share."""
   return batch if array_ref.shape[0] > 1 else 0
+
+
+class Size(NamedTuple):
+  """How much a kernel holds: columns of a tile, and blocks of them in shared memory at a time."""
+
+  columns: int
+  stages: int
 
 
 def run(setup, kernel, operands, *, out_type, scratch_types, grid):
@@ -255,11 +224,16 @@ def run(setup, kernel, operands, *, out_type, scratch_types, grid):
     scratch_types=scratch_types,
     grid=tuple(grid.values()),
     grid_names=tuple(grid),
-    num_threads=3,
+    num_threads=UNITS + 1,
     thread_name='warpgroup',
     compiler_params=plgpu.CompilerParams(approx_math=True, lowering_semantics=lane),
     interpret=setup.interpret,
   )(*operands)
+
+
+def of_parts(parts, x_YBLHC, batch, rows, head, block_YLC):
+  """Returns pairs to copy, of each part of some rows of a head and of its room in shared memory."""
+  return [(x_YBLHC.at[p, batch, rows, head], block_YLC.at[p]) for p in range(parts)]
 
 
 def copy(pairs, barrier):
@@ -297,15 +271,15 @@ def walk(visit, code, start, count, stages, ready, free):
 
 
 def warpgroups(compute, copy):
-  """Runs compute(0), compute(1) and copy() side by side, registers divided accordingly."""
+  """Runs compute of each unit and copy() side by side, registers divided accordingly."""
   index = jax.lax.axis_index('warpgroup')
 
-  @pl.when(index < 2)
+  @pl.when(index < UNITS)
   def _():
     plgpu.set_max_registers(240, action='increase')
     compute(index)
 
-  @pl.when(index == 2)
+  @pl.when(index == UNITS)
   def _():
     plgpu.set_max_registers(24, action='decrease')
     copy()

@@ -1,0 +1,225 @@
+"""A tile's matrix products inside a kernel for NVIDIA's GPUs: of float32 too, and under a decay.
+
+The hardware multiplies bfloat16 exactly, and of float32 only the first 11 bits (TF32). So a float32
+number is two of bfloat16, itself rounded and what is left, together right to 2^-17 of it; and a
+product of two numbers is three products, as that of what is left on both sides is smaller still.
+
+A decay that `tile.prepare` has left is one factor a channel for each number of stretches that a
+query is after a key: 1 in the many tiles within a stretch. In all others the rows of a tile take
+it, whichever side they are: a channel of a pair carries it once.
+"""
+
+# Not strict, as its neighbours are: kernels carry no types.
+# pyright: basic
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from lex_fire.kernels import mosaic_gpu_tile as tile_lib
+
+PARTS = {'bfloat16': 1, 'float32': 2}  # of bfloat16, by the type of queries, keys and values
+CHANNELS = 64  # that rows under a decay take at once: registers hold no more
+# Nats. A gradient's sum is divided by a decay before a product is added and multiplied after; what
+# decayed by more than this adds nothing that float32 could show.
+MOST_DECAY = 60.0
+_ACC: Any = plgpu.ACC  # pyright: ignore[reportPrivateImportUsage]
+
+
+def split(x: jax.Array, parts: int) -> jax.Array:
+  """Returns the parts of an array, bfloat16, as a new first axis; their sum is the array.
+
+  Args:
+    x: of a type that has so many.
+    parts: by PARTS.
+  """
+  return x[None] if parts == 1 else jnp.stack(_split(x, parts, in_kernel=False))
+
+
+def join(x_Y: jax.Array, dtype: Any) -> jax.Array:
+  """Returns the sum of an array's parts, of a type that has as many."""
+  return x_Y[0] if len(x_Y) == 1 else x_Y.astype(dtype).sum(axis=0)
+
+
+def _split(x, parts, in_kernel):
+  """Returns a list of the parts of a float32 array."""
+  found = []
+  for _ in range(parts):
+    # XLA would take a number rounded to bfloat16 and back for itself.
+    rounded = x if in_kernel else jax.lax.reduce_precision(x, exponent_bits=8, mantissa_bits=7)
+    found.append(rounded.astype(jnp.bfloat16))
+    x = x - found[-1].astype(jnp.float32)
+  return found
+
+
+def blocks(shape) -> Any:
+  """Returns room in shared memory for blocks [..., rows, channels], as products read them."""
+  tiling = plgpu.TilingTransform((8, 64))
+  swizzle = plgpu.SwizzleTransform(128)  # bytes: 64 channels of bfloat16
+  return plgpu.SMEM(shape, jnp.bfloat16, transforms=(tiling, swizzle))
+
+
+def write(setup, block_YLC, x_LC):
+  """Writes a float32 array to a block."""
+  for part, x in enumerate(_split(x_LC, setup.parts, not setup.interpret)):
+    block_YLC[part] = x
+
+
+def _pairs(setup):
+  """Returns which parts of one factor meet which of the other."""
+  return [(m, n) for m in range(setup.parts) for n in range(setup.parts) if m + n < setup.parts]
+
+
+def product(setup, a, b, start=None):
+  """Returns start + a b^T, float32, of blocks [parts, rows, channels] in shared memory.
+
+  Args:
+    setup: of the kernel.
+    a: rows of the tile; or a list of parts, [rows, channels] each, in registers.
+    b: columns of the tile.
+    start: a tile to begin the sum with; None: 0.
+  """
+  of_a = a if isinstance(a, list) else [a.at[part] for part in range(setup.parts)]
+  of_b = [b.at[part] for part in range(setup.parts)]
+  if setup.interpret:
+    products = [_dot(of_a[m][...], of_b[n][...], 1) for m, n in _pairs(setup)]
+    return sum(products, 0.0 if start is None else start)
+
+  def multiply(sum_ref):
+    for m, n in _pairs(setup):
+      plgpu.wgmma(sum_ref, of_a[m], plgpu.transpose_ref(of_b[n], (1, 0)))
+
+  if start is not None:
+    return pl.run_state(multiply)(_ACC.init(start))
+
+  def from_zero(sum_ref):
+    multiply(sum_ref)
+    return sum_ref[...]
+
+  return pl.run_scoped(from_zero, _ACC((of_a[0].shape[0], b.shape[1]), jnp.float32))
+
+
+def add_product(setup, so_far, weights, b):
+  """Returns so_far + weights b, of a tile [rows, columns] and a block of its columns."""
+  of_a = _split(weights, setup.parts, not setup.interpret)
+  of_b = [b.at[part] for part in range(setup.parts)]
+  if setup.interpret:
+    return sum((_dot(of_a[m], of_b[n][...], 0) for m, n in _pairs(setup)), so_far)
+
+  def multiply(sum_ref):
+    for m, n in _pairs(setup):
+      plgpu.wgmma(sum_ref, of_a[m], of_b[n])
+
+  return pl.run_state(multiply)(_ACC.init(so_far))
+
+
+def _dot(a, b, contracted):
+  dimensions = (((1,), (contracted,)), ((), ()))
+  return jax.lax.dot_general(a, b, dimensions, preferred_element_type=jnp.float32)
+
+
+class Tile(NamedTuple):
+  """A tile of queries and keys: its logits, and what their gradient is to its rows.
+
+  Attributes:
+    setup: of the kernel.
+    positions: of its queries and keys.
+    code: what the plan says of it; its span is of stretches if there is a decay.
+    line_ref: the table's lines.
+    head: of the queries.
+    numbers: of the head's coordinate.
+    rate_ref: the decay of each channel [nats a stretch].
+  """
+
+  setup: Any
+  positions: Any
+  code: Any
+  line_ref: Any
+  head: Any
+  numbers: Any
+  rate_ref: Any
+
+  def logits(self, a, b, x=None):
+    """Returns the logits, HIDDEN_LOGIT where hidden, of blocks of the rows and of the columns.
+
+    Args:
+      a: rows of the tile, queries or keys, as products take them.
+      b: columns of the tile.
+      x: of the tile; None: no bias.
+    """
+    line = self.line_ref, self.head, self.code, x
+    bias = None if x is None else tile_lib.bias(self.setup, *line)
+    logits = self._products(a, b, bias)
+    return tile_lib.hide(self.setup, self.positions, self.code, logits)
+
+  def _products(self, a, b, start):
+    """Returns start + a b^T, with the decay of each pair."""
+    if not self.setup.decays:
+      return product(self.setup, a, b, start)
+    first, end = tile_lib.span(self.code)
+
+    def of(apart):
+      return jax.lax.cond(
+        apart == 0,
+        lambda: product(self.setup, a, b),
+        lambda: self._decayed_product(a, b, apart),
+      )
+
+    def step(apart, so_far):
+      return jnp.where(self._apart(so_far.shape) == apart, of(apart), so_far)
+
+    products = jax.lax.fori_loop(first + 1, end, step, of(first))
+    return products if start is None else start + products
+
+  def add(self, so_far, d_logits, b):
+    """Returns so_far and what the logits' gradient is to the rows, of a block of the columns."""
+    if not self.setup.decays:
+      return add_product(self.setup, so_far, d_logits, b)
+    first, end = tile_lib.span(self.code)
+
+    def step(apart, so_far):
+      def here():
+        return jnp.where(self._apart(d_logits.shape) == apart, d_logits, 0.0)
+
+      of_apart = jax.lax.cond(end - first == 1, lambda: d_logits, here)
+
+      def decayed():
+        log_decay_C = jnp.maximum(self._log_decay(apart, so_far.shape[1]), -MOST_DECAY)
+        so_far_LC = so_far * tile_lib.spread(jnp.exp(-log_decay_C), so_far.shape, 1)
+        sum_LC = add_product(self.setup, so_far_LC, of_apart, b)
+        return sum_LC * tile_lib.spread(jnp.exp(log_decay_C), so_far.shape, 1)
+
+      return jax.lax.cond(apart == 0, lambda: add_product(self.setup, so_far, of_apart, b), decayed)
+
+    return jax.lax.fori_loop(first, end, step, so_far)
+
+  def _decayed_product(self, a, b, apart):
+    """Returns a b^T with the decay of so many stretches."""
+    result = None
+    for channel in range(0, a.shape[2], CHANNELS):
+      some = pl.ds(channel, CHANNELS)
+      factor_C = jnp.exp(self._log_decay(apart, CHANNELS, channel))
+      a_LC, *others = (
+        tile_lib.block(self.setup, a.at[part, :, some]).astype(jnp.float32)
+        for part in range(self.setup.parts)
+      )
+      a_LC = sum(others, a_LC) * tile_lib.spread(factor_C, a_LC.shape, 1)
+      decayed = _split(a_LC, self.setup.parts, not self.setup.interpret)
+      result = product(self.setup, decayed, b.at[:, :, some], result)
+    return result
+
+  def _log_decay(self, apart, channels, first=0):
+    """Returns log_decay_C of so many stretches, of some channels."""
+    rate_C = tile_lib.vector(self.setup, self.rate_ref.at[pl.ds(first, channels)], 1)
+    return rate_C * apart.astype(jnp.float32)
+
+  def _apart(self, shape):
+    """Returns how many stretches each query of the tile is after each key."""
+    axis = self.positions.query_axis
+    query_stretch = self.positions.query(self.setup, tile_lib.STRETCH)
+    key_stretch = self.positions.key(self.setup, tile_lib.KEY_STRETCH)
+    of_query = tile_lib.spread(query_stretch, shape, axis)
+    return of_query - tile_lib.spread(key_stretch, shape, 1 - axis)
