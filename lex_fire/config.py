@@ -135,7 +135,8 @@ class DataConfig:
   streaming: bool = False  # training reads the Task as it goes, instead of a prepared stream
   length: int = 256  # of a training window [tokens]
   batch_size: int = 8  # windows a step, over all devices
-  isolate_documents: bool = False  # attention within documents only, whose positions restart at 0
+  # Attention within documents only, whose positions restart at 0; rows of as many questions as fit.
+  isolate_documents: bool = False
   mask_rate: float = 0.15  # of tokens that a bidirectional model restores; unused by a causal one
   position_range: int = 0  # positions are drawn from this many, and sorted; 0: they count from 0
 

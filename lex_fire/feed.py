@@ -97,29 +97,28 @@ class Data:
     # Both splits, as no file may be in both.
     prepared = stream.read(prepare.prepare(c.spec('train', 'validation'), split, directory))
     eos_id = prepared.manifest['vocabulary']['eos_id']
+    isolate = c.isolate_documents
     if prepared.ends is None:
-      isolate = c.isolate_documents
       rows = batches.Windows(prepared.parts, c.length, eos_id=eos_id, isolate_documents=isolate)
     else:
       self._check_questions()
-      rows = batches.Questions(prepared.parts, prepared.ends, c.length, eos_id=eos_id)
+      rows = batches.Questions(
+        prepared.parts, prepared.ends, c.length, eos_id=eos_id, isolate_documents=isolate
+      )
+      in_rows = f' in {rows.num_windows:,} rows' if isolate else ''
       self._say(
-        f'{split}: {rows.num_windows:,} questions, of which {rows.num_cut:,} are cut to {c.length} '
-        f'tokens, by {rows.cut_tokens:,} in all'
+        f'{split}: {rows.num_questions:,} questions{in_rows}, of which {rows.num_cut:,} are cut to '
+        f'{c.length} tokens, by {rows.cut_tokens:,} in all'
       )
     return rows, prepared.manifest
 
   def _check_questions(self):
     c = self._config
-    for name, value in {
-      'model.causal': not c.model.causal,
-      'data.isolate_documents': c.data.isolate_documents,
-    }.items():
-      if value:
-        raise errors.UserError(
-          f'task {c.data.task!r} asks questions, a row each, for a decoder to answer; '
-          f'{name}={not value if name == "model.causal" else value} does not go with it'
-        )
+    if not c.model.causal:
+      raise errors.UserError(
+        f'task {c.data.task!r} asks questions for a decoder to answer; model.causal=False does not '
+        'go with it'
+      )
 
   def train_batch(self, step: int) -> Batch:
     """Reads this host's rows of the batch of a step, counted from 0."""

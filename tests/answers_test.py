@@ -33,7 +33,7 @@ def test_a_prompt_is_the_row_of_training_up_to_the_answer(length):
   inputs_L, separator_L, answer_L = map(BYTES.encode, (TEXT, reading.SEPARATOR, ANSWER))
   tokens_L = np.concatenate([inputs_L, separator_L, answer_L, [BYTES.eos_id]])
   ends = np.cumsum([len(inputs_L), len(separator_L), len(answer_L) + 1])[None]
-  rows = batches.Questions([tokens_L], [ends], length, eos_id=BYTES.eos_id)
+  rows = batches.Questions([tokens_L], [ends], length, eos_id=BYTES.eos_id, isolate_documents=False)
   batch = rows.batch(np.array([0]))
 
   (made,) = answers.prompts([example('a', TEXT, ANSWER)], BYTES, length, len(answer_L) + 1)

@@ -98,8 +98,10 @@ def prepared(tmp_path_factory):
   return stream.read(work.with_name('s'))
 
 
-def questions(prepared, length):
-  return batches.Questions(prepared.parts, prepared.ends, length, eos_id=EOS)
+def questions(prepared, length, isolate_documents=False):
+  return batches.Questions(
+    prepared.parts, prepared.ends, length, eos_id=EOS, isolate_documents=isolate_documents
+  )
 
 
 @pytest.mark.parametrize('length', LENGTHS)
@@ -142,6 +144,32 @@ def test_questions_are_read_in_any_order(prepared):
   batch = questions(prepared, 10).batch(np.array([4, 0, 3, 3]))
 
   assert batch['inputs_BL'].tolist() == [rows[index][:-1] for index in (4, 0, 3, 3)]
+
+
+@pytest.mark.parametrize('length', LENGTHS)
+def test_rows_of_many_questions_have_as_many_as_fit_each_a_segment(prepared, length):
+  alone = questions(prepared, length).batch(np.arange(5))
+  sizes = [int(weights_L.nonzero()[0].max()) + 1 for weights_L in alone['loss_weights_BL']]
+  rows = [[0]]
+  for number in range(1, 5):
+    fits = sum(sizes[other] for other in rows[-1]) + sizes[number] <= length
+    rows = [*rows[:-1], [*rows[-1], number]] if fits else [*rows, [number]]
+
+  found = questions(prepared, length, isolate_documents=True)
+  batch = found.batch(np.arange(found.num_windows))
+
+  assert (found.num_windows, found.num_questions) == (len(rows), 5)
+  for row, members in enumerate(rows):
+    at = 0
+    for segment, number in enumerate(members, 1):
+      here, size = slice(at, at + sizes[number]), sizes[number]
+      for name in ('inputs_BL', 'targets_BL', 'loss_weights_BL'):
+        assert batch[name][row, here].tolist() == alone[name][number, :size].tolist()
+      assert batch['position_BL'][row, here].tolist() == list(range(size))
+      assert set(batch['segment_ids_BL'][row, here]) == {segment}
+      at += size
+    assert not batch['loss_weights_BL'][row, at:].any()
+    assert not np.isin(batch['segment_ids_BL'][row, at:], range(1, len(members) + 1)).any()
 
 
 def test_answers_without_room_are_refused_with_the_length_they_need(prepared):

@@ -443,7 +443,7 @@ def test_more_hosts_than_parts_are_refused(c4):
 
 
 def test_questions_are_refused():
-  with pytest.raises(errors.UserError, match="'copy.*' asks questions, a row each"):
+  with pytest.raises(errors.UserError, match="'copy.*' asks questions; "):
     opened(tasks.get_task(Spec('copy')))
 
 

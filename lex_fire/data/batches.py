@@ -113,19 +113,27 @@ def of_tokens(tokens_BL: np.ndarray, eos_id: int, isolate_documents: bool) -> Ba
 
 
 class Questions:
-  """A stream of questions, a row each: EOS, inputs, separator and answer, as `questions.prompt`.
+  """A stream of questions in rows: EOS, inputs, separator and answer, as `questions.prompt`.
 
   Only the answer counts. Of inputs that are too long for a row the end is left out: questions stand
-  before the text that they are about.
+  before the text that they are about. A row has one question or, as segments of their own, as many
+  of those that follow one another as have room; the EOS of one answer then begins the next.
 
   Attributes:
-    num_windows: how many there are.
+    num_windows: how many rows there are.
+    num_questions: and how many questions.
     cut_tokens: that are left out, in all.
     num_cut: questions of which some are.
   """
 
   def __init__(
-    self, parts: Sequence[np.ndarray], ends: Sequence[np.ndarray], length: int, *, eos_id: int
+    self,
+    parts: Sequence[np.ndarray],
+    ends: Sequence[np.ndarray],
+    length: int,
+    *,
+    eos_id: int,
+    isolate_documents: bool,
   ):
     """Looks at a stream.
 
@@ -133,45 +141,51 @@ class Questions:
       parts: tokens_L of each part, as stream.read has them.
       ends: [E, 3] of each, likewise.
       length: inputs of a row, in tokens.
-      eos_id: the token that begins each row.
+      eos_id: the token that begins each question.
+      isolate_documents: whether a row has more than one question, if there is room.
 
     Raises:
       errors.UserError: if an answer has no room in a row.
     """
     self._parts, self._length, self._eos_id = parts, length, eos_id
     self._ends, self._index = ends, _index(ends)
-    kept_W, inputs_W = np.concatenate([_kept(of_part, length) for of_part in ends], axis=1)
-    self.num_windows = len(inputs_W)
-    if self.num_windows and kept_W.min() < 0:
+    self._isolate_documents = isolate_documents
+    kept_W, inputs_W, rest_W = np.concatenate([_kept(of_part, length) for of_part in ends], axis=1)
+    self.num_questions = len(inputs_W)
+    if self.num_questions and kept_W.min() < 0:
       raise errors.UserError(
-        f'{np.count_nonzero(kept_W < 0)} of {self.num_windows} answers have no room in {length=}: '
-        f'the longest takes {length - kept_W.min()} tokens; use a greater length'
+        f'{np.count_nonzero(kept_W < 0)} of {self.num_questions} answers have no room in {length=}:'
+        f' the longest takes {length - kept_W.min()} tokens; use a greater length'
       )
+    first = _first_of_rows(kept_W + rest_W, length) if isolate_documents else range(len(kept_W))
+    self._first = np.array([*first, len(kept_W)])
+    self.num_windows = len(self._first) - 1
     self.cut_tokens = int((inputs_W - kept_W).sum())
     self.num_cut = int(np.count_nonzero(inputs_W > kept_W))
 
   def batch(self, index_B: np.ndarray) -> Batch:
-    """Reads the questions of the given indices, from 0 to num_windows - 1, as a batch."""
+    """Reads the rows of the given indices, from 0 to num_windows - 1, as a batch."""
     tokens_BL = np.zeros((len(index_B), self._length + 1), np.int32)
     weights_BL = np.zeros((len(index_B), self._length), np.float32)
-    for tokens_L, weights_L, (part, row) in zip(
-      tokens_BL, weights_BL, self._index[index_B], strict=True
-    ):
-      start = self._ends[part][row - 1, 2] if row else 0
-      inputs_end, answer, end = self._ends[part][row]
-      kept = min(inputs_end - start, self._length - (end - inputs_end))
-      of_part_L = self._parts[part]
-      row_L = [[self._eos_id], of_part_L[start : start + kept], of_part_L[inputs_end:end]]
-      count = 1 + kept + end - inputs_end
-      tokens_L[:count] = np.concatenate(row_L)
-      weights_L[count - 1 - (end - answer) : count - 1] = 1
-    return {
-      'inputs_BL': tokens_BL[:, :-1],
-      'targets_BL': tokens_BL[:, 1:],
-      'loss_weights_BL': weights_BL,
-      'position_BL': np.arange(self._length, dtype=np.int32)[None],
-      'segment_ids_BL': None,
-    }
+    tokens_BL[:, 0] = self._eos_id
+    for tokens_L, weights_L, row in zip(tokens_BL, weights_BL, index_B, strict=True):
+      at = 0
+      for question in self._index[self._first[row] : self._first[row + 1]]:
+        text_L, answer = self._read(*question)
+        tokens_L[at + 1 : at + 1 + len(text_L)] = text_L
+        at += len(text_L)
+        weights_L[at - answer : at] = 1
+    batch = of_tokens(tokens_BL, self._eos_id, self._isolate_documents)
+    return {**batch, 'loss_weights_BL': weights_BL}
+
+  def _read(self, part: int, number: int) -> tuple[np.ndarray, int]:
+    """Returns the tokens_L of a question and its answer, and how many are the answer's."""
+    start = self._ends[part][number - 1, 2] if number else 0
+    inputs_end, answer, end = self._ends[part][number]
+    kept = min(inputs_end - start, self._length - (end - inputs_end))
+    of_part_L = self._parts[part]
+    tokens_L = np.concatenate([of_part_L[start : start + kept], of_part_L[inputs_end:end]])
+    return tokens_L, end - answer
 
 
 def _index(ends: Sequence[np.ndarray]) -> np.ndarray:
@@ -182,10 +196,21 @@ def _index(ends: Sequence[np.ndarray]) -> np.ndarray:
 
 
 def _kept(of_part: np.ndarray, length: int) -> np.ndarray:
-  """Returns [2, W]: how many tokens of inputs a row of a length keeps, and how many there are."""
+  """Returns [3, W]: tokens of inputs that a row of a length keeps, that there are, and the rest."""
   start_W = np.concatenate([[0], of_part[:-1, 2]]).astype(np.int64)[: len(of_part)]
   inputs_W, rest_W = of_part[:, 0] - start_W, of_part[:, 2] - of_part[:, 0]
-  return np.stack([np.minimum(inputs_W, length - rest_W), inputs_W])
+  return np.stack([np.minimum(inputs_W, length - rest_W), inputs_W, rest_W])
+
+
+def _first_of_rows(count_W: np.ndarray, length: int) -> list[int]:
+  """Returns the first question of each row, that has as many as have room; counts are of tokens."""
+  first, used = [], length
+  for number, count in enumerate(count_W.tolist()):
+    if used + count > length:
+      first.append(number)
+      used = 0
+    used += count
+  return first
 
 
 class TrainSampler:

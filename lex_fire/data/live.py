@@ -65,7 +65,7 @@ class Live:
     """
     if reading.is_of_questions(task):
       raise errors.UserError(
-        f'task {task.name!r} asks questions, a row each; data.streaming=True is for documents'
+        f'task {task.name!r} asks questions; data.streaming=True is for documents'
       )
     num_parts = reading.parts(task, SPLIT)
     own = reading.filled_parts(task, SPLIT)[process_index::process_count]

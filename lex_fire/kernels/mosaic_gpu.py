@@ -331,11 +331,11 @@ def _forward_kernel(
     end = tile_lib.walk(visit, code, start, count, size.stages, ready, free)
     out_QC, log_norm_Q[...] = _softmax_end(*end)
     products.write(setup, query_YQC, out_QC)
-    plgpu.commit_smem()
-    for target, source in of_parts(out_YBQHC, batch, rows, head, query_YQC):
-      plgpu.copy_smem_to_gmem(source, target)
-    plgpu.copy_smem_to_gmem(log_norm_Q, log_norm_BHQ.at[batch, head, rows])
-    plgpu.wait_smem_to_gmem(0)
+    pairs = (
+      *of_parts(out_YBQHC, batch, rows, head, query_YQC),
+      (log_norm_BHQ.at[batch, head, rows], log_norm_Q),
+    )
+    tile_lib.copy_back(pairs)
 
   pipeline = functools.partial(tile_lib.pipeline, copy, count, size.stages, free)
   tile_lib.warpgroups(compute, pipeline)

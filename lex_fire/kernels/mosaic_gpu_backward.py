@@ -190,12 +190,12 @@ def _query_kernel(
     d_query_QC, table_sums = end
     products.write(setup, query_YQC, d_query_QC)
     gradient.end(table_sums)
-    plgpu.commit_smem()
-    for target, source in of_parts(d_query_YBQHC, batch, rows, head, query_YQC):
-      plgpu.copy_smem_to_gmem(source, target)
-    for source, target in zip(gradient.refs, sums_BHI, strict=True):
-      plgpu.copy_smem_to_gmem(source, target.at[batch, head, block])
-    plgpu.wait_smem_to_gmem(0)
+    totals = zip(sums_BHI, gradient.refs, strict=True)
+    pairs = (
+      *of_parts(d_query_YBQHC, batch, rows, head, query_YQC),
+      *((target.at[batch, head, block], source) for target, source in totals),
+    )
+    tile_lib.copy_back(pairs)
 
   pipeline = functools.partial(tile_lib.pipeline, copy, count, size.stages, free)
   tile_lib.warpgroups(compute, pipeline)
@@ -407,12 +407,9 @@ def _key_kernel(
 
     start = [tile_lib.full(setup, key_YKC.shape[1:], 0.0)] * sum(wanted)
     sums = tile_lib.walk(visit, code, start, count, size.stages, ready, free)
-    for sum_KC, buffer, d_YBGC in zip(sums, (key_YKC, value_YKC), d_YBKGC, strict=False):
-      products.write(setup, buffer, sum_KC)
-      plgpu.commit_smem()
-      for target, source in of_parts(d_YBGC, batch, rows, group, buffer):
-        plgpu.copy_smem_to_gmem(source, target)
-    plgpu.wait_smem_to_gmem(0)
+    for sum_KC, block_YKC, d_YBGC in zip(sums, (key_YKC, value_YKC), d_YBKGC, strict=False):
+      products.write(setup, block_YKC, sum_KC)
+      tile_lib.copy_back(of_parts(d_YBGC, batch, rows, group, block_YKC))
 
   pipeline = functools.partial(tile_lib.pipeline, copy, count, size.stages, free)
   tile_lib.warpgroups(compute, pipeline)

@@ -233,13 +233,21 @@ def run(setup, kernel, operands, *, out_type, scratch_types, grid):
 
 def of_parts(parts, x_YBLHC, batch, rows, head, block_YLC):
   """Returns pairs to copy, of each part of some rows of a head and of its room in shared memory."""
-  return [(x_YBLHC.at[p, batch, rows, head], block_YLC.at[p]) for p in range(parts)]
+  return [(x_YBLHC.at[y, batch, rows, head], block_YLC.at[y]) for y in range(parts)]
 
 
 def copy(pairs, barrier):
   """Starts copies to shared memory, (from, to); each arrives at the barrier."""
   for source, target in pairs:
     plgpu.copy_gmem_to_smem(source, target, barrier)
+
+
+def copy_back(pairs):
+  """Copies what has been written to shared memory, (to, from), and waits until it is done."""
+  plgpu.commit_smem()
+  for target, source in pairs:
+    plgpu.copy_smem_to_gmem(source, target)
+  plgpu.wait_smem_to_gmem(0)
 
 
 def walk(visit, code, start, count, stages, ready, free):
