@@ -117,7 +117,7 @@ def test_right_answers_score_100_and_wrong_ones_0(workdir, model, tmp_path):
   assert [entry['scores'] for entry in all_right['tasks']] == [{'accuracy': 100.0}] * 2
   (entry,) = some['tasks']
   assert entry['scores'] == {'accuracy': 40.0}
-  # Of the lengths 1, 2, 4, 8 and 16 the first two are right: they take turns.
+  # Of the lengths 1, 2, 4, 10 and 16 the first two are right: they take turns.
   by = [(g['facts'], g['questions'], g['scores']['accuracy']) for g in entry['by']]
   lengths = [int(multiple * 2) for multiple in algorithms.MULTIPLES]
   assert by == [({'length': n}, 2, 100.0 if n < 4 else 0.0) for n in lengths]

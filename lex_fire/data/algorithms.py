@@ -36,10 +36,10 @@ import numpy as np
 from lex_fire import errors
 from lex_fire.data import examples as examples_lib
 
-MULTIPLES = (0.5, 1, 2, 4, 8)  # of the longest length in training: the lengths to evaluate
+MULTIPLES = (0.5, 1, 2, 5, 8)  # of the longest length in training: the lengths to evaluate
 MIN_TO_SPLIT = 1000
 MIN_TO_READ_BOTH = 10  # symbols
-VERSION = 2  # of what is made of an address; prepared streams of another are others
+VERSION = 3  # of what is made of an address; prepared streams of another are others
 _MOST_MARKERS = len(string.ascii_uppercase) ** 2
 _NO_MARKERS = str.maketrans('', '', string.ascii_uppercase)
 
