@@ -146,30 +146,44 @@ def test_questions_are_read_in_any_order(prepared):
   assert batch['inputs_BL'].tolist() == [rows[index][:-1] for index in (4, 0, 3, 3)]
 
 
+NAMES = ('inputs_BL', 'targets_BL', 'loss_weights_BL')
+
+
 @pytest.mark.parametrize('length', LENGTHS)
-def test_rows_of_many_questions_have_as_many_as_fit_each_a_segment(prepared, length):
+def test_rows_of_many_questions_have_each_as_a_segment(prepared, length):
   alone = questions(prepared, length).batch(np.arange(5))
   sizes = [int(weights_L.nonzero()[0].max()) + 1 for weights_L in alone['loss_weights_BL']]
-  rows = [[0]]
-  for number in range(1, 5):
-    fits = sum(sizes[other] for other in rows[-1]) + sizes[number] <= length
-    rows = [*rows[:-1], [*rows[-1], number]] if fits else [*rows, [number]]
+  expected = [
+    tuple(tuple(alone[name][row, :size]) for name in NAMES) for row, size in enumerate(sizes)
+  ]
 
   found = questions(prepared, length, isolate_documents=True)
   batch = found.batch(np.arange(found.num_windows))
 
-  assert (found.num_windows, found.num_questions) == (len(rows), 5)
-  for row, members in enumerate(rows):
-    at = 0
-    for segment, number in enumerate(members, 1):
-      here, size = slice(at, at + sizes[number]), sizes[number]
-      for name in ('inputs_BL', 'targets_BL', 'loss_weights_BL'):
-        assert batch[name][row, here].tolist() == alone[name][number, :size].tolist()
-      assert batch['position_BL'][row, here].tolist() == list(range(size))
-      assert set(batch['segment_ids_BL'][row, here]) == {segment}
-      at += size
-    assert not batch['loss_weights_BL'][row, at:].any()
-    assert not np.isin(batch['segment_ids_BL'][row, at:], range(1, len(members) + 1)).any()
+  assert found.num_questions == 5
+  segments = []
+  for row, weights_L in enumerate(batch['loss_weights_BL']):
+    is_question = [segment for segment in np.unique(batch['segment_ids_BL'][row][weights_L > 0])]
+    for segment in is_question:
+      of_segment_L = batch['segment_ids_BL'][row] == segment
+      assert batch['position_BL'][row, of_segment_L].tolist() == list(range(of_segment_L.sum()))
+      segments.append(tuple(tuple(batch[name][row, of_segment_L]) for name in NAMES))
+  assert sorted(segments) == sorted(expected)
+
+
+def test_no_two_rows_of_many_questions_would_fit_in_one():
+  length, rng = 50, np.random.default_rng(0)
+  answer, separator = 1, 1
+  sizes = rng.integers(3, length, size=400)  # with the EOS of the answer
+  end_E = np.cumsum(sizes)
+  ends = np.stack([end_E - separator - answer - 1, end_E - answer - 1, end_E], axis=1)
+  tokens_L = np.ones(end_E[-1], np.int32)
+
+  found = batches.Questions([tokens_L + 1], [ends], length, eos_id=EOS, isolate_documents=True)
+
+  used = (found.batch(np.arange(found.num_windows))['inputs_BL'] > EOS).sum(axis=1)
+  assert np.sort(used)[:2].sum() > length
+  assert sizes.sum() > 0.9 * length * found.num_windows
 
 
 def test_answers_without_room_are_refused_with_the_length_they_need(prepared):

@@ -112,12 +112,15 @@ def of_tokens(tokens_BL: np.ndarray, eos_id: int, isolate_documents: bool) -> Ba
   }
 
 
+_TOGETHER = 512  # questions whose rows are found together: enough that few stay half empty
+
+
 class Questions:
   """A stream of questions in rows: EOS, inputs, separator and answer, as `questions.prompt`.
 
   Only the answer counts. Of inputs that are too long for a row the end is left out: questions stand
   before the text that they are about. A row has one question or, as segments of their own, as many
-  of those that follow one another as have room; the EOS of one answer then begins the next.
+  as have room; the EOS of one answer then begins the next.
 
   Attributes:
     num_windows: how many rows there are.
@@ -157,9 +160,9 @@ class Questions:
         f'{np.count_nonzero(kept_W < 0)} of {self.num_questions} answers have no room in {length=}:'
         f' the longest takes {length - kept_W.min()} tokens; use a greater length'
       )
-    first = _first_of_rows(kept_W + rest_W, length) if isolate_documents else range(len(kept_W))
-    self._first = np.array([*first, len(kept_W)])
-    self.num_windows = len(self._first) - 1
+    alone = np.arange(self.num_questions)[:, None]
+    self._rows = _packed(kept_W + rest_W, length) if isolate_documents else alone
+    self.num_windows = len(self._rows)
     self.cut_tokens = int((inputs_W - kept_W).sum())
     self.num_cut = int(np.count_nonzero(inputs_W > kept_W))
 
@@ -170,7 +173,7 @@ class Questions:
     tokens_BL[:, 0] = self._eos_id
     for tokens_L, weights_L, row in zip(tokens_BL, weights_BL, index_B, strict=True):
       at = 0
-      for question in self._index[self._first[row] : self._first[row + 1]]:
+      for question in self._index[self._rows[row]]:
         text_L, answer = self._read(*question)
         tokens_L[at + 1 : at + 1 + len(text_L)] = text_L
         at += len(text_L)
@@ -202,15 +205,22 @@ def _kept(of_part: np.ndarray, length: int) -> np.ndarray:
   return np.stack([np.minimum(inputs_W, length - rest_W), inputs_W, rest_W])
 
 
-def _first_of_rows(count_W: np.ndarray, length: int) -> list[int]:
-  """Returns the first question of each row, that has as many as have room; counts are of tokens."""
-  first, used = [], length
-  for number, count in enumerate(count_W.tolist()):
-    if used + count > length:
-      first.append(number)
-      used = 0
-    used += count
-  return first
+def _packed(count_W: np.ndarray, length: int) -> list[list[int]]:
+  """Returns the questions of each row, of so many tokens each.
+
+  The longest of _TOGETHER questions come first, each in the first row that has room (first-fit
+  decreasing): of lengths that are equally likely all but some percent of the rows is filled.
+  """
+  rows = []
+  for start in range(0, len(count_W), _TOGETHER):
+    of_block_W = count_W[start : start + _TOGETHER]
+    members, room_I = [[] for _ in of_block_W], np.full(len(of_block_W), length)
+    for number in np.argsort(-of_block_W, kind='stable').tolist():
+      row = int((room_I >= of_block_W[number]).argmax())
+      members[row].append(start + number)
+      room_I[row] -= of_block_W[number]
+    rows.extend(filter(None, members))
+  return rows
 
 
 class TrainSampler:
