@@ -1,5 +1,7 @@
 """How long does FIRE make a tile of a TPU's attention kernel, by the compiler's own schedule?
 
+And how long is one without a bias beside that of JAX's own kernel, splash attention?
+
     make test-tpu  # makes .venv-tpu
     JAX_PLATFORMS=cpu .venv-tpu/bin/python -m experiments.attention_tpu.schedule
 
@@ -21,16 +23,24 @@ from typing import NamedTuple
 
 import jax
 import numpy as np
+from jax.experimental.pallas.ops.tpu import splash_attention
+from jax.sharding import SingleDeviceSharding
 
 from experiments.attention_tpu import run
 from lex_fire import encodings, zoo
-from lex_fire.kernels import Mask, mosaic_tpu_size, mosaic_tpu_x, plan
+from lex_fire.kernels import Mask, mosaic_tpu, mosaic_tpu_size, mosaic_tpu_x, plan
 
 HERE = pathlib.Path(__file__).parent
 LENGTHS = [2048, 8192, 32_768, 131_072]
 # As the compiler names what jax.grad makes of attention: forward, and backward for queries, keys.
 KERNELS = {'forward': 'jvp__.2', 'queries': 'transpose_jvp___.2', 'keys': 'transpose_jvp___.3'}
 CASES = ['fire', 'nope']
+# The same of JAX's kernel.
+SPLASH = {
+  'forward': 'splash_mqa_fwd_residuals.1',
+  'queries': 'splash_mqa_dq_no_residuals.1',
+  'keys': 'splash_mqa_dkv_no_residuals.1',
+}
 BATCH = 2  # sequences: with one, its heads would be two blocks, for chips of two cores
 LONG = 1000  # bundles of a loop over heads at least, and of what is done once a tile
 
@@ -82,14 +92,14 @@ class Cost(NamedTuple):
 
   Attributes:
     once: a tile.
-    line: a head under one line, or without a bias.
+    line: a head under one line, or without a bias, of those that are visited together.
     pieces: a head under several lines, but for its parts; None without a bias.
     part: a part of those.
     breakpoint: one in a part.
   """
 
   once: int
-  line: int
+  line: float
   pieces: int | None
   part: int
   breakpoint: int
@@ -107,7 +117,7 @@ def cost(grid: Loop, has_bias: bool) -> Cost:
   before = [count for count in grid.stretches[: _position(grid, heads[0])] if count]
   after = [count or 0 for count in grid.stretches[_position(grid, heads[-1]) :]]
   if not has_bias:
-    return Cost(before[-1], heads[0].own, None, 0, 0)
+    return Cost(before[-1], heads[0].own / mosaic_tpu.HEADS_TOGETHER, None, 0, 0)
   # What is done once comes twice, for positions in order and for any others.
   once = [count for count in before if count > LONG][-2]
   once += next((count for count in after if count > LONG), 0)
@@ -115,7 +125,7 @@ def cost(grid: Loop, has_bias: bool) -> Cost:
   parts = pieces.inner
   return Cost(
     once=once,
-    line=line.own,
+    line=line.own / mosaic_tpu.HEADS_TOGETHER,
     pieces=pieces.own,
     part=sum(loop.own for loop in parts),
     breakpoint=sum(loop.inner[0].own for loop in parts),
@@ -128,7 +138,38 @@ def _position(grid, loop):
   return places[[id(other) for other in grid.inner].index(id(loop))]
 
 
-def dump(chip: str, case: str) -> dict[str, str]:
+def splash_cost(grid: Loop) -> int:
+  """Returns the bundles that JAX's kernel takes for a head in a tile, but for all that it adds."""
+  return max(count or 0 for count in grid.stretches)
+
+
+def compile_splash(chip: str, length: int) -> None:
+  """Compiles JAX's kernel with its gradients, in tiles as large as ours and two steps a tile."""
+  heads, groups, channels = run.SHAPE['num_heads'], run.SHAPE['num_kv_heads'], run.SHAPE['head_dim']
+  tile = blocks(length)
+  sizes = splash_attention.BlockSizes(
+    **{f'block_q{name}': tile.queries for name in ('', '_dkv', '_dq')},
+    **{f'block_kv{name}': tile.keys for name in ('', '_dkv', '_dq')},
+    **{f'block_kv{name}_compute': tile.keys // 2 for name in ('', '_dkv')},
+  )
+  mask = splash_attention.CausalMask((length, length))
+  of_group = splash_attention.MultiHeadMask([mask] * (heads // groups))
+
+  def total(*arrays):
+    attend = splash_attention.make_splash_mqa_single_device(of_group, block_sizes=sizes)
+    return jax.vmap(jax.vmap(attend))(*arrays).astype('float32').sum()
+
+  one_chip = SingleDeviceSharding(run.devices(chip)[0])
+
+  def abstract(*shape):
+    return jax.ShapeDtypeStruct((BATCH, groups, *shape, length, channels), 'bfloat16')
+
+  with jax.default_device('tpu'):
+    gradients = jax.jit(jax.grad(total, (0, 1, 2)), in_shardings=one_chip, out_shardings=one_chip)
+    gradients.trace(abstract(heads // groups), abstract(), abstract()).lower().compile()
+
+
+def dump(chip: str, case: str, kernels: dict[str, str]) -> dict[str, str]:
   """Returns the listing of each kernel, from a process whose compiler writes them down."""
   with tempfile.TemporaryDirectory() as folder:
     flags = f'--xla_jf_dump_to={folder} --xla_jf_dump_llo_text=true'
@@ -146,7 +187,7 @@ def dump(chip: str, case: str) -> dict[str, str]:
       (path,) = (path for file, path in files.items() if pattern.fullmatch(file))
       return path.read_text()
 
-    return {kernel: listing(name) for kernel, name in KERNELS.items()}
+    return {kernel: listing(name) for kernel, name in kernels.items()}
 
 
 class Reach(NamedTuple):
@@ -234,7 +275,18 @@ def table(results: dict) -> str:
           ratios.append(fire / nope)
         label = kernels[0] if len(kernels) == 1 else 'all'
         lines.append(f'{name:14}{chip:4}{label:10}' + ''.join(f'{r:>9.2f}' for r in ratios))
-  return '\n'.join(lines)
+  return '\n'.join([*lines, '', *beside_splash(results, tile.heads)])
+
+
+def beside_splash(results: dict, heads: int) -> list[str]:
+  """Returns the lines of a table: bundles of a head in a tile without a bias, ours and JAX's."""
+  lines = [f'{"":18}{"ours":>9}{"splash":>9}{"ratio":>9}']
+  for chip, costs in results['chips'].items():
+    for kernel in KERNELS:
+      cost = Cost(*costs['nope'][kernel])
+      ours, other = cost.line + cost.once / heads, costs['splash'][kernel]
+      lines.append(f'{chip:4}{kernel:14}{ours:>9.0f}{other:>9}{ours / other:>9.2f}')
+  return lines
 
 
 def main() -> None:
@@ -244,15 +296,22 @@ def main() -> None:
   parser.add_argument('--compile', help=argparse.SUPPRESS)
   options = parser.parse_args()
   if options.compile:  # what `dump` asks of another process
-    run.compiled(*options.compile.split(' '), LENGTHS[0], batch=BATCH)
+    chip, case = options.compile.split(' ')
+    if case == 'splash':
+      compile_splash(chip, LENGTHS[0])
+    else:
+      run.compiled(chip, case, LENGTHS[0], batch=BATCH)
     return
   results = {'shape': run.SHAPE | {'batch': BATCH}, 'jax': jax.__version__, 'chips': {}}
   for chip in options.chips.split(','):
     costs = results['chips'][chip] = {}
     for case in CASES:
-      listings = dump(chip, case)
+      listings = dump(chip, case, KERNELS)
       costs[case] = {name: cost(parse(text), case == 'fire') for name, text in listings.items()}
       print(chip, case, costs[case], flush=True)
+    listings = dump(chip, 'splash', SPLASH)
+    costs['splash'] = {name: splash_cost(parse(text)) for name, text in listings.items()}
+    print(chip, 'splash', costs['splash'], flush=True)
   (HERE / 'schedule.json').write_text(json.dumps(results, indent=1) + '\n')
   print(table(results))
 

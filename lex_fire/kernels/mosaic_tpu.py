@@ -27,7 +27,7 @@ from lex_fire.kernels import mosaic_tpu_call as call
 from lex_fire.kernels import mosaic_tpu_x as x_lib
 from lex_fire.kernels import plan as plan_lib
 from lex_fire.kernels.mosaic_tpu_products import dot
-from lex_fire.kernels.mosaic_tpu_size import BLOCK, blocks, num_segments, why_not
+from lex_fire.kernels.mosaic_tpu_size import BLOCK, LANES, blocks, num_segments, why_not
 from lex_fire.kernels.mosaic_tpu_tile import Constants, Setup, Tile
 from lex_fire.kernels.plan import Keys, Queries
 
@@ -106,6 +106,9 @@ def attention(
   return jnp.swapaxes(flash(table, queries, keys, plan), 1, 2)[:, : query_BQHC.shape[1]]
 
 
+HEADS_TOGETHER = 2
+
+
 class Softmax(NamedTuple):
   """What the backward kernels take from the forward one; N blocks of H heads."""
 
@@ -133,13 +136,13 @@ def _forward_kernel(spans, _, inputs, out, log_norm, sums, largest, norms, own, 
     def add(head, products, bias):
       logits_QK = tile.logits(head, products, bias)
       _, value_KC = tile.key_and_value(head)
-      largest_Q1 = jnp.maximum(largest[head], logits_QK.max(axis=1, keepdims=True))
-      shrink_Q1 = jnp.exp(largest[head] - largest_Q1)
-      weights_QK = jnp.exp(logits_QK - largest_Q1)
+      largest_QT = jnp.maximum(largest[head], logits_QK.max(axis=1, keepdims=True))
+      shrink_QT = jnp.exp(largest[head] - largest_QT)
+      weights_QK = jnp.exp(logits_QK - _widened(largest_QT, logits_QK.shape[1]))
       values_QC = dot(weights_QK.astype(value_KC.dtype), value_KC, (1, 0))
-      sums[head] = sums[head] * shrink_Q1 + values_QC
-      norms[head] = norms[head] * shrink_Q1 + weights_QK.sum(axis=1, keepdims=True)
-      largest[head] = largest_Q1
+      sums[head] = sums[head] * _widened(shrink_QT, values_QC.shape[1]) + values_QC
+      norms[head] = norms[head] * shrink_QT + weights_QK.sum(axis=1, keepdims=True)
+      largest[head] = largest_QT
 
     bias_lib.visit(tile, functools.partial(_each, setup.heads, add))
 
@@ -147,17 +150,35 @@ def _forward_kernel(spans, _, inputs, out, log_norm, sums, largest, norms, own, 
   def _():
     def write(head, _):
       """A query that saw no key gets 0 and +inf: exp(logit - inf) is 0 in the backward pass."""
-      seen_Q1 = largest[head] > mask_lib.HIDDEN_LOGIT / 2
-      norm_Q1 = jnp.where(seen_Q1, norms[head], 1.0)
+      largest_Q1, norm_Q1 = largest[head][:, :1], norms[head][:, :1]
+      seen_Q1 = largest_Q1 > mask_lib.HIDDEN_LOGIT / 2
+      norm_Q1 = jnp.where(seen_Q1, norm_Q1, 1.0)
       out[0, head] = jnp.where(seen_Q1, sums[head] / norm_Q1, 0.0).astype(out.dtype)
-      log_norm_Q1 = jnp.where(seen_Q1, largest[head] + jnp.log(norm_Q1), jnp.inf)
+      log_norm_Q1 = jnp.where(seen_Q1, largest_Q1 + jnp.log(norm_Q1), jnp.inf)
       log_norm[0, 0, pl.ds(head, 1)] = log_norm_Q1.T
 
     jax.lax.fori_loop(0, setup.heads, write, None)
 
 
+def _widened(number_QT, columns):
+  """Returns a number of each query, which all lanes have, in so many columns."""
+  times = pl.cdiv(columns, number_QT.shape[1])
+  return jnp.tile(number_QT, (1, times))[:, :columns]
+
+
 def _each(count, function, products, bias):
-  jax.lax.fori_loop(0, count, lambda head, _: function(head, products, bias), None)
+  """Visits heads, two at a time: the products of one then run beside the softmax of the other.
+
+  Under pieces of a bias, whose loops nothing runs beside, one at a time.
+  """
+  together = HEADS_TOGETHER if count % HEADS_TOGETHER == 0 else 1
+  if isinstance(bias, bias_lib.Pieces):
+    together = 1
+
+  def visit(head, _):
+    function(head, products, bias)
+
+  jax.lax.fori_loop(0, count, visit, None, unroll=together)
 
 
 def _weights_and_gradient(tile, softmax, head, products, bias):
@@ -259,7 +280,7 @@ def _flash(setup, constants):
         call.Output(_like(query_BHQC, keys.value_BGKC.dtype), specs.query(query_BHQC)),
         call.Output(jax.ShapeDtypeStruct(norm, jnp.float32), specs.norm()),
       ),
-      [(*tile, channels), (*tile, 1), (*tile, 1)],
+      [(*tile, channels), (*tile, LANES), (*tile, LANES)],
       _scratch(setup, table, learned=False),
     )
     out_BHQC, log_norm_BNHQ = residuals.named(out_BHQC, log_norm_BNHQ)
