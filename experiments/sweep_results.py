@@ -118,6 +118,19 @@ def read(path: pathlib.Path) -> list[Line]:
   return lines
 
 
+def whole(lines: Sequence[Line]) -> list[Line]:
+  """Returns the lines of seeds of which none is missing; all, if no seed is whole.
+
+  So no variant is compared by other seeds than the rest, while a sweep is going on.
+  """
+  found: dict[int, set[tuple[str, ...]]] = {}
+  for line in lines:
+    found.setdefault(line['seed'], set()).add((line['variant'], line['protocol'], line['mask']))
+  every = set().union(*found.values())
+  seeds = [seed for seed, of_seed in found.items() if of_seed == every]
+  return [line for line in lines if line['seed'] in seeds] or list(lines)
+
+
 def measure(lines: Sequence[Line]) -> Measure:
   """Returns what lines are of: all of a file are of one measure."""
   return next(of for of in (LOSS, ROUGE, ACCURACY) if of.field in lines[0]['lengths'][0])
@@ -199,8 +212,11 @@ def draw(lines: Sequence[Line], path: pathlib.Path) -> None:
 
 
 def write(path: pathlib.Path) -> str:
-  """Writes the tables and the plot of a file of lines beside it, and returns the tables."""
-  lines = read(path)
+  """Writes the tables and the plot of a file of lines beside it, and returns the tables.
+
+  Of the seeds that are `whole`.
+  """
+  lines = whole(read(path))
   text = tables(lines)
   path.with_suffix('.txt').write_text(text)
   draw(lines, path.with_suffix('.png'))

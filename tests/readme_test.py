@@ -97,7 +97,9 @@ def test_what_length_generalization_tells_is_what_was_measured():
   readme = (length_generalization.HERE / 'README.md').read_text()
   lines = sweep_results.read(length_generalization.HERE / 'books_laptop.jsonl')
 
-  assert textwrap.indent(length_generalization.summary(lines), '    ') in readme
+  built_in = sweep_results.read(length_generalization.HERE / 'stdlib_laptop.jsonl')
+  for of_corpus in (lines, sweep_results.whole(built_in)):
+    assert textwrap.indent(length_generalization.summary(of_corpus), '    ') in readme
   (trained,) = {line['train_length'] for line in lines}
   rows = {mask: sweep_results.rows(lines, 'same_tokens', mask) for mask in sweep.MASKS}
   for mask, made in rows.items():

@@ -160,6 +160,15 @@ def test_rows_are_means_and_deviations_over_seeds_the_best_at_the_longest_first(
   ]
 
 
+def test_a_seed_that_is_going_on_waits_for_its_last_line():
+  seed_0 = [line(variant, 0, {32: 1.0}, mask) for variant in 'ab' for mask in sweep.MASKS]
+  seed_1 = [of_0 | {'seed': 1} for of_0 in seed_0]
+
+  assert sweep_results.whole([*seed_0, *seed_1[:3]]) == seed_0
+  assert sweep_results.whole([*seed_0, *seed_1]) == [*seed_0, *seed_1]
+  assert sweep_results.whole([*seed_0[:2], *seed_1[2:]]) == [*seed_0[:2], *seed_1[2:]]
+
+
 def test_a_ranking_stands_beside_the_published_one():
   lines = [line(name, 0, {64: at}) for at, name in enumerate(('xpos', 'rope', 'late', 'alibi'))]
 
@@ -276,5 +285,6 @@ def test_a_line_that_is_torn_is_named(tmp_path):
 
 @pytest.mark.parametrize('path', MEASURED, ids=lambda path: f'{path.parent.name}-{path.stem}')
 def test_tables_are_those_of_what_was_measured(path):
-  assert path.with_suffix('.txt').read_text() == sweep_results.tables(sweep_results.read(path))
+  lines = sweep_results.whole(sweep_results.read(path))
+  assert path.with_suffix('.txt').read_text() == sweep_results.tables(lines)
   assert path.with_suffix('.png').exists()
