@@ -171,17 +171,33 @@ def test_rows_of_many_questions_have_each_as_a_segment(prepared, length):
   assert sorted(segments) == sorted(expected)
 
 
+def packed(sizes, length):
+  """Returns rows of questions of so many tokens, the EOS of the answer included."""
+  end_W = np.cumsum(sizes)
+  ends = np.stack([end_W - 3, end_W - 2, end_W], axis=1)
+  tokens_L = np.full(end_W[-1], EOS + 1, np.int32)
+  tokens_L[end_W - 1] = EOS
+  return batches.Questions([tokens_L], [ends], length, eos_id=EOS, isolate_documents=True)
+
+
+def test_the_first_rows_of_many_questions_are_of_all_lengths():
+  """Validation judges by them."""
+  length, sizes = 50, np.random.default_rng(0).integers(3, 50, size=400)
+  found = packed(sizes, length)
+
+  batch = found.batch(np.arange(40))
+  is_answer_BL = batch['loss_weights_BL'] > 0
+  longest = np.where(is_answer_BL, batch['position_BL'], 0).max(axis=1) + 1
+
+  assert np.mean(longest) < 0.8 * length
+
+
 def test_no_two_rows_of_many_questions_would_fit_in_one():
-  length, rng = 50, np.random.default_rng(0)
-  answer, separator = 1, 1
-  sizes = rng.integers(3, length, size=400)  # with the EOS of the answer
-  end_E = np.cumsum(sizes)
-  ends = np.stack([end_E - separator - answer - 1, end_E - answer - 1, end_E], axis=1)
-  tokens_L = np.ones(end_E[-1], np.int32)
+  length, sizes = 50, np.random.default_rng(0).integers(3, 50, size=400)
+  found = packed(sizes, length)
 
-  found = batches.Questions([tokens_L + 1], [ends], length, eos_id=EOS, isolate_documents=True)
-
-  used = (found.batch(np.arange(found.num_windows))['inputs_BL'] > EOS).sum(axis=1)
+  is_answer_BL = found.batch(np.arange(found.num_windows))['loss_weights_BL'] > 0
+  used = np.where(is_answer_BL, np.arange(1, length + 1)[None], 0).max(axis=1)
   assert np.sort(used)[:2].sum() > length
   assert sizes.sum() > 0.9 * length * found.num_windows
 

@@ -209,7 +209,8 @@ def _packed(count_W: np.ndarray, length: int) -> list[list[int]]:
   """Returns the questions of each row, of so many tokens each.
 
   The longest of _TOGETHER questions come first, each in the first row that has room (first-fit
-  decreasing): of lengths that are equally likely all but some percent of the rows is filled.
+  decreasing): of lengths that are equally likely all but some percent of the rows is filled. Rows
+  then follow one another by their earliest questions, so that the first rows are of all lengths.
   """
   rows = []
   for start in range(0, len(count_W), _TOGETHER):
@@ -219,7 +220,7 @@ def _packed(count_W: np.ndarray, length: int) -> list[list[int]]:
       row = int((room_I >= of_block_W[number]).argmax())
       members[row].append(start + number)
       room_I[row] -= of_block_W[number]
-    rows.extend(filter(None, members))
+    rows.extend(sorted(filter(None, members), key=min))
   return rows
 
 
