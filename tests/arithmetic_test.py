@@ -165,7 +165,7 @@ def test_the_sweep_measures_what_is_left_and_shows_it(tmp_path, monkeypatch):
   assert again == text == path.with_suffix('.txt').read_text()
   lines = sweep_results.read(path)
   for line in lines:
-    assert [at['length'] for at in line['lengths']] == [1, 2, 4, 8, 16]
+    assert [at['length'] for at in line['lengths']] == [2 * m for m in algorithms.MULTIPLES]
   assert 'right answers to 3 questions a length, in percent' in text
   assert path.with_suffix('.png').stat().st_size > 10_000
   assert len(lines) == 2
