@@ -146,7 +146,7 @@ def test_training_has_all_lengths_up_to_the_longest_and_evaluation_its_multiples
   for length in range(1, 6):
     assert train.count(length) == pytest.approx(200, abs=60)
   assert set(train) == {1, 2, 3, 4, 5}
-  assert test == [2, 5, 10, 20, 40] * 2
+  assert test == [2, 5, 10, 25, 40] * 2
 
 
 @every_algorithm
