@@ -121,7 +121,7 @@ def read(path: pathlib.Path) -> list[Line]:
 def whole(lines: Sequence[Line]) -> list[Line]:
   """Returns the lines of seeds of which none is missing; all, if no seed is whole.
 
-  So no variant is compared by other seeds than the rest, while a sweep is going on.
+  So where one is, no variant is compared by other seeds than the rest while a sweep is going on.
   """
   found: dict[int, set[tuple[str, ...]]] = {}
   for line in lines:

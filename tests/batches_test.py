@@ -171,6 +171,14 @@ def test_rows_of_many_questions_have_each_as_a_segment(prepared, length):
   assert sorted(segments) == sorted(expected)
 
 
+def test_an_eos_among_the_inputs_begins_no_segment():
+  tokens_L, ends = np.int32([10, EOS, 12, 13, 14, EOS]), np.array([[3, 4, 6]])
+
+  found = batches.Questions([tokens_L], [ends], 8, eos_id=EOS, isolate_documents=True)
+
+  assert found.batch(np.array([0]))['segment_ids_BL'].tolist() == [[1, 1, 1, 1, 1, 1, 2, 2]]
+
+
 def packed(sizes, length):
   """Returns rows of questions of so many tokens, the EOS of the answer included."""
   end_W = np.cumsum(sizes)

@@ -113,12 +113,14 @@ def probe(arrays):
   return np.random.default_rng(9).normal(size=arrays[0].shape).astype(np.float32)
 
 
-def out_and_gradients(attention, encoding, params, arrays, positions, segments, mask, **more):
+def out_and_gradients(
+  attention, encoding, params, arrays, positions, segments, mask, scale=1.0, **more
+):
   """Returns (out_BQHC, gradients of params and arrays) of a fixed random functional.
 
   Positions and segments are of queries and of keys.
   """
-  probe_BQHC = probe(arrays)
+  probe_BQHC = scale * probe(arrays)
 
   def functional(params, arrays):
     if encoding.rotate is not None:
@@ -181,7 +183,7 @@ def test_outputs_and_gradients_equal_the_oracles(case, mask, layout, channels):
   encoding, params = make(*CASES[case])
   arrays, dtype = inputs(len(layout[0]), channels), 'two parts'
   if channels == 256:  # of which float32 has no room
-    arrays, dtype = [jnp.bfloat16(x) for x in arrays], 'bfloat16'
+    arrays, dtype = [jnp.bfloat16(x) for x in arrays], 'wide bfloat16'
 
   found = interpreted(encoding, params, arrays, *where(layout, mask))
 
@@ -196,6 +198,45 @@ def test_decayed_heads_of_many_channels_equal_those_of_tiles_in_xla():
   found = interpreted(*given)
 
   assert_agree(found, out_and_gradients(chunked.attention, *given), 1e-4)
+
+
+def test_gradients_under_a_decay_are_finite_if_those_of_what_follows_are_large():
+  encoding, params = make('xpos', {})
+  position_BL = np.int32([np.r_[STRETCH : STRETCH + 70, 3 * STRETCH : 3 * STRETCH + 70]])
+  given = encoding, params, inputs(1, 64), *where((position_BL, None), 'causal')
+  large = functools.partial(out_and_gradients, scale=1e5)
+
+  found = large(
+    functools.partial(mosaic_gpu.attention, interpret=interpreter.InterpretGPUParams()), *given
+  )
+
+  assert_agree(found, large(chunked.attention, *given), 1e-4)
+
+
+@pytest.mark.parametrize('name', ['nope', 'fire', 'xpos'])
+def test_it_is_differentiated_from_outside_of_a_jitted_function_and_of_a_scan(name):
+  encoding, params = make(name, {})
+  positions, segments, mask = where(PLAIN, 'causal')
+
+  def attend(params, arrays):
+    return mosaic_gpu.attention(
+      *arrays,
+      encoding=encoding,
+      params=params,
+      query_position_BQ=positions[0],
+      key_position_BK=positions[1],
+      query_segment_BQ=segments[0],
+      key_segment_BK=segments[1],
+      mask=mask,
+    )
+
+  def layers(params, arrays):
+    _, out_NBQHC = jax.lax.scan(lambda *_: (None, jax.jit(attend)(params, arrays)), None, length=2)
+    return out_NBQHC.astype(jnp.float32).sum()
+
+  arrays = [jnp.bfloat16(x) for x in inputs(1, 64)]
+  traced = jax.jit(jax.grad(layers, argnums=(0, 1))).trace(params, arrays)
+  assert 'mosaic_gpu' in traced.lower(lowering_platforms=('cuda',)).as_text()
 
 
 def test_bfloat16_stays_bfloat16_and_near_the_oracle():
@@ -316,3 +357,18 @@ def test_what_it_cannot_serve_it_refuses(name, options, channels, dtype, reason)
       key_segment_BK=None,
       mask=kernels.Mask(),
     )
+
+
+@pytest.mark.parametrize(
+  ('encoding', 'mask', 'reason'),
+  [
+    (encodings.get('xpos'), {'causal': False}, "decay of 'xpos' under a causal mask only"),
+    (
+      encodings.get('alibi')._replace(log_decay=encodings.get('xpos').log_decay),
+      {},
+      "a decay or a bias, but 'alibi' has both",
+    ),
+  ],
+)
+def test_decays_that_it_cannot_serve_it_refuses(encoding, mask, reason):
+  assert reason in mosaic_gpu.why_not(encoding, kernels.Mask(**mask), 64, jnp.bfloat16)

@@ -4,7 +4,7 @@ Window w of length L is stream[w L : w L + L + 1]: each token but the stream's f
 one window. Training draws windows by a Grain index sampler that has no state but the step: a batch
 is a pure function of seed and step, the same after a restart and on any number of hosts.
 
-Questions of a Task are rows of their own, drawn in the same way.
+Questions of a Task are rows of their own, or share them as segments, and are drawn in the same way.
 
 A batch is a dict of NumPy arrays, of B rows (this host's) and L tokens:
   inputs_BL: int32.
@@ -97,10 +97,17 @@ def _windows(sizes: Iterable[int], length: int) -> np.ndarray:
 
 
 def of_tokens(tokens_BL: np.ndarray, eos_id: int, isolate_documents: bool) -> Batch:
-  """Returns rows of L + 1 tokens as a batch of windows; arguments as for Windows."""
+  """Returns rows of L + 1 tokens as a batch of windows; arguments as for Windows.
+
+  An EOS among the inputs begins the document after it: its target is that document's first token,
+  which is so predicted from EOS alone, as in evaluation (`protocols`). Thus every target counts,
+  and none is predicted from a document that is not its own, if documents are isolated.
+  """
   inputs_BL, targets_BL = tokens_BL[:, :-1], tokens_BL[:, 1:]
   if isolate_documents:
-    segment_ids, position = _segments(inputs_BL, eos_id)
+    is_first_BL = inputs_BL == eos_id
+    is_first_BL[:, 0] = True
+    segment_ids, position = _segments(is_first_BL)
   else:
     segment_ids, position = None, np.arange(inputs_BL.shape[1], dtype=np.int32)[None]
   return {
@@ -170,16 +177,27 @@ class Questions:
     """Reads the rows of the given indices, from 0 to num_windows - 1, as a batch."""
     tokens_BL = np.zeros((len(index_B), self._length + 1), np.int32)
     weights_BL = np.zeros((len(index_B), self._length), np.float32)
+    is_first_BL = np.zeros(tokens_BL.shape, bool)
     tokens_BL[:, 0] = self._eos_id
-    for tokens_L, weights_L, row in zip(tokens_BL, weights_BL, index_B, strict=True):
+    for row, index in enumerate(index_B):
       at = 0
-      for question in self._index[self._rows[row]]:
+      for question in self._index[self._rows[index]]:
         text_L, answer = self._read(*question)
-        tokens_L[at + 1 : at + 1 + len(text_L)] = text_L
+        is_first_BL[row, at] = True
+        tokens_BL[row, at + 1 : at + 1 + len(text_L)] = text_L
         at += len(text_L)
-        weights_L[at - answer : at] = 1
-    batch = of_tokens(tokens_BL, self._eos_id, self._isolate_documents)
-    return {**batch, 'loss_weights_BL': weights_BL}
+        weights_BL[row, at - answer : at] = 1
+      is_first_BL[row, at] = True  # of what is left over
+    segments, positions = None, np.arange(self._length, dtype=np.int32)[None]
+    if self._isolate_documents:
+      segments, positions = _segments(is_first_BL[:, :-1])
+    return {
+      'inputs_BL': tokens_BL[:, :-1],
+      'targets_BL': tokens_BL[:, 1:],
+      'loss_weights_BL': weights_BL,
+      'position_BL': positions,
+      'segment_ids_BL': segments,
+    }
 
   def _read(self, part: int, number: int) -> tuple[np.ndarray, int]:
     """Returns the tokens_L of a question and its answer, and how many are the answer's."""
@@ -210,7 +228,7 @@ def _packed(count_W: np.ndarray, length: int) -> list[list[int]]:
 
   The longest of _TOGETHER questions come first, each in the first row that has room (first-fit
   decreasing): of lengths that are equally likely all but some percent of the rows is filled. Rows
-  then follow one another by their earliest questions, so that the first rows are of all lengths.
+  then follow one another in a random order, always the same, so that the first are like the rest.
   """
   rows = []
   for start in range(0, len(count_W), _TOGETHER):
@@ -220,7 +238,8 @@ def _packed(count_W: np.ndarray, length: int) -> list[list[int]]:
       row = int((room_I >= of_block_W[number]).argmax())
       members[row].append(start + number)
       room_I[row] -= of_block_W[number]
-    rows.extend(sorted(filter(None, members), key=min))
+    found = list(filter(None, members))
+    rows.extend(found[row] for row in np.random.default_rng(start).permutation(len(found)))
   return rows
 
 
@@ -312,18 +331,12 @@ def host_rows(batch_size: int, process_index: int, process_count: int) -> np.nda
   return np.arange(process_index * rows, (process_index + 1) * rows)
 
 
-def _segments(inputs_BL: np.ndarray, eos_id: int) -> tuple[np.ndarray, np.ndarray]:
-  """Numbers the documents of each row, and the tokens of each document.
-
-  An EOS among the inputs begins the document after it: its target is that document's first token,
-  which is so predicted from EOS alone, as in evaluation (`protocols`). Thus every target counts,
-  and none is predicted from a document that is not its own.
+def _segments(is_first_BL: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+  """Numbers the segments of each row by where they begin, and the tokens of each.
 
   Returns:
     segment_ids_BL from 1 and position_BL from 0, int32.
   """
-  is_first_BL = inputs_BL == eos_id
-  is_first_BL[:, 0] = True
-  index_1L = np.arange(inputs_BL.shape[1], dtype=np.int32)[None]
+  index_1L = np.arange(is_first_BL.shape[1], dtype=np.int32)[None]
   first_BL = np.maximum.accumulate(np.where(is_first_BL, index_1L, 0), axis=1)
   return np.cumsum(is_first_BL, axis=1, dtype=np.int32), index_1L - first_BL

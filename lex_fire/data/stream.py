@@ -136,7 +136,7 @@ def manifest_of(name: str, identity: Mapping[str, Any], parts: list[dict[str, An
 
 
 def _windows(parts: list[dict[str, Any]]) -> dict[str, dict[str, int]]:
-  """Returns how many windows of WINDOW_LENGTHS there are, by length; {} of questions, a row each.
+  """Returns how many windows of WINDOW_LENGTHS there are, by length; {} of questions.
 
   A stream serves every length; these are told for people.
   """

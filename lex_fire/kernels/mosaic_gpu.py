@@ -2,10 +2,10 @@
 
 The online softmax of FlashAttention (Dao et al. 2022, arXiv:2205.14135; for Hopper Shah et al.
 2024, arXiv:2407.08608): one warpgroup copies blocks of keys and values to shared memory, two others
-each multiply 64 queries by them. A bias is its encoding's `piecewise.Table`: from
-positions alone, a tile computes x and a line of it, and more only for breakpoints that x can reach
-there, which are found beforehand from the bounds of each block. Neither a [Q, K] array nor an
-atomic operation exists, so that gradients have the same bits each run.
+each multiply 64 queries by them. A bias is its encoding's `piecewise.Table`: from positions alone,
+a tile computes x and a line of it, and more only for breakpoints that x can reach there, which are
+found beforehand from the bounds of each block. Neither a [Q, K] array nor an atomic operation
+exists, so that gradients have the same bits each run.
 """
 
 # Not strict, as its neighbours are: kernels carry no types.
@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
@@ -75,6 +76,8 @@ def why_not(encoding: base.Encoding, mask: mask_lib.Mask, channels: int, dtype: 
   """
   if encoding.log_decay is not None and not mask.causal:
     return f'mosaic_gpu has the decay of {encoding.name!r} under a causal mask only'
+  if encoding.log_decay is not None and encoding.bias is not None:
+    return f'mosaic_gpu has a decay or a bias, but {encoding.name!r} has both'
   if channels not in CHANNELS:
     return f'mosaic_gpu has heads of 64, 128 or 256 channels, not {channels}'
   parts = products.PARTS.get(jnp.dtype(dtype).name)
@@ -148,7 +151,7 @@ def attention(
   if encoding.log_decay is not None:
     log_decay_C = encoding.log_decay(channels)
     stretch = decay.stretch_of(log_decay_C)
-    rate_C = jnp.asarray(stretch * log_decay_C, jnp.float32)
+    rate_C = np.float32(stretch * log_decay_C)
   of_queries = query_position_BQ, query_segment_BQ, query_padding
   query_BNQ = plan_lib.query_numbers(mask, *of_queries, stretch)
   key_BNK = plan_lib.key_numbers(key_position_BK, key_segment_BK, key_padding, stretch)

@@ -23,9 +23,6 @@ from lex_fire.kernels import mosaic_gpu_tile as tile_lib
 
 PARTS = {'bfloat16': 1, 'float32': 2}  # of bfloat16, by the type of queries, keys and values
 CHANNELS = 64  # that rows under a decay take at once: registers hold no more
-# Nats. A gradient's sum is divided by a decay before a product is added and multiplied after; what
-# decayed by more than this adds nothing that float32 could show.
-MOST_DECAY = 60.0
 _ACC: Any = plgpu.ACC  # pyright: ignore[reportPrivateImportUsage]
 
 
@@ -187,10 +184,10 @@ class Tile(NamedTuple):
       of_apart = jax.lax.cond(end - first == 1, lambda: d_logits, here)
 
       def decayed():
-        log_decay_C = jnp.maximum(self._log_decay(apart, so_far.shape[1]), -MOST_DECAY)
-        so_far_LC = so_far * tile_lib.spread(jnp.exp(-log_decay_C), so_far.shape, 1)
-        sum_LC = add_product(self.setup, so_far_LC, of_apart, b)
-        return sum_LC * tile_lib.spread(jnp.exp(log_decay_C), so_far.shape, 1)
+        factor_C = jnp.exp(self._log_decay(apart, so_far.shape[1]))
+        nothing = tile_lib.full(self.setup, so_far.shape, 0.0)
+        sum_LC = add_product(self.setup, nothing, of_apart, b)
+        return so_far + sum_LC * tile_lib.spread(factor_C, so_far.shape, 1)
 
       return jax.lax.cond(apart == 0, lambda: add_product(self.setup, so_far, of_apart, b), decayed)
 

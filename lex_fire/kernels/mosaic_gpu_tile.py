@@ -122,7 +122,7 @@ def code(code_ref, integers, row, first, n):
 
 
 def span(code):
-  """Returns the first segment of a table that a tile may reach, and one past the last."""
+  """Returns the first of a tile's span, and one past the last."""
   first = (code >> FIRST_SHIFT) & (MOST_SEGMENTS - 1)
   return first, first + 1 + (code >> MORE_SHIFT)
 
