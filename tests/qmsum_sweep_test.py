@@ -166,7 +166,7 @@ def test_a_training_that_ended_early_is_not_asked(tmp_path, monkeypatch):
 
 
 def test_a_table_of_scores_has_means_and_deviations_the_highest_at_the_longest_first(tmp_path):
-  found = {'late': [{32: 4.0, 64: 3.0}, {32: 5.0, 64: 4.0}], 'early': [{32: 2.0, 64: 5.0}]}
+  found = {'late': [{32: 4.0, 64: 3.0}, {32: 5.0, 64: 4.0}], 'early': [{32: 2.0, 64: 5.0}] * 2}
   lines = [line(name, seed, at) for name, ats in found.items() for seed, at in enumerate(ats)]
   path = tmp_path / 'measured.jsonl'
   path.write_text(''.join(json.dumps(each) + '\n' for each in lines))
@@ -182,7 +182,7 @@ def test_a_table_of_scores_has_means_and_deviations_the_highest_at_the_longest_f
       'mean and standard deviation over seeds\n'
       '\n'
       '    variant  seeds              32              64\n'
-      '    early        1           2.000           5.000\n'
+      '    early        2   2.000 +-0.000   5.000 +-0.000\n'
       '    late         2   4.500 +-0.707   3.500 +-0.707\n'
     )
   )
