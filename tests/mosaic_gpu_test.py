@@ -113,6 +113,21 @@ def probe(arrays):
   return np.random.default_rng(9).normal(size=arrays[0].shape).astype(np.float32)
 
 
+def attend(attention, encoding, params, arrays, positions, segments, mask, **more):
+  """Returns out_BQHC; positions and segments are of queries and of keys."""
+  return attention(
+    *arrays,
+    encoding=encoding,
+    params=params,
+    query_position_BQ=positions[0],
+    key_position_BK=positions[1],
+    query_segment_BQ=segments[0],
+    key_segment_BK=segments[1],
+    mask=mask,
+    **more,
+  )
+
+
 def out_and_gradients(
   attention, encoding, params, arrays, positions, segments, mask, scale=1.0, **more
 ):
@@ -126,17 +141,7 @@ def out_and_gradients(
     if encoding.rotate is not None:
       rotated = map(encoding.rotate, [params] * 2, arrays[:2], positions)
       arrays = [*rotated, arrays[2]]
-    out_BQHC = attention(
-      *arrays,
-      encoding=encoding,
-      params=params,
-      query_position_BQ=positions[0],
-      key_position_BK=positions[1],
-      query_segment_BQ=segments[0],
-      key_segment_BK=segments[1],
-      mask=mask,
-      **more,
-    )
+    out_BQHC = attend(attention, encoding, params, arrays, positions, segments, mask, **more)
     return (out_BQHC.astype(jnp.float32) * probe_BQHC).sum(), out_BQHC
 
   gradients, out_BQHC = jax.jit(jax.grad(functional, argnums=(0, 1), has_aux=True))(params, arrays)
@@ -216,22 +221,12 @@ def test_gradients_under_a_decay_are_finite_if_those_of_what_follows_are_large()
 @pytest.mark.parametrize('name', ['nope', 'fire', 'xpos'])
 def test_it_is_differentiated_from_outside_of_a_jitted_function_and_of_a_scan(name):
   encoding, params = make(name, {})
-  positions, segments, mask = where(PLAIN, 'causal')
 
-  def attend(params, arrays):
-    return mosaic_gpu.attention(
-      *arrays,
-      encoding=encoding,
-      params=params,
-      query_position_BQ=positions[0],
-      key_position_BK=positions[1],
-      query_segment_BQ=segments[0],
-      key_segment_BK=segments[1],
-      mask=mask,
-    )
+  def layer(params, arrays):
+    return attend(mosaic_gpu.attention, encoding, params, arrays, *where(PLAIN, 'causal'))
 
   def layers(params, arrays):
-    _, out_NBQHC = jax.lax.scan(lambda *_: (None, jax.jit(attend)(params, arrays)), None, length=2)
+    _, out_NBQHC = jax.lax.scan(lambda *_: (None, jax.jit(layer)(params, arrays)), None, length=2)
     return out_NBQHC.astype(jnp.float32).sum()
 
   arrays = [jnp.bfloat16(x) for x in inputs(1, 64)]

@@ -260,19 +260,7 @@ def _forward(setup, rate_C, table, inputs):
 def _forward_kernel(
   setup,
   size,
-  line_HZX,
-  number_HN,
-  rate_C,
-  query_YBQHC,
-  key_YBKGC,
-  value_YBKGC,
-  query_BNQ,
-  key_BNK,
-  code_BIJ,
-  range_BIP,
-  out_YBQHC,
-  log_norm_BHQ,
-  *,
+  *refs,
   query_IYQC,
   key_JYKC,
   value_JYKC,
@@ -283,45 +271,29 @@ def _forward_kernel(
   ready,
   free,
 ):
+  given, (code_BIJ, range_BIP, out_YBQHC, log_norm_BHQ) = products.given(refs)
   batch, head, row = (jax.lax.axis_index(name) for name in ('batch', 'head', 'row'))
   integers = tile_lib.row_of(code_BIJ, batch)
   first, count = range_BIP[integers, row, 0], range_BIP[integers, row, 1]
-  of_parts = functools.partial(tile_lib.of_parts, setup.parts)
 
   def copy(n, slot):
-    group = head // (query_YBQHC.shape[3] // key_YBKGC.shape[3])
+    group = head // (given.query_YBQHC.shape[3] // given.key_YBKGC.shape[3])
     keys = pl.ds((first + n) * size.columns, size.columns)
-    pairs = (
-      *of_parts(key_YBKGC, batch, keys, group, key_JYKC.at[slot]),
-      *of_parts(value_YBKGC, batch, keys, group, value_JYKC.at[slot]),
-      (key_BNK.at[tile_lib.row_of(key_BNK, batch), :, keys], key_JNK.at[slot]),
-    )
-    tile_lib.copy(pairs, ready.at[slot])
+    blocks = (ref.at[slot] for ref in (key_JYKC, value_JYKC, key_JNK))
+    tile_lib.copy(given.keys(batch, keys, group, *blocks), ready.at[slot])
 
   def compute(unit):
     block = UNITS * row + unit
     rows = pl.ds(block * ROWS, ROWS)
     query_YQC, query_NQ, log_norm_Q = query_IYQC.at[unit], query_INQ.at[unit], log_norm_IQ.at[unit]
-    pairs = (
-      *of_parts(query_YBQHC, batch, rows, head, query_YQC),
-      (query_BNQ.at[tile_lib.row_of(query_BNQ, batch), :, rows], query_NQ),
-    )
-    tile_lib.copy(pairs, query_ready.at[unit])
+    tile_lib.copy(given.queries(batch, rows, head, query_YQC, query_NQ), query_ready.at[unit])
     plgpu.barrier_wait(query_ready.at[unit])
-    numbers = tile_lib.numbers(setup, number_HN, head)
+    of_head = given.of_head(setup, head)
 
     def visit(n, code, slot, so_far):
       del n
-      tile = products.Tile(
-        setup=setup,
-        positions=tile_lib.Positions(query_NQ, key_JNK.at[slot], query_axis=0),
-        code=code,
-        line_ref=line_HZX,
-        head=head,
-        numbers=numbers,
-        rate_ref=rate_C,
-      )
-      x_QK = tile_lib.coordinate(setup, tile.positions, numbers, (ROWS, size.columns))
+      tile = of_head(tile_lib.Positions(query_NQ, key_JNK.at[slot], query_axis=0), code)
+      x_QK = tile.coordinate((ROWS, size.columns))
       logits_QK = tile.logits(query_YQC, key_JYKC.at[slot], x_QK)
       return _softmax_step(setup, so_far, logits_QK, value_JYKC.at[slot])
 
@@ -335,7 +307,7 @@ def _forward_kernel(
     out_QC, log_norm_Q[...] = _softmax_end(*end)
     products.write(setup, query_YQC, out_QC)
     pairs = (
-      *of_parts(out_YBQHC, batch, rows, head, query_YQC),
+      *products.of_parts(out_YBQHC, batch, rows, head, query_YQC),
       (log_norm_BHQ.at[batch, head, rows], log_norm_Q),
     )
     tile_lib.copy_back(pairs)

@@ -102,20 +102,7 @@ def _sums_shape(setup):
 def _query_kernel(
   setup,
   size,
-  line_HZX,
-  number_HN,
-  rate_C,
-  query_YBQHC,
-  key_YBKGC,
-  value_YBKGC,
-  query_BNQ,
-  key_BNK,
-  d_out_YBQHC,
-  norm_BHPQ,
-  code_BIJ,
-  range_BIP,
-  d_query_YBQHC,
-  *sums_BHI,
+  *refs,
   query_IYQC,
   d_out_IYQC,
   key_JYKC,
@@ -129,20 +116,17 @@ def _query_kernel(
   ready,
   free,
 ):
+  given, others = products.given(refs)
+  d_out_YBQHC, norm_BHPQ, code_BIJ, range_BIP, d_query_YBQHC, *sums_BHI = others
   batch, head, row = (jax.lax.axis_index(name) for name in ('batch', 'head', 'row'))
   integers = tile_lib.row_of(code_BIJ, batch)
   first, count = range_BIP[integers, row, 0], range_BIP[integers, row, 1]
-  of_parts = functools.partial(tile_lib.of_parts, setup.parts)
 
   def copy(n, slot):
-    group = head // (query_YBQHC.shape[3] // key_YBKGC.shape[3])
+    group = head // (given.query_YBQHC.shape[3] // given.key_YBKGC.shape[3])
     keys = pl.ds((first + n) * size.columns, size.columns)
-    pairs = (
-      *of_parts(key_YBKGC, batch, keys, group, key_JYKC.at[slot]),
-      *of_parts(value_YBKGC, batch, keys, group, value_JYKC.at[slot]),
-      (key_BNK.at[tile_lib.row_of(key_BNK, batch), :, keys], key_JNK.at[slot]),
-    )
-    tile_lib.copy(pairs, ready.at[slot])
+    blocks = (ref.at[slot] for ref in (key_JYKC, value_JYKC, key_JNK))
+    tile_lib.copy(given.keys(batch, keys, group, *blocks), ready.at[slot])
 
   def compute(unit):
     block = UNITS * row + unit
@@ -150,38 +134,27 @@ def _query_kernel(
     query_YQC, d_out_YQC, query_NQ = query_IYQC.at[unit], d_out_IYQC.at[unit], query_INQ.at[unit]
     norm_PQ = norm_IPQ.at[unit]
     pairs = (
-      *of_parts(query_YBQHC, batch, rows, head, query_YQC),
-      *of_parts(d_out_YBQHC, batch, rows, head, d_out_YQC),
-      (query_BNQ.at[tile_lib.row_of(query_BNQ, batch), :, rows], query_NQ),
+      *given.queries(batch, rows, head, query_YQC, query_NQ),
+      *products.of_parts(d_out_YBQHC, batch, rows, head, d_out_YQC),
       (norm_BHPQ.at[batch, head, :, rows], norm_PQ),
     )
     tile_lib.copy(pairs, query_ready.at[unit])
     plgpu.barrier_wait(query_ready.at[unit])
-    numbers = tile_lib.numbers(setup, number_HN, head)
-    gradient = TableGradient(
-      setup, line_HZX, head, [ref.at[unit] for ref in sums], spare_IQ.at[unit]
-    )
+    of_head = given.of_head(setup, head)
+    gradient = TableGradient(setup, [ref.at[unit] for ref in sums], spare_IQ.at[unit])
     log_norm_Q, delta_Q = (tile_lib.vector(setup, norm_PQ.at[n], 0) for n in range(2))
 
     def visit(n, code, slot, so_far):
       del n
       d_query_QC, table_sums = so_far
+      tile = of_head(tile_lib.Positions(query_NQ, key_JNK.at[slot], query_axis=0), code)
       shape = ROWS, size.columns
-      tile = products.Tile(
-        setup=setup,
-        positions=tile_lib.Positions(query_NQ, key_JNK.at[slot], query_axis=0),
-        code=code,
-        line_ref=line_HZX,
-        head=head,
-        numbers=numbers,
-        rate_ref=rate_C,
-      )
-      x_QK = tile_lib.coordinate(setup, tile.positions, numbers, shape)
+      x_QK = tile.coordinate(shape)
       logits_QK = tile.logits(query_YQC, key_JYKC.at[slot], x_QK)
       weights_QK = tile_lib.weights(logits_QK, log_norm_Q, 0)
       d_weights_QK = products.product(setup, d_out_YQC, value_JYKC.at[slot])
       d_logits_QK = weights_QK * (d_weights_QK - tile_lib.spread(delta_Q, shape, 0))
-      table_sums = gradient.add(table_sums, tile.positions, numbers, code, x_QK, d_logits_QK)
+      table_sums = gradient.add(table_sums, tile, x_QK, d_logits_QK)
       return tile.add(d_query_QC, d_logits_QK, key_JYKC.at[slot]), table_sums
 
     start = tile_lib.full(setup, query_YQC.shape[1:], 0.0), gradient.start()
@@ -192,7 +165,7 @@ def _query_kernel(
     gradient.end(table_sums)
     totals = zip(sums_BHI, gradient.refs, strict=True)
     pairs = (
-      *of_parts(d_query_YBQHC, batch, rows, head, query_YQC),
+      *products.of_parts(d_query_YBQHC, batch, rows, head, query_YQC),
       *((target.at[batch, head, block], source) for target, source in totals),
     )
     tile_lib.copy_back(pairs)
@@ -208,9 +181,8 @@ class TableGradient:
   that sum goes to shared memory.
   """
 
-  def __init__(self, setup, line_ref, head, refs, spare_ref):
-    self.setup, self.line_ref, self.head = setup, line_ref, head
-    self.refs, self.spare_ref = refs, spare_ref
+  def __init__(self, setup, refs, spare_ref):
+    self.setup, self.refs, self.spare_ref = setup, refs, spare_ref
 
   def start(self):
     """Returns the sums of no tile: (segment or -1, its two sums), and one of each number."""
@@ -221,24 +193,25 @@ class TableGradient:
     zero_Q = tile_lib.full(self.setup, (ROWS,), 0.0)
     return (jnp.int32(-1), zero_Q, zero_Q), [zero_Q] * self.setup.numbers.num_leaves
 
-  def add(self, sums, positions, numbers, code, x_QK, d_logits_QK):
+  def add(self, sums, tile, x_QK, d_logits_QK):
     """Adds a tile's pairs."""
     if not self.refs:
       return sums
     held, number_sums = sums
     if number_sums:
-      slope_QK = tile_lib.slope(self.setup, self.line_ref, self.head, code, x_QK)
+      slope_QK = tile_lib.slope(self.setup, tile.line_ref, tile.head, tile.code, x_QK)
       d_x_QK = d_logits_QK * slope_QK
 
       def of_number(n, sum_Q):
-        slope_QK = tile_lib.coordinate_slope(self.setup, positions, numbers, n, x_QK.shape)
+        of_tile = tile.positions, tile.numbers, n, x_QK.shape
+        slope_QK = tile_lib.coordinate_slope(self.setup, *of_tile)
         return sum_Q + (d_x_QK * slope_QK).sum(axis=1)
 
       number_sums = [of_number(n, sum_Q) for n, sum_Q in enumerate(number_sums)]
-    first, end = tile_lib.span(code)
+    first, end = tile_lib.span(tile.code)
 
     def add_segment(z, held):
-      found, above = (tile_lib.segment(self.line_ref, self.head, n) for n in (z, z + 1))
+      found, above = (tile_lib.segment(tile.line_ref, tile.head, n) for n in (z, z + 1))
       inside_QK = (x_QK > found.lower) & (x_QK <= above.lower)
       inside_QK = jnp.where(inside_QK, d_logits_QK, 0.0)
       of_slope_Q = (inside_QK * (x_QK - found.anchor)).sum(axis=1)
@@ -319,19 +292,7 @@ def _key_kernel(
   setup,
   size,
   wanted,
-  line_HZX,
-  number_HN,
-  rate_C,
-  query_YBQHC,
-  key_YBKGC,
-  value_YBKGC,
-  query_BNQ,
-  key_BNK,
-  d_out_YBQHC,
-  norm_BHPQ,
-  code_BIJ,
-  range_BIP,
-  *d_YBKGC,
+  *refs,
   key_JYKC,
   value_JYKC,
   query_IYQC,
@@ -343,12 +304,13 @@ def _key_kernel(
   ready,
   free,
 ):
+  given, others = products.given(refs)
+  d_out_YBQHC, norm_BHPQ, code_BIJ, range_BIP, *d_YBKGC = others
   batch, group, row = (jax.lax.axis_index(name) for name in ('batch', 'group', 'row'))
   integers = tile_lib.row_of(code_BIJ, batch)
   first, blocks = range_BIP[integers, row, 0], range_BIP[integers, row, 1]
-  heads = query_YBQHC.shape[3] // key_YBKGC.shape[3]
+  heads = given.query_YBQHC.shape[3] // given.key_YBKGC.shape[3]
   count = heads * blocks
-  of_parts = functools.partial(tile_lib.of_parts, setup.parts)
 
   def where(n):
     """Returns the head and the block of queries of a step."""
@@ -358,9 +320,8 @@ def _key_kernel(
     head, block = where(n)
     queries = pl.ds(block * size.columns, size.columns)
     pairs = (
-      *of_parts(query_YBQHC, batch, queries, head, query_IYQC.at[slot]),
-      *of_parts(d_out_YBQHC, batch, queries, head, d_out_IYQC.at[slot]),
-      (query_BNQ.at[tile_lib.row_of(query_BNQ, batch), :, queries], query_INQ.at[slot]),
+      *given.queries(batch, queries, head, query_IYQC.at[slot], query_INQ.at[slot]),
+      *products.of_parts(d_out_YBQHC, batch, queries, head, d_out_IYQC.at[slot]),
       (norm_BHPQ.at[batch, head, :, queries], norm_IPQ.at[slot]),
     )
     tile_lib.copy(pairs, ready.at[slot])
@@ -369,28 +330,16 @@ def _key_kernel(
     block = UNITS * row + unit
     rows = pl.ds(block * ROWS, ROWS)
     key_YKC, value_YKC, key_NK = key_JYKC.at[unit], value_JYKC.at[unit], key_JNK.at[unit]
-    pairs = (
-      *of_parts(key_YBKGC, batch, rows, group, key_YKC),
-      *of_parts(value_YBKGC, batch, rows, group, value_YKC),
-      (key_BNK.at[tile_lib.row_of(key_BNK, batch), :, rows], key_NK),
-    )
+    pairs = given.keys(batch, rows, group, key_YKC, value_YKC, key_NK)
     tile_lib.copy(pairs, key_ready.at[unit])
     plgpu.barrier_wait(key_ready.at[unit])
 
     def visit(n, code, slot, so_far):
       head, _ = where(n)
-      tile = products.Tile(
-        setup=setup,
-        positions=tile_lib.Positions(query_INQ.at[slot], key_NK, query_axis=1),
-        code=code,
-        line_ref=line_HZX,
-        head=head,
-        numbers=tile_lib.numbers(setup, number_HN, head),
-        rate_ref=rate_C,
-      )
+      positions = tile_lib.Positions(query_INQ.at[slot], key_NK, query_axis=1)
+      tile = given.of_head(setup, head)(positions, code)
       shape = ROWS, size.columns
-      x_KQ = tile_lib.coordinate(setup, tile.positions, tile.numbers, shape)
-      logits_KQ = tile.logits(key_YKC, query_IYQC.at[slot], x_KQ)
+      logits_KQ = tile.logits(key_YKC, query_IYQC.at[slot], tile.coordinate(shape))
       log_norm_Q, delta_Q = (tile_lib.vector(setup, norm_IPQ.at[slot, n], 1) for n in range(2))
       weights_KQ = tile_lib.weights(logits_KQ, log_norm_Q, 1)
       sums = list(so_far)
@@ -409,7 +358,7 @@ def _key_kernel(
     sums = tile_lib.walk(visit, code, start, count, size.stages, ready, free)
     for sum_KC, block_YKC, d_YBGC in zip(sums, (key_YKC, value_YKC), d_YBKGC, strict=False):
       products.write(setup, block_YKC, sum_KC)
-      tile_lib.copy_back(of_parts(d_YBGC, batch, rows, group, block_YKC))
+      tile_lib.copy_back(products.of_parts(d_YBGC, batch, rows, group, block_YKC))
 
   pipeline = functools.partial(tile_lib.pipeline, copy, count, size.stages, free)
   tile_lib.warpgroups(compute, pipeline)

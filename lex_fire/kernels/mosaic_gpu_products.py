@@ -12,6 +12,7 @@ it, whichever side they are: a channel of a pair carries it once.
 # Not strict, as its neighbours are: kernels carry no types.
 # pyright: basic
 
+import functools
 from typing import Any, NamedTuple
 
 import jax
@@ -118,26 +119,84 @@ def _dot(a, b, contracted):
   return jax.lax.dot_general(a, b, dimensions, preferred_element_type=jnp.float32)
 
 
+def of_parts(x_YBLHC, batch, rows, head, block_YLC):
+  """Returns pairs to copy, of each part of some rows of a head and of its room in shared memory."""
+  return [(x_YBLHC.at[y, batch, rows, head], block_YLC.at[y]) for y in range(x_YBLHC.shape[0])]
+
+
+class Given(NamedTuple):
+  """What all kernels take first.
+
+  Attributes:
+    line_HZX: of a `mosaic_gpu_plan.Table`.
+    number_HN: likewise.
+    rate_C: the decay of each channel [nats a stretch].
+    query_YBQHC: in parts, as the two below.
+    key_YBKGC: keys.
+    value_YBKGC: values.
+    query_BNQ: see `mosaic_gpu_plan.query_numbers`.
+    key_BNK: see `mosaic_gpu_plan.key_numbers`.
+  """
+
+  line_HZX: Any
+  number_HN: Any
+  rate_C: Any
+  query_YBQHC: Any
+  key_YBKGC: Any
+  value_YBKGC: Any
+  query_BNQ: Any
+  key_BNK: Any
+
+  def queries(self, batch, rows, head, query_YQC, query_NQ):
+    """Returns pairs to copy, of some queries of a head and of their room in shared memory."""
+    integers = self.query_BNQ.at[tile_lib.row_of(self.query_BNQ, batch), :, rows]
+    return *of_parts(self.query_YBQHC, batch, rows, head, query_YQC), (integers, query_NQ)
+
+  def keys(self, batch, rows, group, key_YKC, value_YKC, key_NK):
+    """Returns pairs to copy, of some keys and values of a head and of their room likewise."""
+    integers = self.key_BNK.at[tile_lib.row_of(self.key_BNK, batch), :, rows]
+    return (
+      *of_parts(self.key_YBKGC, batch, rows, group, key_YKC),
+      *of_parts(self.value_YBKGC, batch, rows, group, value_YKC),
+      (integers, key_NK),
+    )
+
+  def of_head(self, setup, head):
+    """Returns (positions, code) -> `Tile` of a head."""
+    numbers = tile_lib.numbers(setup, self.number_HN, head)
+    return functools.partial(Tile, setup, self.line_HZX, head, numbers, self.rate_C)
+
+
+def given(refs):
+  """Returns a kernel's refs as `Given`, and the others."""
+  count = len(Given._fields)
+  return Given(*refs[:count]), refs[count:]
+
+
 class Tile(NamedTuple):
   """A tile of queries and keys: its logits, and what their gradient is to its rows.
 
   Attributes:
     setup: of the kernel.
-    positions: of its queries and keys.
-    code: what the plan says of it; its span is of stretches if there is a decay.
     line_ref: the table's lines.
     head: of the queries.
     numbers: of the head's coordinate.
     rate_ref: the decay of each channel [nats a stretch].
+    positions: of its queries and keys.
+    code: what the plan says of it; its span is of stretches if there is a decay.
   """
 
   setup: Any
-  positions: Any
-  code: Any
   line_ref: Any
   head: Any
   numbers: Any
   rate_ref: Any
+  positions: Any
+  code: Any
+
+  def coordinate(self, shape):
+    """Returns x of the tile, or None where there is no bias."""
+    return tile_lib.coordinate(self.setup, self.positions, self.numbers, shape)
 
   def logits(self, a, b, x=None):
     """Returns the logits, HIDDEN_LOGIT where hidden, of blocks of the rows and of the columns.

@@ -231,11 +231,6 @@ def run(setup, kernel, operands, *, out_type, scratch_types, grid):
   )(*operands)
 
 
-def of_parts(parts, x_YBLHC, batch, rows, head, block_YLC):
-  """Returns pairs to copy, of each part of some rows of a head and of its room in shared memory."""
-  return [(x_YBLHC.at[y, batch, rows, head], block_YLC.at[y]) for y in range(parts)]
-
-
 def copy(pairs, barrier):
   """Starts copies to shared memory, (from, to); each arrives at the barrier."""
   for source, target in pairs:
