@@ -68,3 +68,9 @@ def test_the_cost_of_a_tile_is_what_is_done_once_and_what_each_head_takes():
 def test_a_kernel_of_other_loops_is_refused():
   with pytest.raises(ValueError, match='2 loops over heads, not 1'):
     schedule.cost(schedule.parse(listing(*KERNEL)), has_bias=False)
+
+
+def test_of_splash_the_longest_stretch_counts():
+  grid = schedule.parse(listing(('', 0, 2), ('LB', 1, 30), ('PF', 1, 1680), ('PF', 1, 248)))
+
+  assert schedule.splash_cost(grid) == 1680

@@ -256,6 +256,8 @@ def table(results: dict) -> str:
   heads = ''.join(f'{length:>9}' for length in LENGTHS)
   lines = [f'{"":28}{heads}']
   tile = blocks(LENGTHS[0])
+  if tile.heads % mosaic_tpu.HEADS_TOGETHER:
+    raise ValueError(f'{tile.heads} heads of a tile are not visited together, as `cost` has it')
   part = mosaic_tpu_x.part(tile.queries, tile.keys)
   num_parts = tile.queries // part[0] * (tile.keys // part[1])
   for name, of_layers in layers().items():
