@@ -79,7 +79,7 @@ def analyze(
   config = checkpoint.read_config(workdir)
   config = dataclasses.replace(config, evaluate=request or config.evaluate)
   _check(workdir, config)
-  found = comparison.cases(config)
+  found, lengths = comparison.cases(config), config.evaluate.lengths
   windows = documents.windows(config)
   mesh = sharding.make_mesh()
   drawn, reports = {}, []
@@ -91,10 +91,9 @@ def analyze(
         'checkpoint_step': step,
         **comparison.of_case(config, case),
         **evaluate.of_config(config),
-        'implementations': evaluate.implementations(case.transformer, config.evaluate.lengths),
+        'implementations': evaluate.implementations(config, case.transformer, lengths),
       }
       series = report_lib.series(report)
-      lengths = config.evaluate.lengths
       if series not in drawn:
         layers = _layers(case.transformer, params)
         what = {'name': series, 'encoding': report['encoding'], 'checkpoint_step': step}

@@ -89,7 +89,7 @@ class Attention(nn.Module):
 
     Args:
       x_BLD: normalised activations.
-      position_BL: int32, a leading 1 broadcasts.
+      position_BL: int32, a leading 1 broadcasts; None: 0 .. L - 1.
       segment_ids_BL: int32, or None: each row is one segment.
       shared_params: the encoding's parameters if its `shared` is true; unused otherwise.
     """
@@ -112,7 +112,9 @@ class Attention(nn.Module):
     value_BLGC = jnp.einsum('BLD,DGC->BLGC', x_BLD, value_DGC)
     keys = Cache(key_BLGC, value_BLGC, position_BL, segment_ids_BL)
     if self.encoding.rotate is not None:
-      query_BLHC = self.encoding.rotate(params, query_BLHC, position_BL)
+      query_BLHC = self.encoding.rotate(
+        params, query_BLHC, kernels.positions(query_BLHC, position_BL)
+      )
     keys = self._rotated_keys(params, keys)
     self.sow('intermediates', 'query_BLHC', query_BLHC)
     self.sow('intermediates', 'key_BLGC', keys.key_BKGC)
@@ -139,7 +141,8 @@ class Attention(nn.Module):
     def rotated(keys):
       if self.encoding.rotate is None:
         return keys
-      return keys._replace(key_BKGC=self.encoding.rotate(params, keys.key_BKGC, keys.position_BK))
+      position_BK = kernels.positions(keys.key_BKGC, keys.position_BK)
+      return keys._replace(key_BKGC=self.encoding.rotate(params, keys.key_BKGC, position_BK))
 
     if not self.has_variable('cache', 'keys'):
       return rotated(new)
@@ -149,10 +152,18 @@ class Attention(nn.Module):
     return cache.value if stable else rotated(cache.value)
 
 
-def choice(transformer: Any, length: int, slots: int | None = None) -> kernels.Choice:
+def choice(
+  transformer: Any, length: int, slots: int | None = None, *, counted: bool
+) -> kernels.Choice:
   """Returns by what implementation a `model.Transformer` attends at a length, and why.
 
-  On the mesh of `jax.set_mesh`, if any. The keys are those of a cache of so many slots, if given.
+  On the mesh of `jax.set_mesh`, if any.
+
+  Args:
+    transformer: the model.
+    length: of rows [tokens].
+    slots: of a cache that has the keys, if one does.
+    counted: whether it is given neither positions nor segments.
   """
   c = transformer.config
   query, key = (
@@ -161,7 +172,7 @@ def choice(transformer: Any, length: int, slots: int | None = None) -> kernels.C
   )
   mask = transformer.mask or kernels.Mask(causal=c.causal)
   axis = sharding.sequence_axis(length)
-  return kernels.choose(c.attention, transformer.encoding, mask, query, key, axis)
+  return kernels.choose(c.attention, transformer.encoding, mask, query, key, axis, counted)
 
 
 def line(choices: Iterable[kernels.Choice], where: str = '') -> str:

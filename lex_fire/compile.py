@@ -30,6 +30,7 @@ from lex_fire import (
   errors,
   evaluate,
   executables,
+  feed,
   hlo,
   metrics,
   model,
@@ -128,7 +129,8 @@ def training_step(config: config_lib.Config, program: train.Program) -> Step:
   """Returns the step that `train` takes."""
   c, state = config.data, program.abstract_state
   with jax.set_mesh(program.mesh):
-    about = _about('training step', train.make_model(config), c.length, c.batch_size)
+    counted = feed.is_counted(config)
+    about = _about('training step', train.make_model(config), c.length, c.batch_size, counted)
   arguments = (state, abstract_batch(config, program))
   return Step(about, program.step, arguments, {'parameters': state['params'], **_rest(state)})
 
@@ -137,6 +139,7 @@ def _steps(config: config_lib.Config, mesh: jax.sharding.Mesh) -> Iterator[Step]
   yield training_step(config, train.Program(config, mesh))
   cases = comparison.cases(config)
   shared, devices = config.evaluate.sequence, list(mesh.devices.flat)
+  counted = evaluate.is_counted(config, shared)
   mesh = sharding.make_mesh(sequence=shared, devices=devices)  # that of evaluate
   params = comparison.abstract_params(config, mesh)
   for case, length in itertools.product(cases, config.evaluate.lengths):
@@ -144,17 +147,20 @@ def _steps(config: config_lib.Config, mesh: jax.sharding.Mesh) -> Iterator[Step]
     rows = evaluate.rows_at_once(length // shared, count, mesh.size // shared)
     compared = f', {case.override or "as trained"}, {case.mask_name}' if len(cases) > 1 else ''
     with jax.set_mesh(mesh):
-      about = _about(f'evaluation step at {length}{compared}', case.transformer, length, rows)
+      name = f'evaluation step at {length}{compared}'
+      about = _about(name, case.transformer, length, rows, counted)
     function = train.OnMesh(mesh, jax.jit(functools.partial(evaluate.step, case.transformer)))
-    yield Step(about, function, (params, *_windows(rows, length)), {'parameters': params})
+    yield Step(about, function, (params, *_windows(rows, length, counted)), {'parameters': params})
 
 
 def _rest(state: train.State) -> dict[str, Any]:
   return {name: tree for name, tree in state.items() if name != 'params'}
 
 
-def _about(name: str, transformer: model.Transformer, length: int, rows: int) -> Report:
-  choice = attention.choice(transformer, length)._asdict()
+def _about(
+  name: str, transformer: model.Transformer, length: int, rows: int, counted: bool
+) -> Report:
+  choice = attention.choice(transformer, length, counted=counted)._asdict()
   return {'name': name, 'length': length, 'rows': rows, 'attention': choice}
 
 
@@ -162,7 +168,7 @@ def abstract_batch(config: config_lib.Config, program: train.Program) -> train.B
   """Returns a batch of a run as ShapeDtypeStructs, as it lies on the mesh."""
   c = config.data
   of_rows, of_all = (c.batch_size, c.length), (1, c.length)
-  alone = c.isolate_documents
+  alone, whole = c.isolate_documents, program.mesh.shape['sequence'] == 1
   found = {
     'inputs_BL': (of_rows, jnp.int32),
     'targets_BL': (of_rows, jnp.int32),
@@ -170,15 +176,18 @@ def abstract_batch(config: config_lib.Config, program: train.Program) -> train.B
     'position_BL': (of_rows if alone else of_all, jnp.int32),
     'segment_ids_BL': (of_rows, jnp.int32) if alone else None,
   }
+  if feed.is_counted(config) and whole:
+    found['position_BL'] = None
   return {
     name: leaf and jax.ShapeDtypeStruct(*leaf, sharding=program.layout(name, leaf[0]))
     for name, leaf in found.items()
   }
 
 
-def _windows(rows: int, length: int) -> tuple[jax.ShapeDtypeStruct, ...]:
-  """Returns inputs_BL, targets_BL and position_1L of an evaluation step."""
-  return tuple(jax.ShapeDtypeStruct((count, length), jnp.int32) for count in (rows, rows, 1))
+def _windows(rows: int, length: int, counted: bool) -> tuple[jax.ShapeDtypeStruct | None, ...]:
+  """Returns inputs_BL, targets_BL and position_1L, or None, of an evaluation step."""
+  tokens_BL, position_1L = (jax.ShapeDtypeStruct((count, length), jnp.int32) for count in (rows, 1))
+  return tokens_BL, tokens_BL, None if counted else position_1L
 
 
 def measure(step: Step, topology: topologies.Topology) -> tuple[Report, jax.stages.Compiled | None]:

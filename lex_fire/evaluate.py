@@ -85,7 +85,7 @@ def evaluate(
         'checkpoint_step': checkpoint_step,
         **comparison.of_case(config, case),
         **common,
-        'implementations': implementations(case.transformer, windows),
+        'implementations': implementations(config, case.transformer, windows),
       }
       told = functools.partial(progress, f'{report_lib.series(report)} {case.mask_name}')
       losses = {
@@ -97,10 +97,14 @@ def evaluate(
 
 
 def implementations(
-  transformer: model.Transformer, lengths: Iterable[int]
+  config: config_lib.Config, transformer: model.Transformer, lengths: Iterable[int]
 ) -> dict[str, dict[str, str]]:
   """Returns by what attention is computed at each length, and why, as reports have it."""
-  return {str(length): attention.choice(transformer, length)._asdict() for length in lengths}
+  counted = is_counted(config, sharding.ways('L'))
+  return {
+    str(length): attention.choice(transformer, length, counted=counted)._asdict()
+    for length in lengths
+  }
 
 
 def say_attention(reports: Sequence[report_lib.Report], lengths: Iterable[int]) -> None:
@@ -160,7 +164,7 @@ def step(
   params: Any,
   inputs_BL: jax.Array,
   targets_BL: jax.Array,
-  position_BL: jax.Array,
+  position_BL: jax.Array | None,
 ) -> jax.Array:
   """Returns loss_BL [nats] of windows; jitted on the mesh of `jax.set_mesh`, all that is computed.
 
@@ -169,13 +173,23 @@ def step(
     params: the run's.
     inputs_BL: int32.
     targets_BL: likewise.
-    position_BL: likewise; a leading 1 broadcasts.
+    position_BL: likewise; a leading 1 broadcasts. None: 0 .. L - 1.
   """
   inputs_BL = sharding.constrain(inputs_BL, 'BL')
   # Flax returns a pair only if asked by `mutable`.
   return cast(
     jax.Array, transformer.apply({'params': params}, inputs_BL, position_BL, None, targets_BL)
   )
+
+
+def is_counted(config: config_lib.Config, shared: int) -> bool:
+  """Returns whether `step` is given no positions: they count, and no window is cut in parts.
+
+  Args:
+    config: of the run.
+    shared: how many devices share the tokens of a window.
+  """
+  return not config.data.position_range and shared == 1
 
 
 def rows_at_once(length: int, count: int, devices: int) -> int:
@@ -198,15 +212,17 @@ def _losses(config, transformer, params, windows, progress):
   shared = sharding.ways('L')
   rows = rows_at_once(length // shared, count, sharding.ways('B'))
   order_L = ring.zigzag(length, shared, 'a window')
+  counted = is_counted(config, shared)
   parts = []
   for start in range(0, count, rows):
+    position_1L = _position(length, config.data.position_range, start // rows)
     # The last batch is filled up with its last window again, which is then dropped.
     index_B = np.minimum(start + np.arange(rows), count - 1)
     loss_BL = losses(
       params,
       windows.inputs_WL[index_B][:, order_L],
       windows.targets_WL[index_B][:, order_L],
-      _position(length, config.data.position_range, start // rows)[:, order_L],
+      None if counted else position_1L[:, order_L],
     )
     loss_BL = np.asarray(loss_BL)[:, np.argsort(order_L)]
     scored_BL = windows.scored_WL[start : start + rows]

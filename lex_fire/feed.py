@@ -21,6 +21,11 @@ from lex_fire.data import (
 Batch = batches.Batch
 
 
+def is_counted(config: config_lib.Config) -> bool:
+  """Returns whether batches have no positions and segments: rows are whole, and count from 0."""
+  return not (config.data.isolate_documents or config.data.position_range)
+
+
 class Data:
   """The windows that this process trains on and is judged by; prepared once, read by memory map.
 

@@ -142,7 +142,7 @@ def choices(
     chunk: tokens that come at once.
   """
   slots = cache_slots(_mask(transformer), length, chunk)
-  return [attention.choice(transformer, queries, slots) for queries in (chunk, 1)]
+  return [attention.choice(transformer, queries, slots, counted=False) for queries in (chunk, 1)]
 
 
 def stream(

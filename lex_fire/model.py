@@ -103,10 +103,7 @@ class Transformer(nn.Module):
       errors.UserError: for a row longer than the encoding's max_length.
     """
     c, encoding = self.config, self.encoding
-    length = tokens_BL.shape[1]
-    check_length(encoding, length)
-    if position_BL is None:
-      position_BL = jnp.arange(length, dtype=jnp.int32)[None]
+    check_length(encoding, tokens_BL.shape[1])
     shared_params = attention.encoding_params(self, encoding, c) if encoding.shared else {}
     # Rows of unit length in a tied output give logits of order 1; the input scales them back up
     # (Vaswani et al. 2017, section 3.4). A tied model so begins by predicting its input, with a
@@ -114,7 +111,8 @@ class Transformer(nn.Module):
     embedding_VD = self.param('embedding_VD', _embedding_init, (c.vocab_size, c.d_model))
     x_BLD = embedding_VD[tokens_BL] * c.d_model**0.5
     if encoding.embed is not None:
-      x_BLD = x_BLD + encoding.embed(shared_params, position_BL, c.d_model)
+      place_BL = kernels.positions(x_BLD, position_BL)
+      x_BLD = x_BLD + encoding.embed(shared_params, place_BL, c.d_model)
     x_BLD = sharding.constrain(x_BLD.astype(c.dtype), 'BLD')
     x_BLD = self._blocks(x_BLD, position_BL, segment_ids_BL, shared_params)
     x_BLD = Norm(c, name='norm')(x_BLD)

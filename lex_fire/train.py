@@ -12,6 +12,7 @@ from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from absl import flags
 
@@ -200,7 +201,10 @@ class Program:
     loss: so every loss is what it was, at another place, and so is their sum.
     """
     rows, length = batch['inputs_BL'].shape
-    order_L = ring.zigzag(length, self.mesh.shape['sequence'], 'the batch')
+    shared_by = self.mesh.shape['sequence']
+    order_L = ring.zigzag(length, shared_by, 'the batch')
+    if shared_by > 1 and batch['position_BL'] is None:
+      batch = {**batch, 'position_BL': np.arange(length, dtype=np.int32)[None]}
 
     def put_leaf(name, x):
       if x is None:
@@ -359,7 +363,8 @@ def _announce(config, program, workdir, first):
       f'on {jax.device_count()} {jax.devices()[0].device_kind}'
     )
     with jax.set_mesh(program.mesh):
-      choice = attention.choice(make_model(config), config.data.length)
+      counted = feed.is_counted(config)
+      choice = attention.choice(make_model(config), config.data.length, counted=counted)
     reporting.say(attention.line([choice]))
 
 

@@ -186,12 +186,12 @@ def test_a_step_of_every_published_run_traces(name, encoding):
   run = published.RUNS[name]
   config = build(run.config, f'{run.arguments},encoding={encoding}')
   state = abstract_state(config.model, config.encoding)
-  rows, one = ((size, config.data.length) for size in (config.data.batch_size, 1))
+  rows = config.data.batch_size, config.data.length
   batch = {
     'inputs_BL': jax.ShapeDtypeStruct(rows, jnp.int32),
     'targets_BL': jax.ShapeDtypeStruct(rows, jnp.int32),
     'loss_weights_BL': jax.ShapeDtypeStruct(rows, jnp.float32),
-    'position_BL': jax.ShapeDtypeStruct(one, jnp.int32),
+    'position_BL': None,
     'segment_ids_BL': None,
   }
 

@@ -407,17 +407,12 @@ def test_windows_lie_end_to_end_and_targets_follow_inputs():
   assert batch['inputs_BL'].tolist() == [[13, 14, 15], [10, 11, 12]]
   assert batch['targets_BL'].tolist() == [[14, 15, 16], [11, 12, 13]]
   assert batch['loss_weights_BL'].tolist() == [[1, 1, 1], [1, 1, 1]]
-  assert batch['position_BL'].tolist() == [[0, 1, 2]]
-  assert batch['segment_ids_BL'] is None
-  dtypes = {
-    key: str(batch[key].dtype)
-    for key in ('inputs_BL', 'targets_BL', 'loss_weights_BL', 'position_BL')
-  }
+  assert batch['position_BL'] is None and batch['segment_ids_BL'] is None
+  dtypes = {key: str(batch[key].dtype) for key in ('inputs_BL', 'targets_BL', 'loss_weights_BL')}
   assert dtypes == {
     'inputs_BL': 'int32',
     'targets_BL': 'int32',
     'loss_weights_BL': 'float32',
-    'position_BL': 'int32',
   }
 
 
@@ -605,7 +600,7 @@ def make_batch(rows=4, length=20, seed=0):
     'inputs_BL': np.zeros((rows, length), np.int32),
     'targets_BL': rng.integers(0, SIZE, (rows, length), np.int32),
     'loss_weights_BL': np.ones((rows, length), np.float32),
-    'position_BL': np.arange(length, dtype=np.int32)[None],
+    'position_BL': None,
     'segment_ids_BL': None,
   }
 

@@ -27,7 +27,7 @@ IMPLEMENTATIONS = {
     },
   )
   for name, function in kernels.IMPLEMENTATIONS.items()
-  if name != 'mosaic_gpu'  # whose interpreter has a file of its own, mosaic_gpu_test.py
+  if name not in ('mosaic_gpu', 'splash', 'cudnn')  # which have mosaic_gpu_test, library_test
 }
 MASKS = {
   'causal': {},
@@ -347,7 +347,7 @@ def test_outputs_of_a_prefix_do_not_change_when_the_sequence_grows(implementatio
   np.testing.assert_allclose(prefix_BQHC, whole_BQHC[:, :33], rtol=1e-5, atol=2e-6)
 
 
-@pytest.mark.parametrize('implementation', set(kernels.PLATFORM) & set(IMPLEMENTATIONS))
+@pytest.mark.parametrize('implementation', [i for i in IMPLEMENTATIONS if i in kernels.PLATFORM])
 def test_a_kernel_of_another_platform_has_the_late_rows_of_the_whole(implementation):
   """With gradients, of other numbers of queries than of keys, neither a whole number of tiles."""
   encoding, params = make('fire 2 layers')
@@ -722,7 +722,7 @@ def test_the_tpu_kernel_refuses_what_it_cannot_do(name, options, mask, message):
   [
     (
       {'implementation': 'flash'},
-      "implementation='flash'; known: auto, chunked, mosaic_gpu, mosaic_tpu, ",
+      "implementation='flash'; known: auto, chunked, cudnn, mosaic_gpu, mosaic_tpu, ",
     ),
     ({'num_kv_heads': 3}, 'num_kv_heads=3 must divide num_heads=4'),
     (

@@ -308,10 +308,10 @@ def test_an_implementation_of_whole_rows_is_refused_where_they_are_cut():
 )
 def test_attention_goes_by_the_ring_where_rows_are_cut_in_parts(sizes, length, expected):
   transformer = model.Transformer(config_lib.ModelConfig(), encodings.get('fire'))
-  off_any_mesh = attention.choice(transformer, length)
+  off_any_mesh = attention.choice(transformer, length, counted=True)
 
   with jax.set_mesh(make_mesh(sizes)):
-    choice = attention.choice(transformer, length)
+    choice = attention.choice(transformer, length, counted=True)
 
   assert choice.implementation == expected
   assert off_any_mesh.implementation == 'reference'

@@ -56,7 +56,7 @@ def text(rows: int, length: int) -> dict[str, Any]:
     'inputs_BL': tokens_BL[:, :-1],
     'targets_BL': tokens_BL[:, 1:],
     'loss_weights_BL': np.ones((rows, length), np.float32),
-    'position_BL': np.arange(length, dtype=np.int32)[None],
+    'position_BL': None,
     'segment_ids_BL': None,
   }
 

@@ -11,8 +11,9 @@ A batch is a dict of NumPy arrays, of B rows (this host's) and L tokens:
   targets_BL: int32, the token after each input.
   loss_weights_BL: float32, 1, or 0 in the rows that fill up a last batch and but for answers.
   position_BL: int32, from 0 in each segment; or [1, L] where all rows share it, which makes
-    relative biases B times cheaper.
+    relative biases B times cheaper. None: 0 .. L - 1.
   segment_ids_BL: int32, from 1; a token sees only its own segment. None: a row is one segment.
+What is None is known when a step is compiled, which may then be by a simpler kernel.
 `masking` makes other inputs and weights of it, `positions` other positions.
 """
 
@@ -104,12 +105,11 @@ def of_tokens(tokens_BL: np.ndarray, eos_id: int, isolate_documents: bool) -> Ba
   and none is predicted from a document that is not its own, if documents are isolated.
   """
   inputs_BL, targets_BL = tokens_BL[:, :-1], tokens_BL[:, 1:]
+  segment_ids = position = None
   if isolate_documents:
     is_first_BL = inputs_BL == eos_id
     is_first_BL[:, 0] = True
     segment_ids, position = _segments(is_first_BL)
-  else:
-    segment_ids, position = None, np.arange(inputs_BL.shape[1], dtype=np.int32)[None]
   return {
     'inputs_BL': inputs_BL,
     'targets_BL': targets_BL,
@@ -188,7 +188,7 @@ class Questions:
         at += len(text_L)
         weights_BL[row, at - answer : at] = 1
       is_first_BL[row, at] = True  # of what is left over
-    segments, positions = None, np.arange(self._length, dtype=np.int32)[None]
+    segments = positions = None
     if self._isolate_documents:
       segments, positions = _segments(is_first_BL[:, :-1])
     return {

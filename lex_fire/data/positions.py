@@ -43,4 +43,6 @@ def randomize(
   """
   length = batch['inputs_BL'].shape[1]
   position_L = sample(length, position_range, seed=seed, ordinal=ordinal)
-  return {**batch, 'position_BL': position_L[batch['position_BL']]}
+  counted_BL = batch['position_BL']
+  position_BL = position_L[None] if counted_BL is None else position_L[counted_BL]
+  return {**batch, 'position_BL': position_BL}

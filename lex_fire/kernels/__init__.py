@@ -5,10 +5,11 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 
 from lex_fire import errors
 from lex_fire.encodings import base, piecewise
-from lex_fire.kernels import chunked, mosaic_tpu, mosaic_tpu_size, reference, ring
+from lex_fire.kernels import chunked, library, mosaic_tpu, mosaic_tpu_size, reference, ring
 from lex_fire.kernels.mask import Mask
 
 
@@ -23,10 +24,12 @@ IMPLEMENTATIONS: dict[str, Callable[..., jax.Array]] = {
   'chunked': chunked.attention,
   'mosaic_tpu': mosaic_tpu.attention,
   'mosaic_gpu': _mosaic_gpu,
+  **{kernel.name: kernel.attention for kernel in library.KERNELS.values()},
 }
 
 # Kernels of one platform. The compiler cannot divide them over devices, as it does the others.
-PLATFORM = {'mosaic_tpu': 'tpu', 'mosaic_gpu': 'gpu'}
+_OF_LIBRARIES = {kernel.name: platform for platform, kernel in library.KERNELS.items()}
+PLATFORM = {'mosaic_tpu': 'tpu', 'mosaic_gpu': 'gpu', **_OF_LIBRARIES}
 
 # Up to this many dense logits a head and row, 'auto' does not cut them in tiles: on CPU tiles that
 # fit the cache win early, an accelerator prefers few large products.
@@ -57,6 +60,7 @@ def choose(
   query: Any,
   key: Any,
   sequence_axis: str | None = None,
+  counted: bool = False,
 ) -> Choice:
   """Returns by what implementation attention is computed here, and why.
 
@@ -71,6 +75,7 @@ def choose(
     key: likewise key_BKGC.
     sequence_axis: the mesh axis over which rows are cut in parts, if they are. 'auto' is then
       'ring', which is no key of IMPLEMENTATIONS, as there is none on one device.
+    counted: whether attention is given no positions and no segments, as `library` wants it.
 
   Raises:
     errors.UserError: for an unknown implementation, one that is for another platform, or one that
@@ -97,6 +102,11 @@ def choose(
   if sequence_axis is not None:
     return Choice('ring', f'as mesh axis {sequence_axis!r} cuts rows in parts')
   num_queries, num_keys, reason = query.shape[1], key.shape[1], ''
+  if here in library.KERNELS:
+    kept = library.KERNELS[here]
+    reason = kept.why_not(encoding, mask, query, key, counted)
+    if reason is None:
+      return Choice(kept.name, f'{kept.whose}, where there is no bias and no decay')
   if here == 'tpu':
     reason = mosaic_tpu_size.why_not(encoding, mask, query, key)
     if reason is None and num_queries < mosaic_tpu_size.LANES:
@@ -105,13 +115,20 @@ def choose(
       )
     if reason is None:
       return Choice('mosaic_tpu', 'a kernel for TPU that computes bias and decay in its tiles')
-    reason = f' ({reason})'
+  reason = f' ({reason})' if reason else ''
   most = MAX_DENSE_LOGITS[here]
   if num_queries * num_keys <= most:
     return Choice(
       'reference', f'{num_queries} x {num_keys} logits are at most {most} on {here}{reason}'
     )
   return Choice('chunked', f'{num_queries} x {num_keys} logits are over {most} on {here}{reason}')
+
+
+def positions(x_BLHC: jax.Array, position_BL: jax.Array | None) -> jax.Array:
+  """Returns the positions of the tokens of x: those given or, if None, 0 .. L - 1 for all rows."""
+  if position_BL is None:
+    return jnp.arange(x_BLHC.shape[1], dtype=jnp.int32)[None]
+  return position_BL
 
 
 def attention(
@@ -121,8 +138,8 @@ def attention(
   *,
   encoding: base.Encoding,
   params: base.Params,
-  query_position_BQ: jax.Array,
-  key_position_BK: jax.Array,
+  query_position_BQ: jax.Array | None = None,
+  key_position_BK: jax.Array | None = None,
   query_segment_BQ: jax.Array | None = None,
   key_segment_BK: jax.Array | None = None,
   mask: Mask = Mask(),
@@ -147,7 +164,8 @@ def attention(
     value_BKGC: values.
     encoding: says the decay and the bias of the logits.
     params: the encoding's.
-    query_position_BQ: int32 positions within the segment; a leading 1 broadcasts.
+    query_position_BQ: int32 positions within the segment; a leading 1 broadcasts. None: 0, 1, 2 and
+      so on, and known to be.
     key_position_BK: likewise.
     query_segment_BQ: int32 >= 0; a query sees only keys of its own segment. None: all is one
       segment.
@@ -169,7 +187,13 @@ def attention(
   num_heads, num_kv_heads = query_BQHC.shape[2], key_BKGC.shape[2]
   if num_heads % num_kv_heads:
     raise errors.UserError(f'{num_kv_heads=} must divide {num_heads=}')
-  name = choose(implementation, encoding, mask, query_BQHC, key_BKGC, sequence_axis).implementation
+  counted = library.is_counted(query_position_BQ, key_position_BK, query_segment_BQ, key_segment_BK)
+  name = choose(
+    implementation, encoding, mask, query_BQHC, key_BKGC, sequence_axis, counted
+  ).implementation
+  if name not in _OF_LIBRARIES:
+    query_position_BQ = positions(query_BQHC, query_position_BQ)
+    key_position_BK = positions(key_BKGC, key_position_BK)
 
   arrays = {
     'query_BQHC': query_BQHC,
