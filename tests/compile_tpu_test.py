@@ -42,7 +42,8 @@ def test_memory_at_128k_is_that_of_a_few_arrays_as_large_as_the_queries(chip):
   assert at_128k(chip, 'fire').memory_analysis().temp_size_in_bytes < 5 * query_bytes
 
 
-def test_gradients_of_a_model_over_four_chips_compile_with_the_kernel():
+@pytest.mark.parametrize(('name', 'is_splash'), [('fire', False), ('rope', True)])
+def test_gradients_of_a_model_over_four_chips_compile_with_the_kernel(name, is_splash):
   """Which the compiler cannot divide by itself: each chip has its own rows."""
   config = config_lib.ModelConfig(
     num_layers=1,
@@ -54,20 +55,17 @@ def test_gradients_of_a_model_over_four_chips_compile_with_the_kernel():
     vocab_size=512,
     dtype='bfloat16',
   )
-  transformer = model.Transformer(config, encodings.get('fire'))
+  transformer = model.Transformer(config, encodings.get(name))
   mesh = sharding.make_mesh(2, 2, devices=attention_tpu.devices('v5e'))
   tokens_BL = jax.ShapeDtypeStruct((8, 512), jnp.int32)
-  position_1L = jax.ShapeDtypeStruct((1, 512), jnp.int32)
   abstract = jax.eval_shape(
-    lambda: transformer.init(
-      jax.random.key(0), jnp.zeros((1, 8), jnp.int32), jnp.zeros((1, 8), jnp.int32), None
-    )
+    lambda: transformer.init(jax.random.key(0), jnp.zeros((1, 8), jnp.int32))
   )
 
-  def total(variables, tokens_BL, position_1L):
-    return transformer.apply(variables, tokens_BL, position_1L, None).sum()
+  def total(variables, tokens_BL):
+    return transformer.apply(variables, tokens_BL).sum()
 
-  arguments = {'variables': abstract, 'tokens_BL': tokens_BL, 'position_1L': position_1L}
+  arguments = {'variables': abstract, 'tokens_BL': tokens_BL}
   with jax.set_mesh(mesh), jax.default_device(mesh.devices.flat[0]):
     placed = jax.tree.map(
       lambda leaf, where: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where),
@@ -77,6 +75,7 @@ def test_gradients_of_a_model_over_four_chips_compile_with_the_kernel():
     program = jax.jit(jax.grad(total)).lower(*(placed[name] for name in arguments)).compile()
 
   calls = re.findall(r'custom-call\(.*tpu_custom_call', program.as_text())
+  assert ('splash_mha_fwd' in program.as_text()) == is_splash
   assert len(calls) == 3  # forward, the gradient of queries and of the table, and that of keys
   assert re.search(r'bf16\[2,4,512,128\]', program.as_text())  # a chip's share: 2 rows of 8
 

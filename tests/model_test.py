@@ -245,16 +245,17 @@ def test_logits_of_a_prefix_do_not_change_when_the_sequence_is_64_times_as_long(
   np.testing.assert_allclose(long_BLV[:, :8], short_BLV, rtol=0, atol=ROUNDING)
 
 
-def test_positions_are_0_to_the_length_unless_they_are_given():
-  params, tokens_BL = initial('sinusoidal'), tokens(2, LENGTH)
+@pytest.mark.parametrize('name', ['sinusoidal', 'rope', 'fire'])  # embedded, turned, and biased
+def test_positions_are_0_to_the_length_unless_they_are_given(name):
+  params, tokens_BL = initial(name), tokens(2, LENGTH)
   position_1L = np.arange(LENGTH, dtype=np.int32)[None]
 
-  implied_BLV = logits('sinusoidal', params, tokens_BL)
-  given_BLV = logits('sinusoidal', params, tokens_BL, position_1L)
-  doubled_BLV = logits('sinusoidal', params, tokens_BL, 2 * position_1L)
+  implied_BLV = logits(name, params, tokens_BL)
+  given_BLV = logits(name, params, tokens_BL, position_1L)
+  doubled_BLV = logits(name, params, tokens_BL, 2 * position_1L)
 
   np.testing.assert_allclose(given_BLV, implied_BLV, rtol=0, atol=ROUNDING)
-  assert np.abs(doubled_BLV - implied_BLV).max() > 0.1
+  assert np.abs(doubled_BLV - implied_BLV).max() > 100 * ROUNDING
 
 
 def test_a_row_longer_than_a_learned_table_is_refused():
