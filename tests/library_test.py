@@ -28,6 +28,11 @@ PLAIN = [
 ]
 
 
+@pytest.fixture(autouse=True)
+def with_a_gpu(monkeypatch):
+  monkeypatch.setattr(library, 'has_gpu', lambda: True)
+
+
 @pytest.mark.parametrize('mask', MASKS)
 @pytest.mark.parametrize('name', HERE)
 def test_values_and_gradients_equal_the_oracle(name, mask, monkeypatch):
@@ -121,6 +126,12 @@ def test_where_it_cannot_serve_auto_takes_another_and_says_why(case, reason):
 
   assert choice.implementation == 'chunked' and choice.reason.endswith(f' ({reason})')
   assert chosen('tpu', **case).implementation == 'mosaic_tpu'
+
+
+def test_cudnn_is_not_taken_for_a_topology_by_a_host_without_a_gpu(monkeypatch):
+  monkeypatch.undo()
+
+  assert chosen('gpu').reason.endswith(' (cudnn cannot be compiled for without a GPU)')
 
 
 @pytest.mark.parametrize(

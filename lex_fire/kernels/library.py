@@ -71,6 +71,8 @@ def why_not_cudnn(
   channels = query.shape[3]
   if reason:
     return reason
+  if not has_gpu():
+    return 'cudnn cannot be compiled for without a GPU'
   if query.dtype not in (jnp.bfloat16, jnp.float16):
     return f'cudnn takes bfloat16 and float16, not {query.dtype}'
   if channels % CUDNN_STEP or channels > CUDNN_CHANNELS:
@@ -79,6 +81,11 @@ def why_not_cudnn(
       f'not of {channels}'
     )
   return None
+
+
+def has_gpu() -> bool:
+  """Returns whether this host has one: for a topology, kernels are chosen where there is none."""
+  return jax.default_backend() == 'gpu'
 
 
 def _why_not(name, encoding, mask, query, key, counted):
