@@ -5,6 +5,7 @@
 remakes NAME.txt and NAME.png from every QUESTION/NAME.jsonl, whose lines are a run's evaluations.
 """
 
+import itertools
 import json
 import math
 import pathlib
@@ -31,6 +32,7 @@ class Measure(NamedTuple):
     sign: 1 if less is better, -1 if more is.
     describe: a line's lengths -> what the numbers are, and of how much.
     near: how far from the best is drawn enlarged; infinite: nothing is.
+    is_drawn: whether there is a picture of it.
   """
 
   field: str
@@ -39,6 +41,7 @@ class Measure(NamedTuple):
   sign: int
   describe: Callable[[Sequence[dict[str, Any]]], str]
   near: float = math.inf
+  is_drawn: bool = True
 
 
 def _describe_losses(lengths: Sequence[dict[str, Any]]) -> str:
@@ -67,6 +70,22 @@ ACCURACY = Measure(
   -1,
   lambda lengths: f'right answers to {lengths[-1]["questions"]} questions a length, in percent',
 )
+ANSWER_LOSS = Measure(
+  'nats_per_answer_token',
+  'loss of the right answers [nats per token]',
+  _WINDOW,
+  1,
+  lambda lengths: f'nats per token of the right answers to {lengths[-1]["questions"]} questions',
+)
+DISTINCT = Measure(
+  'distinct_answers',
+  'different answers',
+  _WINDOW,
+  -1,
+  lambda lengths: f'different answers to {lengths[-1]["questions"]} questions',
+  is_drawn=False,
+)
+MEASURES = (LOSS, ROUGE, ACCURACY, ANSWER_LOSS, DISTINCT)
 
 
 class Row(NamedTuple):
@@ -131,14 +150,13 @@ def whole(lines: Sequence[Line]) -> list[Line]:
   return [line for line in lines if line['seed'] in seeds] or list(lines)
 
 
-def measure(lines: Sequence[Line]) -> Measure:
-  """Returns what lines are of: all of a file are of one measure."""
-  return next(of for of in (LOSS, ROUGE, ACCURACY) if of.field in lines[0]['lengths'][0])
+def measures(lines: Sequence[Line]) -> list[Measure]:
+  """Returns what lines tell: all of a file tell the same."""
+  return [of for of in MEASURES if of.field in lines[0]['lengths'][0]]
 
 
-def rows(lines: Sequence[Line], protocol: str, mask: str) -> list[Row]:
-  """Returns a row a variant, the best at the longest length first."""
-  of = measure(lines)
+def rows(lines: Sequence[Line], protocol: str, mask: str, of: Measure = LOSS) -> list[Row]:
+  """Returns a row a variant of what is measured, the best at the longest length first."""
   found: dict[str, dict[int, Line]] = {}
   for line in lines:
     if (line['protocol'], line['mask']) == (protocol, mask):
@@ -169,31 +187,31 @@ def cases(lines: Sequence[Line]) -> list[tuple[str, str]]:
   return list(dict.fromkeys((line['protocol'], line['mask']) for line in lines))
 
 
-def heading(line: Line) -> str:
+def heading(line: Line, of: Measure) -> str:
   """Says what the table of a protocol and mask shows, by one of its lines."""
-  what = measure([line]).describe(line['lengths'])
+  what = of.describe(line['lengths'])
   return f'`{line["protocol"]}`, {line["mask"]}: {what}; mean and standard deviation over seeds'
 
 
 def tables(lines: Sequence[Line]) -> str:
-  """Returns the table of each protocol and mask."""
+  """Returns the table of each protocol, mask and measure."""
   parts = []
-  for protocol, mask in cases(lines):
+  for (protocol, mask), of in itertools.product(cases(lines), measures(lines)):
     some = next(line for line in lines if (line['protocol'], line['mask']) == (protocol, mask))
-    made = rows(lines, protocol, mask)
-    parts += [heading(some), textwrap.indent(table(made), '    ')]
-    if measure(lines) == LOSS:  # what is published is of it
+    made = rows(lines, protocol, mask, of)
+    parts += [heading(some, of), textwrap.indent(table(made), '    ')]
+    if of == LOSS:  # what is published is of it
       losses = {row.variant: row.values for row in made}
       parts += sweep_published.rankings(list(losses), mask)
       parts += sweep_published.changes(losses, some['train_length'], mask)
   return '\n\n'.join(parts) + '\n'
 
 
-def draw(lines: Sequence[Line], path: pathlib.Path) -> None:
+def draw(lines: Sequence[Line], path: pathlib.Path, of: Measure = LOSS) -> None:
   """Draws what is measured by length under each mask, with standard deviations over seeds."""
-  of, protocol = measure(lines), lines[0]['protocol']
+  protocol = lines[0]['protocol']
   panels = {
-    f'{mask} ({protocol})': [row.curve() for row in rows(lines, protocol, mask)]
+    f'{mask} ({protocol})': [row.curve() for row in rows(lines, protocol, mask, of)]
     for each, mask in cases(lines)
     if each == protocol
   }
@@ -212,14 +230,16 @@ def draw(lines: Sequence[Line], path: pathlib.Path) -> None:
 
 
 def write(path: pathlib.Path) -> str:
-  """Writes the tables and the plot of a file of lines beside it, and returns the tables.
+  """Writes the tables and the plots of a file of lines beside it, and returns the tables.
 
-  Of the seeds that are `whole`.
+  Of the seeds that are `whole`. The plot of the first measure has the file's name, those of others
+  their own after it.
   """
   lines = whole(read(path))
   text = tables(lines)
   path.with_suffix('.txt').write_text(text)
-  draw(lines, path.with_suffix('.png'))
+  for number, of in enumerate(each for each in measures(lines) if each.is_drawn):
+    draw(lines, path.with_name(f'{path.stem}{f"_{of.field}" if number else ""}.png'), of)
   return text
 
 

@@ -127,8 +127,8 @@ def run(
   Returns:
     A report for each case, of JSON values: what `comparison.of_case` says, on how many devices it
     was asked (by answers from before it may have been others), and in 'tasks' for each Task and
-    length the questions, what was cut of them, their scores [percent], and the scores by facts; a
-    Task whose answers are withheld has none.
+    length the questions, what was cut of them, how many answers differ, their scores [percent], and
+    the scores by facts; a Task whose answers are withheld has none.
 
   Raises:
     errors.UserError: if there is no checkpoint, or answers cannot be written.
@@ -189,6 +189,8 @@ def _ask(of_run, case, report, params, directory, progress, asked) -> Report:
     'questions': len(lines),
     'questions_cut': sum(line['cut_tokens'] > 0 for line in lines),
     'tokens_cut': sum(line['cut_tokens'] for line in lines),
+    # One for all questions is a score of the Task's commonest answer, and not of any reading.
+    'distinct_answers': len({line['prediction'] for line in lines}),
     'scores': _scores(asked.common, lines),
     'by': _by_facts(asked.common, lines),
     'predictions': path.name,

@@ -129,6 +129,8 @@ def test_a_report_says_what_was_asked_and_of_whom(workdir, model, tmp_path):
   (report,) = run(workdir, tmp_path)
 
   (entry,) = report.pop('tasks')
+  asked = algorithms.examples('copy', 'test', length=2, count=10, seed=0)
+  different = {example.references for example in asked}  # two questions are the same
   assert json.loads(json.dumps(report)) == report
   assert {key: report[key] for key in ('run', 'checkpoint_step', 'train_length', 'tokenizer')} == {
     'run': 'fire',
@@ -149,6 +151,7 @@ def test_a_report_says_what_was_asked_and_of_whom(workdir, model, tmp_path):
     'questions': 10,
     'questions_cut': 0,
     'tokens_cut': 0,
+    'distinct_answers': len(different),
     'predictions': 'fire-causal-copy-length=2,held_out=10-test.jsonl',
   }
 

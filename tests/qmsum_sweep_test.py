@@ -142,8 +142,14 @@ def test_a_run_goes_from_books_to_scores_and_nothing_that_is_done_is_repeated(
   for at, length in zip(lines[1]['lengths'], TINY.lengths, strict=True):
     assert (at['length'], at['questions']) == (length, 2)
     assert [at[score] for score in qmsum.SCORES] == pytest.approx(expected)
+    assert at['distinct_answers'] == 1  # 'the cat' to both
+    assert 4 < at['nats_per_answer_token'] < 7  # hardly trained: about log(290)
+  losses = [[at['nats_per_answer_token'] for at in found['lengths']] for found in lines]
+  assert losses[0] != losses[1]  # of other angles
   assert path.with_suffix('.txt').read_text() == text == sweep_results.tables(lines)
-  assert path.with_suffix('.png').stat().st_size > 10_000
+  for name in ('measured.png', 'measured_nats_per_answer_token.png'):
+    assert (tmp_path / name).stat().st_size > 10_000
+  assert len(list(tmp_path.glob('*.png'))) == 2
 
   trained.clear(), asked.clear()
   assert run(0) == text and not trained  # by its lines

@@ -11,6 +11,7 @@ alone, these lines become a table and a plot.
 """
 
 import dataclasses
+import itertools
 import pathlib
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
@@ -23,9 +24,13 @@ from lex_fire import (
   benchmark,
   benchmark_command,
   cli,
+  comparison,
   errors,
+  feed,
   finetuning,
   presets,
+  sharding,
+  train,
 )
 from lex_fire import config as config_lib
 from lex_fire.data import build_scrolls, examples, spec, stream, train_vocabulary
@@ -34,6 +39,7 @@ HERE = pathlib.Path(__file__).parent
 TASK = 'scrolls_qmsum'
 ENCODINGS = ('fire', 'rope', 'xpos', 'alibi', 'kerple_log', 't5', 'nope')
 SCORES = ('rouge1', 'rouge2', 'rougeL', sweep_results.ROUGE.field)
+COUNTS = ('length', 'questions', 'questions_cut', 'tokens_cut', sweep_results.DISTINCT.field)
 _MAX_CHARACTERS = 50_000_000  # that a vocabulary is made of: all books
 
 
@@ -163,6 +169,39 @@ def finetuning_config(
   return config_lib.Config.from_dict(values)
 
 
+def answer_losses(
+  recipe: Recipe, config: config_lib.Config, encodings: Sequence[str], workdir: pathlib.Path
+) -> dict[str, dict[int, float]]:
+  """Returns how likely a run finds the right answers to the first questions, before it is asked.
+
+  Written answers tell models apart only once they differ from question to question.
+
+  Args:
+    recipe: says how many questions, and of what lengths.
+    config: of the run.
+    encodings: that take the place of its own, as `EncodingConfig.replaced_by` reads them.
+    workdir: of the run.
+
+  Returns:
+    {encoding: {length: loss}} [nats per token of an answer].
+  """
+  mesh = sharding.make_mesh(**dataclasses.asdict(config.mesh))
+  _, params = comparison.restore(config, workdir, mesh)
+  found: dict[str, dict[int, float]] = {}
+  for text, length in itertools.product(encodings, recipe.lengths):
+    at_length = dataclasses.replace(
+      config,
+      encoding=config.encoding.replaced_by(text, config.data.length),
+      data=dataclasses.replace(config.data, length=length),
+      train=dataclasses.replace(config.train, validation_windows=recipe.questions),
+    )
+    program = train.Program(at_length, mesh)
+    loss = train.validate(program, params, feed.Data(at_length))
+    print(f'{workdir}: {text} at {length}: {loss:.4f} nats per token of the answers', flush=True)
+    found.setdefault(text, {})[length] = loss
+  return found
+
+
 def measure(
   recipe: Recipe, data: Data, name: str, variant: sweep.Variant, seed: int, runs: pathlib.Path
 ) -> Iterator[sweep_results.Line]:
@@ -173,14 +212,17 @@ def measure(
   config = finetuning_config(recipe, data, first, seed)
   sweep.train_to_the_end(config, workdir)
   request = dataclasses.replace(config.evaluate, lengths=recipe.lengths, encodings=variant.texts)
+  losses = answer_losses(recipe, config, variant.texts, workdir)
   (plan,) = benchmark.plan([workdir], asking.Asked((TASK,), max_examples=recipe.questions), request)
   expected = [prompt for of_length in plan.questions for prompt in of_length.prompts]
   progress = benchmark_command.Progress(expected * len(plan.cases))
   for report in benchmark.run(plan, runs / 'answers' / run, progress):
+    of_length = losses[report['encoding_override'] or config_lib.AS_TRAINED]
     lengths = [
       {
-        **{field: entry[field] for field in ('length', 'questions', 'questions_cut', 'tokens_cut')},
+        **{field: entry[field] for field in COUNTS},
         **{score: entry['scores'][score] for score in SCORES},
+        sweep_results.ANSWER_LOSS.field: of_length[entry['length']],
       }
       for entry in report['tasks']
     ]
