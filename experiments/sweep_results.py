@@ -152,7 +152,7 @@ def whole(lines: Sequence[Line]) -> list[Line]:
 
 def measures(lines: Sequence[Line]) -> list[Measure]:
   """Returns what lines tell: all of a file tell the same."""
-  return [of for of in MEASURES if of.field in lines[0]['lengths'][0]]
+  return [of for of in MEASURES if all(of.field in line['lengths'][0] for line in lines)]
 
 
 def rows(lines: Sequence[Line], protocol: str, mask: str, of: Measure = LOSS) -> list[Row]:

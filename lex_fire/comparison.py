@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 
 from lex_fire import checkpoint, errors, kernels, model, sharding, train
 from lex_fire import config as config_lib
@@ -98,12 +97,7 @@ def check_vocabulary_size(config: config_lib.Config, vocabulary: vocabularies.Vo
 
 def _abstract(transformer):
   """Returns the parameters as ShapeDtypeStructs."""
-
-  def init():
-    tokens_BL = jnp.zeros((1, 1), jnp.int32)  # parameters do not depend on the length
-    return transformer.init(jax.random.key(0), tokens_BL)['params']
-
-  return jax.eval_shape(init)
+  return jax.eval_shape(lambda: model.initial(transformer, jax.random.key(0)))
 
 
 def restore(

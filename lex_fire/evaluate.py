@@ -215,14 +215,16 @@ def _losses(config, transformer, params, windows, progress):
   counted = is_counted(config, shared)
   parts = []
   for start in range(0, count, rows):
-    position_1L = _position(length, config.data.position_range, start // rows)
+    position_1L = None
+    if not counted:
+      position_1L = _position(length, config.data.position_range, start // rows)[:, order_L]
     # The last batch is filled up with its last window again, which is then dropped.
     index_B = np.minimum(start + np.arange(rows), count - 1)
     loss_BL = losses(
       params,
       windows.inputs_WL[index_B][:, order_L],
       windows.targets_WL[index_B][:, order_L],
-      None if counted else position_1L[:, order_L],
+      position_1L,
     )
     loss_BL = np.asarray(loss_BL)[:, np.argsort(order_L)]
     scored_BL = windows.scored_WL[start : start + rows]

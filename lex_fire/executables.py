@@ -32,6 +32,7 @@ FIELDS = (
   'data.length',
   'data.batch_size',
   'data.isolate_documents',
+  'data.position_range',  # without one a batch has no positions
   'train.steps',  # of the schedule
   'train.accumulation',
 )

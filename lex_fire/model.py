@@ -1,5 +1,6 @@
 """The Transformer: embed, blocks of attention and MLP with norms before them, norm, logits."""
 
+import dataclasses
 import functools
 from collections.abc import Mapping
 from typing import Any, cast
@@ -143,6 +144,16 @@ class Transformer(nn.Module):
     for layer in range(c.num_layers):
       x_BLD, _ = block(c, self.encoding, mask, name=f'block_{layer}')(x_BLD, *rest)
     return x_BLD
+
+
+def initial(transformer: Transformer, rng: jax.Array) -> Any:
+  """Returns a model's parameters before training.
+
+  They depend neither on the length of what it is given nor on how it computes attention, of which
+  some kernels take no row of one token.
+  """
+  config = dataclasses.replace(transformer.config, attention='reference')
+  return transformer.clone(config=config).init(rng, jnp.zeros((1, 1), jnp.int32))['params']
 
 
 def empty_cache(config: config_lib.ModelConfig, batch: int, slots: int) -> dict[str, Any]:

@@ -48,8 +48,7 @@ def make_model(config: config_lib.Config) -> model.Transformer:
 
 def init(config: config_lib.Config) -> State:
   """Returns the state before the first step; a function of config.train.seed alone."""
-  tokens_BL = jnp.zeros((1, 1), jnp.int32)  # parameters do not depend on the length
-  params = make_model(config).init(jax.random.key(config.train.seed), tokens_BL)['params']
+  params = model.initial(make_model(config), jax.random.key(config.train.seed))
   return {'params': params, 'optimizer': optimizer.make(config).init(params)}
 
 

@@ -16,7 +16,18 @@ import numpy as np
 import pytest
 import tiny
 
-from lex_fire import cli, compile, compile_report, errors, hlo, metrics, presets, topologies, train
+from lex_fire import (
+  cli,
+  compile,
+  compile_report,
+  errors,
+  feed,
+  hlo,
+  metrics,
+  presets,
+  topologies,
+  train,
+)
 from lex_fire import config as config_lib
 
 CORPUS = {'task': 'text', 'train_files': '*.txt', 'validation_files': '*.txt'}  # never opened
@@ -39,20 +50,20 @@ def report(replica=8):
 # Steps
 
 
-@pytest.mark.parametrize('alone', [False, True])
-def test_the_step_that_is_compiled_is_the_one_that_training_runs(alone):
-  config = run_config(mesh={'replica': 2, 'fsdp': 4}, data={'isolate_documents': alone})
-  program = train.Program(config, train.sharding.make_mesh(2, 4))
-  tokens_BL = np.zeros((8, 32), np.int32)
-  batch = program.put(
-    {
-      'inputs_BL': tokens_BL,
-      'targets_BL': tokens_BL,
-      'loss_weights_BL': tokens_BL.astype(np.float32),
-      'position_BL': tokens_BL if alone else None,
-      'segment_ids_BL': tokens_BL if alone else None,
-    }
-  )
+@pytest.mark.parametrize(
+  ('sizes', 'data'),
+  [
+    ((2, 4), {}),
+    ((2, 4), {'isolate_documents': True}),
+    ((2, 4), {'position_range': 64}),
+    ((2, 2, 2), {}),  # devices share the tokens of a row
+  ],
+)
+def test_the_step_that_is_compiled_is_the_one_that_training_runs(sizes, data, corpus):
+  mesh = train.sharding.make_mesh(*sizes)
+  config = tiny.config(corpus, 'fire', mesh=dict(mesh.shape), data=data)
+  program = train.Program(config, mesh)
+  batch = program.put(feed.Data(config).train_batch(0))
 
   abstract = compile.abstract_batch(config, program)
 

@@ -85,6 +85,7 @@ def test_what_is_not_compared_does_not_change_the_step(corpus):
     ({'optimizer': {'clip_norm': 2.0}}, 'optimizer.clip_norm=1.0, not 2.0 as here'),
     ({'data': {'length': 64}}, 'data.length=32, not 64 as here'),
     ({'data': {'batch_size': 16}}, 'data.batch_size=8, not 16 as here'),
+    ({'data': {'position_range': 64}}, 'data.position_range=0, not 64 as here'),
     ({'train': {'steps': 13}}, 'train.steps=12, not 13 as here'),
   ],
 )

@@ -1,6 +1,8 @@
 """Attention by the kernels that others keep: right where it serves, and chosen there alone."""
 
 import functools
+import re
+import types
 
 import jax
 import jax.numpy as jnp
@@ -11,6 +13,7 @@ import pytest
 from lex_fire import attention, config, encodings, errors, kernels, model, sharding
 from lex_fire.kernels import library
 
+JAX_CUDNN = 'jax._src.cudnn.fused_attention_stablehlo'
 LENGTH, NUM_HEADS, NUM_KV_HEADS, HEAD_DIM = 256, 4, 2, 8
 MASKS = {'causal': {}, 'window': {'window': 100}, 'bidirectional': {'causal': False}}
 # On CPU: splash attention is interpreted, and XLA stands in for cuDNN under the same arguments.
@@ -29,16 +32,18 @@ PLAIN = [
 
 
 @pytest.fixture(autouse=True)
-def with_a_gpu(monkeypatch):
-  monkeypatch.setattr(library, 'has_gpu', lambda: True)
+def a_gpu(monkeypatch):
+  """As if this host had one, and cuDNN, of which JAX asks the version."""
+  monkeypatch.setattr(library, 'why_no_cudnn_here', lambda: None)
+  monkeypatch.setattr(f'{JAX_CUDNN}.check_cudnn_version', lambda: 91_000)
 
 
 @pytest.mark.parametrize('mask', MASKS)
 @pytest.mark.parametrize('name', HERE)
 def test_values_and_gradients_equal_the_oracle(name, mask, monkeypatch):
   """In two tiles by two, of grouped heads."""
-  monkeypatch.setattr(library, 'SPLASH_QUERIES', library.LANES)
-  monkeypatch.setattr(library, 'SPLASH_KEYS', library.LANES)
+  for name_of_size in ('SPLASH_QUERIES', 'SPLASH_KEYS', 'LEAST_QUERIES'):
+    monkeypatch.setattr(library, name_of_size, library.LANES)
   rng = np.random.default_rng(0)
   heads = NUM_HEADS, NUM_KV_HEADS, NUM_KV_HEADS
   *arrays, d_out_BQHC = (
@@ -118,7 +123,7 @@ def test_auto_takes_it_for_exactly_what_has_no_bias_and_no_decay(platform, name,
     ),
     ({'num_keys': 8192}, 'cudnn takes as many keys as queries, not 8192 for 4096'),
     ({'block': 128}, 'cudnn has no blockwise mask'),
-    ({'dtype': jnp.float32}, 'cudnn takes bfloat16 and float16, not float32'),
+    ({'dtype': jnp.float32}, 'cudnn: Q must be fp16/bf16/fp8_e4m3fn/fp8_e5m2, got float32'),
   ],
 )
 def test_where_it_cannot_serve_auto_takes_another_and_says_why(case, reason):
@@ -134,13 +139,41 @@ def test_cudnn_is_not_taken_for_a_topology_by_a_host_without_a_gpu(monkeypatch):
   assert chosen('gpu').reason.endswith(' (cudnn cannot be compiled for without a GPU)')
 
 
+@pytest.mark.parametrize('capability', ['7.5', 'gfx942', None])
+def test_cudnn_is_not_taken_on_a_gpu_that_it_does_not_serve(monkeypatch, capability):
+  monkeypatch.undo()
+  monkeypatch.setattr(jax, 'default_backend', lambda: 'gpu')
+  device = types.SimpleNamespace(compute_capability=capability)
+  monkeypatch.setattr(jax, 'local_devices', lambda: [device])
+
+  why_not = f' (cudnn needs compute capability 8.0 or above, and not {capability})'
+  assert chosen('gpu').reason.endswith(why_not)
+
+
+def test_a_gpu_without_the_library_goes_on_without_it(monkeypatch):
+  monkeypatch.undo()
+  monkeypatch.setattr(library, 'why_no_cudnn_here', lambda: None)
+
+  assert chosen('gpu').implementation == 'chunked'
+  assert chosen('gpu').reason.endswith(' (cudnn: cuDNN is not detected)')
+
+
 @pytest.mark.parametrize(
   ('why_not', 'sizes', 'reason'),
   [
     (library.why_not_splash, (4000, 64), 'rows of a multiple of 128 tokens, not of 4000'),
+    (library.why_not_splash, (4736, 64), 'would cut rows of 4736 tokens in tiles of 128'),
     (library.why_not_splash, (65_536, 64), 'on the host, up to 2048, not 8192'),
-    (library.why_not_cudnn, (4096, 60), 'of a multiple of 8 channels up to 128, not of 60'),
-    (library.why_not_cudnn, (4096, 256), 'of a multiple of 8 channels up to 128, not of 256'),
+    (
+      library.why_not_cudnn,
+      (4096, 60),
+      'cudnn: The head dim must be <= 128 and a multiple of 8, but got 60',
+    ),
+    (
+      library.why_not_cudnn,
+      (4096, 256),
+      'cudnn: The head dim must be <= 128 and a multiple of 8, but got 256',
+    ),
   ],
 )
 def test_a_size_that_it_does_not_take_is_told(why_not, sizes, reason):
@@ -155,32 +188,44 @@ def test_positions_are_refused_not_ignored(name):
   arrays = [jnp.zeros((1, 128, 2, 8), jnp.bfloat16)] * 3
   where = NOWHERE | {'query_position_BQ': np.arange(128)[None]}
 
-  with pytest.raises(errors.UserError, match='positions are known to count from 0; use implem'):
+  with pytest.raises(
+    errors.UserError, match="positions are known to count from 0; ask for 'auto' "
+  ):
     HERE[name](*arrays, encoding=encodings.get('nope'), params={}, mask=kernels.Mask(), **where)
 
 
-def test_a_model_without_positions_is_by_cudnn_forward_and_backward_on_a_gpu(monkeypatch):
-  """On a mesh, each device its own rows and heads. JAX asks for the library's version to trace."""
-  versions = 'jax._src.cudnn.fused_attention_stablehlo.check_cudnn_version'
-  monkeypatch.setattr(versions, lambda: 91_000)
+@pytest.mark.parametrize(('window', 'told'), [(None, '0'), (100, '100')])
+def test_a_model_without_positions_is_by_cudnn_forward_and_backward_on_a_gpu(window, told):
+  """On a mesh, each device its own rows and heads."""
   shape = config.ModelConfig(num_layers=1, vocab_size=256, head_dim=32, dtype='bfloat16')
-  transformer = model.Transformer(shape, encodings.get('rope'))
+  transformer = model.Transformer(shape, encodings.get('rope'), kernels.Mask(window=window))
   tokens_BL = jax.ShapeDtypeStruct((4, 4096), jnp.int32)
   mesh = sharding.make_mesh(replica=2, tensor=2, devices=jax.devices()[:4])
 
-  with jax.set_mesh(mesh):
-    params = jax.eval_shape(transformer.init, jax.random.key(0), tokens_BL)['params']
-    with jax.default_device('gpu'):
-      choice = attention.choice(transformer, 4096, counted=True)
+  def loss(params, tokens_BL):
+    return transformer.apply({'params': params}, tokens_BL, None, None, tokens_BL).sum()
 
-      def loss(params, tokens_BL):
-        return transformer.apply({'params': params}, tokens_BL, None, None, tokens_BL).sum()
-
-      traced = jax.jit(jax.grad(loss)).trace(params, tokens_BL)
-      text = traced.lower(lowering_platforms=('cuda',)).as_text()
+  params = jax.eval_shape(lambda: model.initial(transformer, jax.random.key(0)))
+  with jax.set_mesh(mesh), jax.default_device('gpu'):
+    choice = attention.choice(transformer, 4096, counted=True)
+    traced = jax.jit(jax.grad(loss)).trace(params, tokens_BL)
+    text = traced.lower(lowering_platforms=('cuda',)).as_text()
 
   assert choice.implementation == 'cudnn'
   rows_and_heads = 'tensor<2x4096x2x32xbf16>'  # of a device
   for target in ('__cudnn$fmhaSoftmax', '__cudnn$fmhaSoftmaxBackward'):
     (call,) = (line for line in text.splitlines() if f'@{target}(' in line)
     assert rows_and_heads in call and 'CAUSAL' in call
+    assert re.search(r'sliding_window_length\\22: (\d+)', call).group(1) == told
+
+
+@pytest.mark.parametrize('implementation', kernels.IMPLEMENTATIONS)
+def test_a_model_that_asks_for_it_has_the_parameters_of_any_other(implementation):
+  """Though splash attention takes no row of one token."""
+  shape = config.ModelConfig(num_layers=1, attention=implementation)
+
+  params = jax.eval_shape(
+    lambda: model.initial(model.Transformer(shape, encodings.get('rope')), jax.random.key(0))
+  )
+
+  assert params['norm']['scale_D'].shape == (shape.d_model,)

@@ -65,7 +65,7 @@ def choose(
   """Returns by what implementation attention is computed here, and why.
 
   'mosaic_gpu' is never chosen, only asked for, until it has run on a GPU: it has been compiled for
-  one, and interpreted.
+  one, and interpreted. What others keep, they have run.
 
   Args:
     implementation: a key of IMPLEMENTATIONS, which is taken, or 'auto'.

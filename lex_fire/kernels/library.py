@@ -6,6 +6,7 @@ so on: those that are given without positions and segments. What they lack, the 
 implementations have.
 """
 
+import functools
 import math
 from collections.abc import Callable
 from typing import Any, Literal, NamedTuple
@@ -21,11 +22,11 @@ from lex_fire.kernels import residuals
 
 # Of splash attention: queries and keys of a tile, at most, and what both are multiples of.
 SPLASH_QUERIES, SPLASH_KEYS, LANES = 512, 1024, 128
-# It looks at each tile of the mask on the host, a millisecond for each of three kernels: of 32,768
-# tokens for seconds, of 131,072 for minutes.
+LEAST_QUERIES = 256  # of a tile, but in shorter rows
+# It looks at each tile of a mask that hides any on the host, and for three kernels: at those of
+# 32,768 tokens for seconds, of 131,072 for minutes.
 SPLASH_TILES = 2048
-# Of cuDNN on any GPU that it has flash attention for; Hopper has 256 channels besides.
-CUDNN_CHANNELS, CUDNN_STEP = 128, 8
+CUDNN_CAPABILITY = 8.0  # of NVIDIA's GPUs, at least, for flash attention
 
 
 def is_counted(*where: Any) -> bool:
@@ -57,8 +58,11 @@ def why_not_splash(
     return f'splash takes bfloat16, not {query.dtype}'
   if length % LANES:
     return f'splash takes rows of a multiple of {LANES} tokens, not of {length}'
-  tiles = math.prod(length // tile for tile in _tile(length))
-  if tiles > SPLASH_TILES:
+  tile = _tile(length)
+  if tile[0] < min(length, LEAST_QUERIES):
+    return f'splash would cut rows of {length} tokens in tiles of {tile[0]}'
+  tiles = math.prod(length // tokens for tokens in tile)
+  if mask.causal and tiles > SPLASH_TILES:
     return f'splash plans its tiles on the host, up to {SPLASH_TILES}, not {tiles}'
   return None
 
@@ -67,25 +71,32 @@ def why_not_cudnn(
   encoding: base.Encoding, mask: mask_lib.Mask, query: Any, key: Any, counted: bool
 ) -> str | None:
   """Returns why cuDNN's flash attention cannot serve, or None; arguments as of why_not_splash."""
-  reason = _why_not('cudnn', encoding, mask, query, key, counted)
-  channels = query.shape[3]
+  reason = _why_not('cudnn', encoding, mask, query, key, counted) or why_no_cudnn_here()
   if reason:
     return reason
-  if not has_gpu():
-    return 'cudnn cannot be compiled for without a GPU'
-  if query.dtype not in (jnp.bfloat16, jnp.float16):
-    return f'cudnn takes bfloat16 and float16, not {query.dtype}'
-  if channels % CUDNN_STEP or channels > CUDNN_CHANNELS:
-    return (
-      f'cudnn takes heads of a multiple of {CUDNN_STEP} channels up to {CUDNN_CHANNELS}, '
-      f'not of {channels}'
-    )
+  query, key = (jax.ShapeDtypeStruct(x.shape, x.dtype) for x in (query, key))
+  try:  # JAX knows what this version of the library takes
+    jax.eval_shape(functools.partial(_by_jax, mask, 'cudnn'), query, key, key)
+  except (NotImplementedError, RuntimeError, ValueError) as error:
+    return f'cudnn: {str(error).rstrip(".")}'
   return None
 
 
-def has_gpu() -> bool:
-  """Returns whether this host has one: for a topology, kernels are chosen where there is none."""
-  return jax.default_backend() == 'gpu'
+def why_no_cudnn_here() -> str | None:
+  """Returns why programs of this host cannot have cuDNN's flash attention, or None.
+
+  A host without a GPU may compile for a topology of them, but then the library cannot be asked.
+  """
+  if jax.default_backend() != 'gpu':
+    return 'cudnn cannot be compiled for without a GPU'
+  capability = getattr(jax.local_devices()[0], 'compute_capability', None)
+  try:
+    is_able = float(capability or 'none') >= CUDNN_CAPABILITY
+  except ValueError:  # as of AMD's
+    is_able = False
+  if is_able:
+    return None
+  return f'cudnn needs compute capability {CUDNN_CAPABILITY} or above, and not {capability}'
 
 
 def _why_not(name, encoding, mask, query, key, counted):
@@ -189,6 +200,10 @@ def cudnn(
   del params
   where = query_position_BQ, key_position_BK, query_segment_BQ, key_segment_BK
   _check(why_not_cudnn(encoding, mask, query_BQHC, key_BKGC, is_counted(*where)))
+  return _by_jax(mask, kernel, query_BQHC, key_BKGC, value_BKGC)
+
+
+def _by_jax(mask, kernel, query_BQHC, key_BKGC, value_BKGC):
   return jax.nn.dot_product_attention(
     query_BQHC,
     key_BKGC,
@@ -201,7 +216,9 @@ def cudnn(
 
 def _check(reason):
   if reason:
-    raise errors.UserError(f"{reason}; use implementation='auto'")
+    raise errors.UserError(
+      f"{reason}; ask for 'auto' (model.attention, or evaluate.attention), which has others too"
+    )
 
 
 class Kernel(NamedTuple):
