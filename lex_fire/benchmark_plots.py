@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from lex_fire import plot
+from lex_fire import benchmark, plot
 from lex_fire import report as report_lib
 from lex_fire.data import algorithm_tasks, spec
 
@@ -37,7 +37,15 @@ def table(reports: Sequence[Report]) -> str:
     for entry in report['tasks']
     if entry['questions_cut']
   }
-  return '\n'.join([*lines, *cuts])
+  # Such a score is of the Task's commonest answer, and says nothing of what was read.
+  alike = [
+    f'{label}: all {entry["questions"]} answers to '
+    f'{benchmark.named(entry["task"], entry["length"])} are the same'
+    for label, report in zip(labels, reports, strict=True)
+    for entry in report['tasks']
+    if entry['distinct_answers'] == 1 < entry['questions']
+  ]
+  return '\n'.join([*lines, *cuts, *alike])
 
 
 def _row_name(entry: Report) -> str:

@@ -67,3 +67,17 @@ def test_heat_maps_have_a_line_after_the_last_length_that_training_had(
   lines, _ = drawn(report('passkey', train_length=train_length))  # and the bar of colours
 
   assert list(lines) == between
+
+
+def test_a_table_tells_of_answers_that_are_all_the_same():
+  reports = [report('glue_sst2'), report('glue_sst2', 'rope')]
+  for of_run, counts in zip(reports, ([2, 1, 1], [1, 2, 100]), strict=True):
+    for entry, questions, count in zip(of_run['tasks'], (100, 1, 100), counts, strict=True):
+      entry |= {'questions': questions, 'questions_cut': 0, 'distinct_answers': count}
+
+  lines = benchmark_plots.table(reports).splitlines()
+
+  assert [line for line in lines if 'answers' in line] == [
+    'fire: all 100 answers to glue_sst2 at 1024 are the same',
+    'rope: all 100 answers to glue_sst2 at 256 are the same',
+  ]
