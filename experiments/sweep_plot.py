@@ -95,7 +95,7 @@ def draw(
     axes.set_xlabel(x_label)
   figure.suptitle(title, fontsize=11)
   figure.legend(handles=marks, loc='outside lower center', ncols=len(marks))
-  figure.savefig(path, dpi=110)
+  figure.savefig(path, dpi=110, bbox_inches='tight')  # names of ends may reach past the edge
 
 
 def enlarged(panels: Panels, near: float) -> tuple[float, float] | None:

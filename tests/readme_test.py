@@ -6,6 +6,7 @@ import re
 import textwrap
 
 import numpy as np
+import pytest
 
 from experiments import sweep, sweep_published, sweep_results
 from experiments.attention_resolution import run as attention_resolution
@@ -105,6 +106,24 @@ def test_what_length_generalization_tells_is_what_was_measured():
   for mask, made in rows.items():
     _, table = sweep_published.changes({row.variant: row.values for row in made}, trained, mask)
     assert table in readme
+
+
+@pytest.mark.parametrize(
+  ('name', 'file', 'shown'),
+  [
+    ('fire_ablations', 'books_laptop', [sweep_results.LOSS]),
+    ('qmsum', 'laptop', [sweep_results.ROUGE, sweep_results.ANSWER_LOSS]),
+    ('arithmetic', 'laptop', [sweep_results.ACCURACY]),
+  ],
+)
+def test_tables_of_sweeps_are_those_that_were_measured(name, file, shown):
+  directory = ROOT / 'experiments' / name
+  lines = sweep_results.whole(sweep_results.read(directory / f'{file}.jsonl'))
+  protocol = lines[0]['protocol']
+
+  for measure in shown:
+    table = sweep_results.table(sweep_results.rows(lines, protocol, 'causal', measure))
+    assert textwrap.indent(table, '    ') in (directory / 'README.md').read_text()
 
 
 def prose(experiment):
