@@ -26,9 +26,9 @@ class Recent:
   def write(self, done: int, values: dict[str, float]) -> pathlib.Path:
     """Writes the step that made it `done` steps; returns the folder.
 
-    `step.json` has the step and its values, `batch-HOST.npz` the rows of each host. With the
-    config, and the state at the newest checkpoint before it, from which a run of the same config
-    comes to the same state again, that is all the step was made of.
+    `step.json` has the step and its values, `batch-HOST.npz` the rows of each host, without what is
+    None of them. With the config, and the state at the newest checkpoint before it, from which a
+    run of the same config comes to the same state again, that is all the step was made of.
 
     Args:
       done: a step whose batch is kept.

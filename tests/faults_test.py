@@ -391,7 +391,7 @@ def test_a_step_that_went_wrong_can_be_taken_again_from_what_is_kept(corpus, poi
     assert np.isfinite(values['loss'])
 
   with np.load(tmp_path / 'non_finite' / 'step-6' / 'batch-0.npz') as kept:
-    batch = {'segment_ids_BL': None, **kept}
+    batch = {'position_BL': None, 'segment_ids_BL': None, **kept}
   _, values = program.step(state, program.put(batch))
 
   assert np.isnan(values['loss'])

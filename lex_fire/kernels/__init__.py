@@ -127,7 +127,8 @@ def choose(
 def positions(x_BLHC: jax.Array, position_BL: jax.Array | None) -> jax.Array:
   """Returns the positions of the tokens of x: those given or, if None, 0 .. L - 1 for all rows."""
   if position_BL is None:
-    return jnp.arange(x_BLHC.shape[1], dtype=jnp.int32)[None]
+    # Behind a barrier, or XLA computes what follows as it compiles: for seconds at 131,072 tokens.
+    return jax.lax.optimization_barrier(jnp.arange(x_BLHC.shape[1], dtype=jnp.int32)[None])
   return position_BL
 
 
