@@ -111,11 +111,10 @@ class Attention(nn.Module):
     key_BLGC = jnp.einsum('BLD,DGC->BLGC', x_BLD, key_DGC)
     value_BLGC = jnp.einsum('BLD,DGC->BLGC', x_BLD, value_DGC)
     keys = Cache(key_BLGC, value_BLGC, position_BL, segment_ids_BL)
+    place_BL = kernels.positions(x_BLD, position_BL)
     if self.encoding.rotate is not None:
-      query_BLHC = self.encoding.rotate(
-        params, query_BLHC, kernels.positions(query_BLHC, position_BL)
-      )
-    keys = self._rotated_keys(params, keys)
+      query_BLHC = self.encoding.rotate(params, query_BLHC, place_BL)
+    keys = self._rotated_keys(params, keys, place_BL)
     self.sow('intermediates', 'query_BLHC', query_BLHC)
     self.sow('intermediates', 'key_BLGC', keys.key_BKGC)
     out_BLHC = kernels.attention(
@@ -135,13 +134,13 @@ class Attention(nn.Module):
     )
     return jnp.einsum('BLHC,HCD->BLD', out_BLHC, out_HCD)
 
-  def _rotated_keys(self, params, new: Cache) -> Cache:
-    """Returns the keys to attend to, rotated: the new ones, after those in the cache if any."""
+  def _rotated_keys(self, params, new: Cache, place_BL: jax.Array) -> Cache:
+    """Returns the keys to attend to, rotated: the new, at their places, after any in the cache."""
 
     def rotated(keys):
       if self.encoding.rotate is None:
         return keys
-      position_BK = kernels.positions(keys.key_BKGC, keys.position_BK)
+      position_BK = place_BL if keys.position_BK is None else keys.position_BK
       return keys._replace(key_BKGC=self.encoding.rotate(params, keys.key_BKGC, position_BK))
 
     if not self.has_variable('cache', 'keys'):

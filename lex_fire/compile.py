@@ -131,7 +131,7 @@ def training_step(config: config_lib.Config, program: train.Program) -> Step:
   with jax.set_mesh(program.mesh):
     counted = feed.is_counted(config)
     about = _about('training step', train.make_model(config), c.length, c.batch_size, counted)
-  arguments = (state, abstract_batch(config, program))
+  arguments = (state, train.abstract_batch(config, program))
   return Step(about, program.step, arguments, {'parameters': state['params'], **_rest(state)})
 
 
@@ -162,26 +162,6 @@ def _about(
 ) -> Report:
   choice = attention.choice(transformer, length, counted=counted)._asdict()
   return {'name': name, 'length': length, 'rows': rows, 'attention': choice}
-
-
-def abstract_batch(config: config_lib.Config, program: train.Program) -> train.Batch:
-  """Returns a batch of a run as ShapeDtypeStructs, as it lies on the mesh."""
-  c = config.data
-  of_rows, of_all = (c.batch_size, c.length), (1, c.length)
-  alone, whole = c.isolate_documents, program.mesh.shape['sequence'] == 1
-  found = {
-    'inputs_BL': (of_rows, jnp.int32),
-    'targets_BL': (of_rows, jnp.int32),
-    'loss_weights_BL': (of_rows, jnp.float32),
-    'position_BL': (of_rows if alone else of_all, jnp.int32),
-    'segment_ids_BL': (of_rows, jnp.int32) if alone else None,
-  }
-  if feed.is_counted(config) and whole:
-    found['position_BL'] = None
-  return {
-    name: leaf and jax.ShapeDtypeStruct(*leaf, sharding=program.layout(name, leaf[0]))
-    for name, leaf in found.items()
-  }
 
 
 def _windows(rows: int, length: int, counted: bool) -> tuple[jax.ShapeDtypeStruct | None, ...]:

@@ -221,6 +221,26 @@ class Program:
     return jax.sharding.NamedSharding(self.mesh, spec)
 
 
+def abstract_batch(config: config_lib.Config, program: Program) -> Batch:
+  """Returns a batch of a run as ShapeDtypeStructs, as it lies on the mesh."""
+  c = config.data
+  of_rows, of_all = (c.batch_size, c.length), (1, c.length)
+  alone, whole = c.isolate_documents, program.mesh.shape['sequence'] == 1
+  found = {
+    'inputs_BL': (of_rows, jnp.int32),
+    'targets_BL': (of_rows, jnp.int32),
+    'loss_weights_BL': (of_rows, jnp.float32),
+    'position_BL': (of_rows if alone else of_all, jnp.int32),
+    'segment_ids_BL': (of_rows, jnp.int32) if alone else None,
+  }
+  if feed.is_counted(config) and whole:
+    found['position_BL'] = None
+  return {
+    name: leaf and jax.ShapeDtypeStruct(*leaf, sharding=program.layout(name, leaf[0]))
+    for name, leaf in found.items()
+  }
+
+
 def validate(program: Program, params, data: feed.Data) -> float:
   """Returns the mean loss of the validation windows [nats per token]."""
   sums = [program.loss_sums(params, program.put(batch)) for batch in data.validation_batches()]
@@ -300,6 +320,9 @@ def prepare(config: config_lib.Config, *, is_new: bool) -> tuple[Program, feed.D
   """
   hosts.check_same('a config', checkpoint.flat(config))
   program = Program(config, sharding.make_mesh(**dataclasses.asdict(config.mesh)))
+  # What attention cannot do is refused before data are prepared, and a workdir is this config's.
+  batch = abstract_batch(config, program)
+  program.loss_sums.lower(program.abstract_state['params'], batch)
   if config.train.start_from and is_new:
     _check_source(config)  # before data are prepared, and before the workdir is that of this config
   data = feed.Data(config, reporting.say, program.share)

@@ -65,7 +65,7 @@ def test_the_step_that_is_compiled_is_the_one_that_training_runs(sizes, data, co
   program = train.Program(config, mesh)
   batch = program.put(feed.Data(config).train_batch(0))
 
-  abstract = compile.abstract_batch(config, program)
+  abstract = train.abstract_batch(config, program)
 
   texts = [program.step.lower(program.abstract_state, one).as_text() for one in (batch, abstract)]
   assert texts[0] == texts[1]

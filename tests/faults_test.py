@@ -195,6 +195,29 @@ def test_a_run_that_goes_on_on_other_meshes_has_the_same_batches_and_agrees_to_r
     np.testing.assert_allclose(leaf, of_one, rtol=1e-3, atol=6e-4)
 
 
+@pytest.mark.parametrize(
+  ('sections', 'message'),
+  [
+    ({'model': {'attention': 'mosaic_tpu'}}, "implementation='mosaic_tpu' is for tpu, but this is"),
+    (  # which only a kernel finds out, of rows of that length
+      {
+        'model': {'attention': 'reference'},
+        'encoding': {'scale_base': 1.0},
+        'data': {'length': 80},
+      },
+      'nats a token is too fast for one tile of 80 queries',
+    ),
+  ],
+)
+def test_what_attention_refuses_is_refused_before_there_is_a_workdir(
+  corpus, tmp_path, sections, message
+):
+  with pytest.raises(errors.UserError, match=message):
+    train.train(tiny.config(corpus, 'xpos', **sections), tmp_path / 'run')
+
+  assert not (tmp_path / 'run').exists()
+
+
 def test_a_workdir_in_use_is_refused_and_free_again_in_the_end(corpus, fire_run):
   workdir, expected = fire_run
 

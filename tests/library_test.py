@@ -1,5 +1,6 @@
 """Attention by the kernels that others keep: right where it serves, and chosen there alone."""
 
+import dataclasses
 import functools
 import re
 import types
@@ -224,8 +225,10 @@ def test_a_model_that_asks_for_it_has_the_parameters_of_any_other(implementation
   """Though splash attention takes no row of one token."""
   shape = config.ModelConfig(num_layers=1, attention=implementation)
 
-  params = jax.eval_shape(
-    lambda: model.initial(model.Transformer(shape, encodings.get('rope')), jax.random.key(0))
-  )
+  rope = encodings.get('rope')
+  tokens_BL = jnp.zeros((1, 3), jnp.int32)
 
-  assert params['norm']['scale_D'].shape == (shape.d_model,)
+  found = jax.eval_shape(lambda: model.initial(model.Transformer(shape, rope), jax.random.key(0)))
+
+  other = model.Transformer(dataclasses.replace(shape, attention='chunked'), rope)
+  assert found == jax.eval_shape(other.init, jax.random.key(0), tokens_BL)['params']

@@ -194,6 +194,8 @@ def attention(
   ).implementation
   if name not in _OF_LIBRARIES:
     query_position_BQ = positions(query_BQHC, query_position_BQ)
+    if counted and query_BQHC.shape[1] == key_BKGC.shape[1]:
+      key_position_BK = query_position_BQ  # what follows from either is computed once
     key_position_BK = positions(key_BKGC, key_position_BK)
 
   arrays = {
