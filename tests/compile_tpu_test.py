@@ -100,6 +100,7 @@ def test_gradients_of_a_model_over_four_chips_compile_with_the_kernel(name, is_s
     {'name': 'nope', 'length': 262_144},
     {'name': 'xpos', 'mask': {'block': 512}, 'packed': True},
     {'name': 'xpos', 'length': 65_536},
+    {'name': 'xpos', 'mask': {'causal': False}},
     {'name': 't5', 'bidirectional': True, 'mask': {'causal': False}},
     {'name': 'alibi', 'head_dim': 64},
     {'name': 'kerple_log'},

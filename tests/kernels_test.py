@@ -72,12 +72,12 @@ every_case = pytest.mark.parametrize('case', CASES)
 every_implementation = pytest.mark.parametrize('implementation', IMPLEMENTATIONS)
 
 
-def is_able(implementation, case, mask):
+def is_able(implementation, case):
   encoding = encodings.get(CASES[case][0])
   query = jax.ShapeDtypeStruct((1, LENGTH, NUM_HEADS, HEAD_DIM), jnp.float32)
   if implementation not in kernels.PLATFORM:
     return True
-  return mosaic_tpu_size.why_not(encoding, kernels.Mask(**MASKS[mask]), query, query) is None
+  return mosaic_tpu_size.why_not(encoding, query, query) is None
 
 
 def cells():
@@ -89,7 +89,9 @@ def cells():
       for case_index, case in enumerate(CASES):
         few = implementation in kernels.PLATFORM
         in_turn = (case_index + mask_index) % len(MASKS) == 0 or CASES[case] == ('fire', {})
-        if (in_turn or not few) and is_able(implementation, case, mask):
+        # Of a decay its kernel has the causal side: the other is joined to it.
+        in_turn |= CASES[case] == ('xpos', {}) and mask == 'bidirectional'
+        if (in_turn or not few) and is_able(implementation, case):
           yield implementation, mask, case
 
 
@@ -463,7 +465,7 @@ LONG_ROWS = {
 @pytest.mark.parametrize('row', LONG_ROWS)
 @pytest.mark.parametrize(
   ('implementation', 'mask'),
-  [(i, m) for i in TILED for m in ('causal', 'bidirectional') if is_able(i, 'xpos', m)],
+  [(i, m) for i in TILED for m in ('causal', 'bidirectional')],
 )
 def test_xpos_equals_the_oracle_at_a_million_positions(implementation, mask, row):
   encoding, params = make('xpos')
@@ -689,9 +691,9 @@ def test_auto_is_dense_up_to_the_limit_of_its_platform(platform):
 
 def test_auto_takes_the_kernel_of_a_platform_where_it_can_and_else_says_why_not():
   assert chosen('tpu', 128, 128).implementation == 'mosaic_tpu'
+  assert chosen('tpu', 4096, 4096, name='xpos', causal=False).implementation == 'mosaic_tpu'
   for choice, reason in (
     (chosen('tpu', 8, 2**20), 'tiles of 128 queries at least, not of 8'),
-    (chosen('tpu', 4096, 4096, name='xpos', causal=False), "decay of 'xpos' under a causal mask"),
     (chosen('tpu', 4096, 4096, hidden_layers=3), "a table of the bias, which 'fire' has not"),
     (chosen('tpu', 4096, 4096, dtype=jnp.float16), 'bfloat16 and float32, not float16'),
     (chosen('tpu', 2**20, 2**20), 'of scalar memory, and has 983,040'),
@@ -701,20 +703,25 @@ def test_auto_takes_the_kernel_of_a_platform_where_it_can_and_else_says_why_not(
   assert chosen('cpu', 128, 128, implementation='chunked') == ('chunked', 'as asked')
 
 
+DECAYED_ALIBI = encodings.get('alibi')._replace(log_decay=encodings.get('xpos').log_decay)
+
+
 @pytest.mark.parametrize(
-  ('name', 'options', 'mask', 'message'),
+  ('encoding', 'message'),
   [
-    ('xpos', {}, {'causal': False}, "the decay of 'xpos' under a causal mask only; use implem"),
-    ('fire', {'hidden_layers': 3}, {}, "a table of the bias, which 'fire' has not; use implem"),
+    (DECAYED_ALIBI, "a decay or a bias, but 'alibi' has both; use implem"),
+    (
+      encodings.get('fire', hidden_layers=3),
+      "a table of the bias, which 'fire' has not; use implem",
+    ),
   ],
 )
-def test_the_tpu_kernel_refuses_what_it_cannot_do(name, options, mask, message):
-  encoding = encodings.get(name, **options)
+def test_the_tpu_kernel_refuses_what_it_cannot_do(encoding, message):
   params = encoding.init(jax.random.key(0), num_heads=4, head_dim=HEAD_DIM, d_model=32)
   position_BL = np.arange(LENGTH, dtype=np.int32)[None]
 
   with pytest.raises(errors.UserError, match=message):
-    attend('mosaic_tpu', encoding, params, inputs(1, LENGTH, LENGTH), position_BL, mask=mask)
+    attend('mosaic_tpu', encoding, params, inputs(1, LENGTH, LENGTH), position_BL)
 
 
 @pytest.mark.parametrize(
@@ -849,4 +856,4 @@ def test_an_encoding_given_its_table_still_says_how_large_one_is():
   given = piecewise.tabulated(encoding)
 
   assert given.table(table, 4) is table
-  assert mosaic_tpu_size.why_not(given, kernels.Mask(), query, query) is None
+  assert mosaic_tpu_size.why_not(given, query, query) is None

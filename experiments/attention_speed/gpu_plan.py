@@ -75,7 +75,7 @@ def checks(sizes: Sizes) -> dict[str, gpu_figures.Check]:
       'fire:hidden_layers=2,width=16', length, {'causal': False}, channels=128
     ),
     # A row of 24,000 positions, where a stretch of the decay has 16,000.
-    'xpos, blocks, two stretches': check('xpos', length, {'block': 16 * part}, stride=16),
+    'xpos, bidirectional, two stretches': check('xpos', length, {'causal': False}, stride=16),
     'kerple_log, heads of 256': check('kerple_log', length, channels=256),
   }
 

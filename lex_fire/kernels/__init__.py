@@ -108,7 +108,7 @@ def choose(
     if reason is None:
       return Choice(kept.name, f'{kept.whose}, where there is no bias and no decay')
   if here == 'tpu':
-    reason = mosaic_tpu_size.why_not(encoding, mask, query, key)
+    reason = mosaic_tpu_size.why_not(encoding, query, key)
     if reason is None and num_queries < mosaic_tpu_size.LANES:
       reason = (
         f'mosaic_tpu has tiles of {mosaic_tpu_size.LANES} queries at least, not of {num_queries}'

@@ -22,7 +22,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from lex_fire import errors
 from lex_fire.encodings import base
-from lex_fire.kernels import decay, residuals, tile
+from lex_fire.kernels import decay, residuals, sides, tile
 from lex_fire.kernels import mask as mask_lib
 from lex_fire.kernels import mosaic_gpu_backward as backward
 from lex_fire.kernels import mosaic_gpu_elementwise as elementwise
@@ -65,17 +65,14 @@ class Inputs(NamedTuple):
   keys: Any
 
 
-def why_not(encoding: base.Encoding, mask: mask_lib.Mask, channels: int, dtype: Any) -> str | None:
+def why_not(encoding: base.Encoding, channels: int, dtype: Any) -> str | None:
   """Returns why this kernel cannot serve, or None if it can.
 
   Args:
     encoding: says the decay and the bias of the logits.
-    mask: which keys a query may see.
     channels: of a head.
     dtype: of queries, keys and values.
   """
-  if encoding.log_decay is not None and not mask.causal:
-    return f'mosaic_gpu has the decay of {encoding.name!r} under a causal mask only'
   if encoding.log_decay is not None and encoding.bias is not None:
     return f'mosaic_gpu has a decay or a bias, but {encoding.name!r} has both'
   if channels not in CHANNELS:
@@ -133,10 +130,40 @@ def attention(
   Raises:
     errors.UserError: as `why_not` says.
   """
-  num_queries, num_heads, channels = query_BQHC.shape[1:]
-  reason = why_not(encoding, mask, channels, query_BQHC.dtype)
+  reason = why_not(encoding, query_BQHC.shape[3], query_BQHC.dtype)
   if reason:
     raise errors.UserError(f"{reason}; use implementation='chunked'")
+  return sides.attention(
+    functools.partial(_attention, interpret=interpret),
+    query_BQHC,
+    key_BKGC,
+    value_BKGC,
+    encoding=encoding,
+    params=params,
+    query_position_BQ=query_position_BQ,
+    key_position_BK=key_position_BK,
+    query_segment_BQ=query_segment_BQ,
+    key_segment_BK=key_segment_BK,
+    mask=mask,
+  )
+
+
+def _attention(
+  query_BQHC,
+  key_BKGC,
+  value_BKGC,
+  *,
+  encoding,
+  params,
+  query_position_BQ,
+  key_position_BK,
+  query_segment_BQ,
+  key_segment_BK,
+  mask,
+  interpret,
+):
+  """Returns out_BQHC and log_norm_BHQ; of a decay, of a causal mask."""
+  num_queries, num_heads, channels = query_BQHC.shape[1:]
   query_BQHC, key_BKGC = tile.prepare(
     query_BQHC,
     key_BKGC,
@@ -179,7 +206,8 @@ def attention(
     interpret=interpret,
   )
   table = None if table is None else plan_lib.table(table, num_heads)
-  return _flash(setup, rate_C)(table, inputs)[:, :num_queries]
+  out_BQHC, log_norm_BHQ = _flash(setup, rate_C)(table, inputs)
+  return out_BQHC[:, :num_queries], log_norm_BHQ[..., :num_queries]
 
 
 def _padded(x_BLHC, padding):
@@ -187,24 +215,27 @@ def _padded(x_BLHC, padding):
 
 
 def _flash(setup, rate_C):
-  """Makes (table, Inputs) -> out_BQHC with flash attention's own gradient.
+  """Makes (table, Inputs) -> out_BQHC, log_norm_BHQ with flash attention's own gradient.
 
-  Of a decay the rate is nats a stretch; None without one.
+  The logarithm of the softmax's normaliser is +inf where a query sees no key. Of a decay the rate
+  is nats a stretch; None without one.
   """
 
   @jax.custom_vjp
   def flash(table, inputs):
-    return _forward(setup, rate_C, table, inputs)[0]
+    return _forward(setup, rate_C, table, inputs)
 
   def forward(table, inputs):
     out_BQHC, log_norm_BHQ = residuals.named(*_forward(setup, rate_C, table, inputs))
-    return out_BQHC, (table, inputs, out_BQHC, log_norm_BHQ)
+    return (out_BQHC, log_norm_BHQ), (table, inputs, out_BQHC, log_norm_BHQ)
 
-  def gradient(saved, d_out_BQHC):
+  def gradient(saved, d_found):
+    d_out_BQHC, d_log_norm_BHQ = d_found
     table, inputs, out_BQHC, log_norm_BHQ = saved
     delta_BHQ = jnp.einsum(
       'BQHC,BQHC->BHQ', d_out_BQHC.astype(jnp.float32), out_BQHC.astype(jnp.float32)
     )
+    delta_BHQ -= d_log_norm_BHQ  # of a logit it is its weight times this
     norm_BHPQ = jnp.stack([log_norm_BHQ, delta_BHQ], axis=2)
     given = tile_lib.operands(table, rate_C), split(setup, inputs), inputs
     d_out_YBQHC = products.split(d_out_BQHC, setup.parts)

@@ -20,7 +20,7 @@ from jax.experimental.pallas import tpu as pltpu
 
 from lex_fire import errors
 from lex_fire.encodings import base
-from lex_fire.kernels import decay, residuals, tile
+from lex_fire.kernels import decay, residuals, sides, tile
 from lex_fire.kernels import mask as mask_lib
 from lex_fire.kernels import mosaic_tpu_bias as bias_lib
 from lex_fire.kernels import mosaic_tpu_call as call
@@ -54,9 +54,40 @@ def attention(
   Raises:
     errors.UserError: as `mosaic_tpu_size.why_not` says.
   """
-  reason = why_not(encoding, mask, query_BQHC, key_BKGC)
+  reason = why_not(encoding, query_BQHC, key_BKGC)
   if reason:
     raise errors.UserError(f"{reason}; use implementation='chunked'")
+  return sides.attention(
+    functools.partial(_attention, block=block, interpret=interpret),
+    query_BQHC,
+    key_BKGC,
+    value_BKGC,
+    encoding=encoding,
+    params=params,
+    query_position_BQ=query_position_BQ,
+    key_position_BK=key_position_BK,
+    query_segment_BQ=query_segment_BQ,
+    key_segment_BK=key_segment_BK,
+    mask=mask,
+  )
+
+
+def _attention(
+  query_BQHC,
+  key_BKGC,
+  value_BKGC,
+  *,
+  encoding,
+  params,
+  query_position_BQ,
+  key_position_BK,
+  query_segment_BQ,
+  key_segment_BK,
+  mask,
+  block,
+  interpret,
+):
+  """Returns out_BQHC and log_norm_BHQ; of a decay, of a causal mask."""
   query_BQHC, key_BKGC = tile.prepare(
     query_BQHC,
     key_BKGC,
@@ -103,7 +134,9 @@ def attention(
     x_lib.part(cut.queries, cut.keys),
   )
   flash = _flash(setup, Constants(rate_1C, of_functions))
-  return jnp.swapaxes(flash(table, queries, keys, plan), 1, 2)[:, : query_BQHC.shape[1]]
+  out_BHQC, log_norm_BHQ = flash(table, queries, keys, plan)
+  num_queries = query_BQHC.shape[1]
+  return jnp.swapaxes(out_BHQC, 1, 2)[:, :num_queries], log_norm_BHQ[..., :num_queries]
 
 
 HEADS_TOGETHER = 2
@@ -258,7 +291,10 @@ def _key_kernel(spans, _, inputs, softmax, d_key, d_value, d_keys, d_values, own
 
 
 def _flash(setup, constants):
-  """Makes (table, Queries, Keys, Plan) -> out_BHQC with flash attention's own gradient."""
+  """Makes (table, Queries, Keys, Plan) -> out_BHQC, log_norm_BHQ with flash attention's gradient.
+
+  The logarithm of the softmax's normaliser is +inf where a query sees no key.
+  """
 
   def forward(table, queries, keys, plan):
     query_BHQC = queries.query_BHQC
@@ -284,11 +320,14 @@ def _flash(setup, constants):
       _scratch(setup, table, learned=False),
     )
     out_BHQC, log_norm_BNHQ = residuals.named(out_BHQC, log_norm_BNHQ)
-    return out_BHQC, (table, queries, keys, plan, out_BHQC, log_norm_BNHQ)
+    found = out_BHQC, log_norm_BNHQ.reshape(batch, num_heads, num_queries)
+    return found, (table, queries, keys, plan, out_BHQC, log_norm_BNHQ)
 
-  def backward(saved, d_out_BHQC):
+  def backward(saved, d_found):
+    d_out_BHQC, d_log_norm_BHQ = d_found
     table, queries, keys, plan, out_BHQC, log_norm_BNHQ = saved
     delta_BHQ = (d_out_BHQC.astype(jnp.float32) * out_BHQC.astype(jnp.float32)).sum(axis=3)
+    delta_BHQ -= d_log_norm_BHQ  # of a logit it is its weight times this
     softmax = Softmax(d_out_BHQC, log_norm_BNHQ, delta_BHQ.reshape(log_norm_BNHQ.shape))
     d_query_BHQC, d_table = _query_gradient(setup, constants, table, queries, keys, plan, softmax)
     d_key_BGKC, d_value_BGKC = _key_gradient(setup, constants, table, queries, keys, plan, softmax)

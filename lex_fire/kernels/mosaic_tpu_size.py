@@ -8,7 +8,6 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 
 from lex_fire.encodings import base
-from lex_fire.kernels import mask as mask_lib
 
 BLOCK = 512  # queries of a tile; of keys it has twice as many
 SUBLANES = 8  # rows of a vector register
@@ -25,19 +24,18 @@ MOST_KEYS = 2048  # of a tile
 DTYPES = (jnp.bfloat16, jnp.float32)
 
 
-def why_not(encoding: base.Encoding, mask: mask_lib.Mask, query: Any, key: Any) -> str | None:
+def why_not(encoding: base.Encoding, query: Any, key: Any) -> str | None:
   """Returns why this kernel cannot serve, or None if it can.
 
   Args:
     encoding: says the decay and the bias of the logits.
-    mask: which keys a query may see.
     query: an array query_BQHC, or its shape and dtype.
     key: likewise key_BKGC.
   """
   if encoding.bias is not None and encoding.table is None:
     return f'mosaic_tpu needs a table of the bias, which {encoding.name!r} has not'
-  if encoding.log_decay is not None and not mask.causal:
-    return f'mosaic_tpu has the decay of {encoding.name!r} under a causal mask only'
+  if encoding.log_decay is not None and encoding.bias is not None:
+    return f'mosaic_tpu has a decay or a bias, but {encoding.name!r} has both'
   if query.dtype not in DTYPES:
     return f'mosaic_tpu takes bfloat16 and float32, not {query.dtype}'
   segments = num_segments(encoding)

@@ -1,0 +1,65 @@
+"""Attention to keys before and after a query under a decay, by kernels whose decay is causal.
+
+A decay that shrinks with |i - j| on both sides is, for keys after the query, the causal one with
+all positions negated (`decay`). So a kernel runs twice: for keys up to the query, and for those
+after it. Each pair is in one of them, and a side's output counts by its share of the softmax's
+normaliser, through which the gradient finds its way back.
+"""
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from lex_fire.encodings import base
+from lex_fire.kernels import mask as mask_lib
+
+
+class _Earlier(mask_lib.Mask):
+  """Only keys with j < i."""
+
+  def last(self, position: jax.Array) -> jax.Array:
+    return position - 1
+
+
+def attention(
+  kernel: Callable[..., tuple[jax.Array, jax.Array]],
+  *arrays: jax.Array,
+  encoding: base.Encoding,
+  mask: mask_lib.Mask,
+  query_position_BQ: jax.Array,
+  key_position_BK: jax.Array,
+  **rest: Any,
+) -> jax.Array:
+  """Returns out_BQHC like `reference.attention`.
+
+  Args:
+    kernel: takes the rest, returns out_BQHC and log_norm_BHQ, the logarithm of the softmax's
+      normaliser, +inf where a query sees no key; both have gradients. Of a decay it knows the
+      causal side.
+    *arrays: queries, keys and values.
+    encoding: says whether there is a decay.
+    mask: which keys a query may see.
+    query_position_BQ: int32; B may be 1.
+    key_position_BK: likewise.
+    **rest: as the kernel has it.
+  """
+  positions = {'query_position_BQ': query_position_BQ, 'key_position_BK': key_position_BK}
+  side = functools.partial(kernel, *arrays, encoding=encoding, **rest)
+  if encoding.log_decay is None or mask.causal:
+    return side(mask=mask, **positions)[0]
+  negated = {name: -position_BL for name, position_BL in positions.items()}
+  return _joined(side(mask=mask_lib.Mask(), **positions), side(mask=_Earlier(), **negated))
+
+
+def _joined(*sides: tuple[jax.Array, jax.Array]) -> jax.Array:
+  """Returns the output of one softmax over the keys of all sides; 0 if none has any."""
+  outs, log_norms = zip(*sides, strict=True)
+  log_norm_SBHQ = jnp.stack(log_norms)
+  log_norm_SBHQ = jnp.where(log_norm_SBHQ < jnp.inf, log_norm_SBHQ, mask_lib.HIDDEN_LOGIT)
+  share_SBQH = jnp.swapaxes(jax.nn.softmax(log_norm_SBHQ, axis=0), 2, 3)
+  pairs = zip(share_SBQH, outs, strict=True)
+  out_BQHC = sum(share_BQH[..., None] * out_BQHC for share_BQH, out_BQHC in pairs)
+  return jnp.asarray(out_BQHC, outs[0].dtype)
