@@ -54,7 +54,8 @@ def test_rows_are_questions_with_their_answers_at_every_multiple(scale):
   config = arithmetic.config(scale, arithmetic.Variant('nope', False), 0)
   asked = arithmetic.rows(scale._replace(questions=2), codec(config))
 
-  assert list(asked) == [multiple * scale.digits for multiple in algorithms.MULTIPLES]
+  marker = len(algorithms.markers(scale.digits)[0])
+  assert list(asked) == [int(multiple * scale.digits) for multiple in algorithms.MULTIPLES]
   for digits, of_length in asked.items():
     assert len(of_length.tokens_WL) == 2
     for tokens_L in of_length.tokens_WL:
@@ -65,7 +66,7 @@ def test_rows_are_questions_with_their_answers_at_every_multiple(scale):
       left, right, total = (
         int(''.join(filter(str.isdigit, text))[::-1]) for text in (*question.split('+'), answer)
       )
-      assert left + right == total and len(answer) == 3 * (digits + 1)
+      assert left + right == total and len(answer) == (marker + 1) * (digits + 1)
 
 
 @pytest.fixture(scope='module')

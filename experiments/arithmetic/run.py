@@ -46,18 +46,17 @@ class Scale(NamedTuple):
 
 
 SCALES = {
-  # The fewest digits of which markers have to be read whole, and a model that has learned them, by
-  # RoPE in 6500 steps.
+  # Markers of one byte, which a model of 0.2M parameters learns to follow in minutes.
   'laptop': Scale(
-    algorithms.MIN_TO_READ_BOTH,
+    5,
     {
       'model': {
         **{'num_layers': 3, 'd_model': 64, 'num_heads': 4, 'num_kv_heads': 4, 'head_dim': 16},
         **{'d_ff': 172},
       },
-      'data': {'batch_size': 24},
+      'data': {'batch_size': 32},
       'optimizer': {'learning_rate': 2e-3},
-      'train': {'steps': 7000, 'checkpoint_every': 1000},
+      'train': {'steps': 6000, 'checkpoint_every': 1000},
     },
     questions=100,
   ),

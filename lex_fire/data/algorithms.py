@@ -10,14 +10,16 @@ digit more than its numbers, be it 0.
 
 Index hints (Zhou et al. 2023, "What Algorithms can Transformers Learn?", arXiv:2310.16028; again
 arXiv:2402.09371) put a marker before each symbol. A symbol of the answer bears the marker of the
-symbol that it comes from, so that a model can find one by the other: 'CPaCQb=' reversed is
-'CQbCPa'. Digits of one place share a marker in both numbers and their sum; a parity bears
-the last bit's. Markers follow one another from a random first one, as in both papers, so that the
-many markers of a long question are all known from short ones. Departures: the order is a ring, AA
-to its last and round again, so that no marker is more frequent than another; and a marker is two
-tokens, of as few letters as make enough. From MIN_TO_READ_BOTH symbols on, questions of training
-then repeat each letter, so that a model has to read both: of 26 letters the second alone would tell
-the place of up to 26 symbols, and mislead it later. In training on fewer symbols it still does.
+symbol that it comes from, so that a model can find one by the other: 'PaQb=' reversed is 'QbPa'.
+Digits of one place share a marker in both numbers and their sum; a parity bears the last bit's.
+Markers follow one another from a random first one, as in both papers, so that the many markers of a
+long question are all known from short ones. Departures: the order is a ring, from its first to its
+last and round again, so that no marker is more frequent than another. And where the longest
+question has more places than there are SINGLE markers, of one token as in the papers, a marker is
+two tokens, of as few letters as make enough. From MIN_TO_READ_BOTH symbols on, questions of
+training then repeat each letter, so that a model has to read both: of 26 letters the second alone
+would tell the place of up to 26 symbols, and mislead it later. In training on fewer symbols, but
+too many for single ones, it still does.
 
 A question of a length that has at least MIN_TO_SPLIT of them belongs to one split by a hash of it
 without its hints. Shorter ones are too few to hold any out: they may stand in every split.
@@ -39,9 +41,11 @@ from lex_fire.data import examples as examples_lib
 MULTIPLES = (0.5, 1, 2, 5, 8)  # of the longest length in training: the lengths to evaluate
 MIN_TO_SPLIT = 1000
 MIN_TO_READ_BOTH = 10  # symbols
-VERSION = 3  # of what is made of an address; prepared streams of another are others
+# All bytes in print that questions have not: they are of small letters, digits, '+' and '='.
+SINGLE = string.ascii_uppercase + ''.join(mark for mark in string.punctuation if mark not in '+=')
+VERSION = 4  # of what is made of an address; prepared streams of another are others
 _MOST_MARKERS = len(string.ascii_uppercase) ** 2
-_NO_MARKERS = str.maketrans('', '', string.ascii_uppercase)
+_NO_MARKERS = str.maketrans('', '', SINGLE)
 
 Placed = Iterable[tuple[int, str]]  # symbols, each with the place whose marker it bears
 
@@ -166,15 +170,21 @@ def examples(
 
 
 def markers(length: int) -> tuple[str, ...]:
-  """Returns the ring of markers for training up to a length: AA, AB, to the last letter twice.
+  """Returns the ring of markers for training up to a length.
 
-  >>> len(markers(20)), markers(20)[-1]  # 161 places of 160 digits and a carry
+  The first of SINGLE or, if they are too few, AA, AB and so on to the last letter twice.
+
+  >>> ''.join(markers(3))  # 25 places of 24 digits and a carry
+  'ABCDEFGHIJKLMNOPQRSTUVWXY'
+  >>> len(markers(20)), markers(20)[-1]  # 161 places
   (169, 'MM')
 
   Args:
     length: of the longest question in training, in symbols of an operand.
   """
   places = round(max(MULTIPLES) * length) + 1
+  if places <= len(SINGLE):
+    return tuple(SINGLE[:places])
   letters = string.ascii_uppercase[: math.isqrt(places - 1) + 1]
   return tuple(map(''.join, itertools.product(letters, repeat=2)))
 
