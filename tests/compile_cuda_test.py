@@ -70,6 +70,9 @@ def compiled_gradients(name, channels, length, options, mask, dtype):
     ('alibi', 64, 32_768, {}, {}),
     ('kerple_log', 256, 32_768, {}, {}),
     ('kerple_power', 128, 32_768, {}, {}),
+    ('sandwich', 64, 131_072, {}, {}),
+    ('sandwich', 128, 32_768, {}, {'window': 4096}),
+    ('sandwich', 256, 32_768, {}, {'causal': False}),
     ('xpos', 64, 131_072, {}, {}),
     ('xpos', 128, 32_768, {}, {'block': 1024}),
     ('xpos', 256, 32_768, {}, {}),
@@ -83,12 +86,13 @@ def test_attention_compiles_with_little_memory(name, channels, length, options, 
   # The logits of one head alone would take 64 GiB at 131,072 tokens, where the plan of its tiles,
   # an integer each, takes 8 MiB. Under a decay keys are written again, with their share of it;
   # for either side of a query so are queries, outputs and their gradients.
-  shares = 1.1 if name != 'xpos' else 1.4 if mask.causal else 4.0
+  # And Sandwich has its waves, 128 of two parts for each position.
+  shares = {'xpos': 1.4 if mask.causal else 4.0, 'sandwich': 2.5}.get(name, 1.1)
   assert compiled.memory_analysis().temp_size_in_bytes < shares * given
 
 
-@pytest.mark.parametrize('channels', [64, 128])
-@pytest.mark.parametrize('name', ['fire', 'xpos'])
+@pytest.mark.parametrize('channels', [64, 128, 256])
+@pytest.mark.parametrize('name', ['fire', 'sandwich', 'xpos'])
 def test_attention_of_float32_compiles(name, channels):
   compiled, given = compiled_gradients(name, channels, 8192, {}, kernels.Mask(), jnp.float32)
 

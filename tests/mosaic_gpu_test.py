@@ -41,7 +41,7 @@ MASKS = {
   'window': {'window': 70},
   'blockwise': {'block': 48},
 }
-WIDTHS = 64, 128, 256
+WIDTHS = (64, 'two parts'), (128, 'two parts'), (256, 'wide bfloat16')
 # Where the defaults are another encoding, or have but one bucket, at this length.
 OPTIONS = {
   'fire_s': {'psi': 'power', 'exponent': 0.3},
@@ -67,9 +67,10 @@ CELLS = [
   for turn, mask in enumerate(MASKS)
   if (number + turn) % 2 == 0 or (case, mask) == ('fire', 'window')
 ]
-CELLS.append(('fire', 'causal', ROWS, 64))
-CELLS.append(('xpos', 'causal', FAR, 64))
-CELLS.append(('xpos', 'bidirectional', FAR, 64))
+CELLS.append(('fire', 'causal', ROWS, WIDTHS[0]))
+CELLS.append(('fire', 'causal', SPARSE, (256, 'two parts')))
+CELLS.append(('xpos', 'causal', FAR, WIDTHS[0]))
+CELLS.append(('xpos', 'bidirectional', FAR, WIDTHS[0]))
 ELEMENTWISE = {
   'fire': {},
   'fire_s': {'psi': 'identity', 'threshold': 0.0},
@@ -183,22 +184,24 @@ def where(layout, mask):
   return positions, segments, kernels.Mask(**MASKS[mask])
 
 
-@pytest.mark.parametrize(('case', 'mask', 'layout', 'channels'), CELLS)
-def test_outputs_and_gradients_equal_the_oracles(case, mask, layout, channels):
+@pytest.mark.parametrize(('case', 'mask', 'layout', 'width'), CELLS)
+def test_outputs_and_gradients_equal_the_oracles(case, mask, layout, width):
   encoding, params = make(*CASES[case])
-  arrays, dtype = inputs(len(layout[0]), channels), 'two parts'
-  if channels == 256:  # of which float32 has no room
-    arrays, dtype = [jnp.bfloat16(x) for x in arrays], 'wide bfloat16'
+  channels, dtype = width
+  arrays = inputs(len(layout[0]), channels)
+  if dtype == 'wide bfloat16':
+    arrays = [jnp.bfloat16(x) for x in arrays]
 
   found = interpreted(encoding, params, arrays, *where(layout, mask))
 
   assert_equal_the_oracle(found, case, mask, layout, arrays, dtype)
 
 
-def test_decayed_heads_of_many_channels_equal_those_of_tiles_in_xla():
+@pytest.mark.parametrize('channels', [128, 256])
+def test_decayed_heads_of_many_channels_equal_those_of_tiles_in_xla(channels):
   """Whose oracle takes the square of the channels."""
-  encoding, params = make('xpos', {}, 128)
-  given = encoding, params, inputs(1, 128), *where(FAR, 'causal')
+  encoding, params = make('xpos', {}, channels)
+  given = encoding, params, inputs(1, channels), *where(FAR, 'causal')
 
   found = interpreted(*given)
 
@@ -329,8 +332,13 @@ def test_x_from_vectors_is_x_of_a_tile_and_so_is_its_derivative(name, query_axis
   [
     ('fire', {}, 96, jnp.bfloat16, 'heads of 64, 128 or 256 channels, not 96'),
     ('fire', {}, 64, jnp.float16, 'takes bfloat16 and float32, not float16'),
-    ('fire', {}, 256, jnp.float32, 'no room for 256 channels of float32'),
-    ('sandwich', {}, 64, jnp.bfloat16, "'sandwich'"),
+    (
+      'sandwich',
+      {'num_terms': 65},
+      64,
+      jnp.bfloat16,
+      "but 'sandwich' has 130",
+    ),
     ('fire', {'hidden_layers': 3}, 64, jnp.bfloat16, "needs a table of the bias, which 'fire'"),
     ('fire', {'hidden_layers': 2, 'width': 40}, 64, jnp.bfloat16, "'fire' has 1681"),
   ],

@@ -61,6 +61,8 @@ class Encoding(NamedTuple):
     factors: two functions whose product `coordinate` is, or None: (table.coordinate, i_Q1, j_1K) ->
       what depends on the distance alone, and (table.coordinate, position) -> a number of the later
       position. Of no use where `coordinate` itself depends on the distance alone.
+    waves: position -> float32 [..., W], or None. `coordinate` is the inner product of those of i
+      and of j, which a kernel may have products of its own for.
     shared: whether one set of parameters serves all layers (FIRE-S, and whatever is only embedded).
     shift_invariant: whether adding one number to all positions leaves the logits as they are.
     learned: whether `params` holds anything.
@@ -79,6 +81,7 @@ class Encoding(NamedTuple):
   table: Callable[[Params, int], Any] | None = None
   coordinate: Callable[[Any, jax.Array, jax.Array], jax.Array] | None = None
   factors: tuple[Callable[..., jax.Array], Callable[..., jax.Array]] | None = None
+  waves: Callable[[jax.Array], jax.Array] | None = None
   shared: bool = False
   shift_invariant: bool = True
   learned: bool = False

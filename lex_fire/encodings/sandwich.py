@@ -11,6 +11,7 @@ comparing with it, writes d' for d / 2.) Nothing is learned; heads differ by r_h
 
 import functools
 import math
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -27,17 +28,19 @@ def _table(params: base.Params, num_heads: int, *, compression: float) -> piecew
   return piecewise.of_line({}, jnp.float32(num_heads / (compression * np.arange(1, num_heads + 1))))
 
 
-def _sum_of_cosines(
-  nothing: dict[str, jax.Array], i: jax.Array, j: jax.Array, *, num_terms: int, d_bar: int
-) -> jax.Array:
-  """By cos(a - b) = cos a cos b + sin a sin b: a matrix product, of angles exact at any length."""
-  del nothing
+def _waves(position: jax.Array, *, num_terms: int, d_bar: int) -> jax.Array:
+  """Returns the cosines of all terms, then the sines, exact at any position."""
   turn_R = BASE_PERIOD ** (-2 * np.arange(1, num_terms + 1) / d_bar) / (2 * np.pi)
-  # The cosines of all terms, then the sines.
-  waves_of_i = jnp.concatenate(rotary.cos_sin(i[..., 0], turn_R), axis=-1)
-  waves_of_j = jnp.concatenate(rotary.cos_sin(j[..., 0, :], turn_R), axis=-1)
-  highest = jax.lax.Precision.HIGHEST
-  return jnp.matmul(waves_of_i, jnp.swapaxes(waves_of_j, -1, -2), precision=highest)
+  return jnp.concatenate(rotary.cos_sin(position, turn_R), axis=-1)
+
+
+def _sum_of_cosines(
+  nothing: dict[str, jax.Array], i: jax.Array, j: jax.Array, *, waves: Callable[..., jax.Array]
+) -> jax.Array:
+  """By cos(a - b) = cos a cos b + sin a sin b: a matrix product."""
+  del nothing
+  of_i, of_j = waves(i[..., 0]), jnp.swapaxes(waves(j[..., 0, :]), -1, -2)
+  return jnp.matmul(of_i, of_j, precision=jax.lax.Precision.HIGHEST)
 
 
 def sandwich(num_terms: int = 64, d_bar: int = 128, compression: float = 8.0) -> base.Encoding:
@@ -56,11 +59,13 @@ def sandwich(num_terms: int = 64, d_bar: int = 128, compression: float = 8.0) ->
       f'sandwich needs {num_terms=}, {d_bar=} and a finite {compression=} above 0'
     )
   table = functools.partial(_table, compression=compression)
-  coordinate = functools.partial(_sum_of_cosines, num_terms=num_terms, d_bar=d_bar)
+  waves = functools.partial(_waves, num_terms=num_terms, d_bar=d_bar)
+  coordinate = functools.partial(_sum_of_cosines, waves=waves)
   return base.Encoding(
     name='sandwich',
     init=base.no_parameters,
     bias=functools.partial(piecewise.bias_of_params, table=table, coordinate=coordinate),
     table=table,
     coordinate=coordinate,
+    waves=waves,
   )

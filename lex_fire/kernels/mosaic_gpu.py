@@ -38,6 +38,14 @@ SIZES = {
   64: tile_lib.Size(columns=128, stages=4),
   128: tile_lib.Size(columns=128, stages=2),
   256: tile_lib.Size(columns=64, stages=2),
+  512: tile_lib.Size(columns=32, stages=1),
+}
+# And likewise beside waves.
+WAVE_SIZES = {
+  64: tile_lib.Size(columns=64, stages=2),
+  128: tile_lib.Size(columns=64, stages=1),
+  256: tile_lib.Size(columns=32, stages=1),
+  512: tile_lib.Size(columns=32, stages=1, units=1),
 }
 
 
@@ -50,6 +58,7 @@ class Inputs(NamedTuple):
     value_BKGC: likewise.
     query_BNQ: see `mosaic_gpu_plan.query_numbers`; B of the integers may be 1.
     key_BNK: see `mosaic_gpu_plan.key_numbers`.
+    waves: query_YBQ1W and key_YBK1W; see `mosaic_gpu_products.waves_of`.
     forward: tiles of the forward pass, queries in rows.
     queries: of the backward pass for queries, likewise.
     keys: of the one for keys, keys in rows.
@@ -60,6 +69,7 @@ class Inputs(NamedTuple):
   value_BKGC: Any
   query_BNQ: Any
   key_BNK: Any
+  waves: Any
   forward: Any
   queries: Any
   keys: Any
@@ -77,11 +87,8 @@ def why_not(encoding: base.Encoding, channels: int, dtype: Any) -> str | None:
     return f'mosaic_gpu has a decay or a bias, but {encoding.name!r} has both'
   if channels not in CHANNELS:
     return f'mosaic_gpu has heads of 64, 128 or 256 channels, not {channels}'
-  parts = products.PARTS.get(jnp.dtype(dtype).name)
-  if parts is None:
+  if jnp.dtype(dtype).name not in products.PARTS:
     return f'mosaic_gpu takes bfloat16 and float32, not {jnp.dtype(dtype).name}'
-  if parts * channels not in SIZES:
-    return f'mosaic_gpu has no room for {channels} channels of {jnp.dtype(dtype).name}'
   return _why_no_bias(encoding)
 
 
@@ -103,7 +110,14 @@ def _why_no_bias(encoding):
       f'mosaic_gpu has tables of at most {MOST_SEGMENTS} segments, but that of {encoding.name!r} '
       f'has {segments}'
     )
-  if not elementwise.is_elementwise(encoding.coordinate, table.coordinate):
+  if encoding.waves is not None:
+    waves = jax.eval_shape(encoding.waves, jax.ShapeDtypeStruct((1,), jnp.int32)).shape[-1]
+    if waves > products.WAVES:
+      return (
+        f'mosaic_gpu has room for {products.WAVES} waves of a position, but {encoding.name!r} has '
+        f'{waves}'
+      )
+  elif not elementwise.is_elementwise(encoding.coordinate, table.coordinate):
     return f'mosaic_gpu needs an x that is elementwise, which that of {encoding.name!r} is not'
   return None
 
@@ -182,8 +196,17 @@ def _attention(
   of_queries = query_position_BQ, query_segment_BQ, query_padding
   query_BNQ = plan_lib.query_numbers(mask, *of_queries, stretch)
   key_BNK = plan_lib.key_numbers(key_position_BK, key_segment_BK, key_padding, stretch)
-  parts = products.PARTS[query_BQHC.dtype.name]
-  size, backward_size = SIZES[parts * channels], backward.SIZES[parts * channels]
+  setup = tile_lib.Setup(
+    coordinate=encoding.coordinate,
+    numbers=jax.tree.structure({} if table is None else table.coordinate),
+    segments=0 if table is None else table.slope_ZH.shape[0],
+    learned=encoding.learned,
+    decays=stretch is not None,
+    waves=encoding.waves is not None,
+    parts=products.PARTS[query_BQHC.dtype.name],
+    interpret=interpret,
+  )
+  size, backward_size = size_of(setup, channels), backward.size_of(setup, channels)
   columns = backward_size.columns
   codes = functools.partial(plan_lib.codes, query_BNQ, key_BNK, table, encoding.coordinate)
   inputs = Inputs(
@@ -192,18 +215,13 @@ def _attention(
     value_BKGC=_padded(value_BKGC, key_padding),
     query_BNQ=query_BNQ,
     key_BNK=key_BNK,
-    forward=plan_lib.tiles(codes((ROWS, size.columns)), UNITS),
-    queries=plan_lib.tiles(codes((ROWS, columns)), UNITS),
-    keys=plan_lib.tiles(jnp.swapaxes(codes((columns, ROWS)), 1, 2), UNITS),
-  )
-  setup = tile_lib.Setup(
-    coordinate=encoding.coordinate,
-    numbers=jax.tree.structure({} if table is None else table.coordinate),
-    segments=0 if table is None else table.slope_ZH.shape[0],
-    learned=encoding.learned,
-    decays=stretch is not None,
-    parts=parts,
-    interpret=interpret,
+    waves=(
+      products.waves_of(encoding, query_position_BQ, query_padding),
+      products.waves_of(encoding, key_position_BK, key_padding),
+    ),
+    forward=plan_lib.tiles(codes((ROWS, size.columns)), size.units),
+    queries=plan_lib.tiles(codes((ROWS, columns)), backward_size.units),
+    keys=plan_lib.tiles(jnp.swapaxes(codes((columns, ROWS)), 1, 2), backward_size.units),
   )
   table = None if table is None else plan_lib.table(table, num_heads)
   out_BQHC, log_norm_BHQ = _flash(setup, rate_C)(table, inputs)
@@ -251,21 +269,27 @@ def _flash(setup, rate_C):
   return flash
 
 
+def size_of(setup, channels):
+  """Returns the `Size` of the forward kernel."""
+  return (WAVE_SIZES if setup.waves else SIZES)[setup.parts * channels]
+
+
 def split(setup, inputs):
-  """Returns what kernels take of queries, keys and values, in parts, and their integers."""
+  """Returns what kernels take of queries, keys and values, in parts, their integers and waves."""
   arrays = (products.split(x_BLHC, setup.parts) for x_BLHC in inputs[:3])
-  return (*arrays, inputs.query_BNQ, inputs.key_BNK)
+  return (*arrays, inputs.query_BNQ, inputs.key_BNK, *inputs.waves)
 
 
 def _forward(setup, rate_C, table, inputs):
   """Returns out_BQHC and log_norm_BHQ, the logarithm of the softmax's normaliser."""
   batch, num_queries, num_heads, channels = inputs.query_BQHC.shape
   parts = setup.parts
-  size = SIZES[parts * channels]
-  columns, stages = size
+  size = size_of(setup, channels)
+  columns, stages, units = size
   arrays = split(setup, inputs)
   out_YBQHC, log_norm_BHQ = tile_lib.run(
     setup,
+    size,
     functools.partial(_forward_kernel, setup, size),
     (*tile_lib.operands(table, rate_C), *arrays, *inputs.forward),
     out_type=(
@@ -273,17 +297,19 @@ def _forward(setup, rate_C, table, inputs):
       jax.ShapeDtypeStruct((batch, num_heads, num_queries), jnp.float32),
     ),
     scratch_types=dict(
-      query_IYQC=products.blocks((UNITS, parts, ROWS, channels)),
-      key_JYKC=products.blocks((stages, parts, columns, channels)),
-      value_JYKC=products.blocks((stages, parts, columns, channels)),
-      query_INQ=plgpu.SMEM((UNITS, inputs.query_BNQ.shape[1], ROWS), jnp.int32),
+      query_IYQC=products.blocks((units, parts, ROWS, channels), columns),
+      key_JYKC=products.blocks((stages, parts, columns, channels), columns),
+      value_JYKC=products.blocks((stages, parts, columns, channels), columns),
+      query_INQ=plgpu.SMEM((units, inputs.query_BNQ.shape[1], ROWS), jnp.int32),
       key_JNK=plgpu.SMEM((stages, inputs.key_BNK.shape[1], columns), jnp.int32),
-      log_norm_IQ=plgpu.SMEM((UNITS, ROWS), jnp.float32),
-      query_ready=plgpu.Barrier(num_arrivals=parts + 1, num_barriers=UNITS),
-      ready=plgpu.Barrier(num_arrivals=2 * parts + 1, num_barriers=stages),
-      free=plgpu.Barrier(num_arrivals=UNITS, num_barriers=stages),
+      query_waves=products.wave_blocks(setup, units, ROWS, columns),
+      key_waves=products.wave_blocks(setup, stages, columns, columns),
+      log_norm_IQ=plgpu.SMEM((units, ROWS), jnp.float32),
+      query_ready=plgpu.Barrier(num_arrivals=products.copies(setup, parts), num_barriers=units),
+      ready=plgpu.Barrier(num_arrivals=products.copies(setup, 2 * parts), num_barriers=stages),
+      free=plgpu.Barrier(num_arrivals=units, num_barriers=stages),
     ),
-    grid=dict(head=num_heads, row=num_queries // (UNITS * ROWS), batch=batch),
+    grid=dict(head=num_heads, row=num_queries // (units * ROWS), batch=batch),
   )
   return products.join(out_YBQHC, inputs.query_BQHC.dtype), log_norm_BHQ
 
@@ -297,6 +323,8 @@ def _forward_kernel(
   value_JYKC,
   query_INQ,
   key_JNK,
+  query_waves,
+  key_waves,
   log_norm_IQ,
   query_ready,
   ready,
@@ -311,19 +339,23 @@ def _forward_kernel(
     group = head // (given.query_YBQHC.shape[3] // given.key_YBKGC.shape[3])
     keys = pl.ds((first + n) * size.columns, size.columns)
     blocks = (ref.at[slot] for ref in (key_JYKC, value_JYKC, key_JNK))
-    tile_lib.copy(given.keys(batch, keys, group, *blocks), ready.at[slot])
+    waves = [ref.at[slot] for ref in key_waves]
+    tile_lib.copy(given.keys(batch, keys, group, *blocks, waves=waves), ready.at[slot])
 
   def compute(unit):
-    block = UNITS * row + unit
+    block = size.units * row + unit
     rows = pl.ds(block * ROWS, ROWS)
     query_YQC, query_NQ, log_norm_Q = query_IYQC.at[unit], query_INQ.at[unit], log_norm_IQ.at[unit]
-    tile_lib.copy(given.queries(batch, rows, head, query_YQC, query_NQ), query_ready.at[unit])
+    waves = [ref.at[unit] for ref in query_waves]
+    pairs = given.queries(batch, rows, head, query_YQC, query_NQ, waves)
+    tile_lib.copy(pairs, query_ready.at[unit])
     plgpu.barrier_wait(query_ready.at[unit])
     of_head = given.of_head(setup, head)
 
     def visit(n, code, slot, so_far):
       del n
-      tile = of_head(tile_lib.Positions(query_NQ, key_JNK.at[slot], query_axis=0), code)
+      both = *waves, *(ref.at[slot] for ref in key_waves)
+      tile = of_head(tile_lib.Positions(query_NQ, key_JNK.at[slot], 0, both), code)
       x_QK = tile.coordinate((ROWS, size.columns))
       logits_QK = tile.logits(query_YQC, key_JYKC.at[slot], x_QK)
       return _softmax_step(setup, so_far, logits_QK, value_JYKC.at[slot])
@@ -344,7 +376,7 @@ def _forward_kernel(
     tile_lib.copy_back(pairs)
 
   pipeline = functools.partial(tile_lib.pipeline, copy, count, size.stages, free)
-  tile_lib.warpgroups(compute, pipeline)
+  tile_lib.warpgroups(size.units, compute, pipeline)
 
 
 def _softmax_step(setup, so_far, logits_QK, value_YKC):

@@ -21,14 +21,27 @@ from lex_fire.kernels import mosaic_gpu_plan as plan_lib
 from lex_fire.kernels import mosaic_gpu_products as products
 from lex_fire.kernels import mosaic_gpu_tile as tile_lib
 
-ROWS, UNITS = tile_lib.ROWS, tile_lib.UNITS
+ROWS = tile_lib.ROWS
 LANES = 128  # of a row of the sums of a table's gradient
 # By the channels of a head, times the parts of a number.
 SIZES = {
   64: tile_lib.Size(columns=64, stages=4),
   128: tile_lib.Size(columns=64, stages=2),
   256: tile_lib.Size(columns=64, stages=1),
+  512: tile_lib.Size(columns=32, stages=1, units=1),
 }
+# And likewise beside waves.
+WAVE_SIZES = {
+  64: tile_lib.Size(columns=64, stages=2),
+  128: tile_lib.Size(columns=64, stages=1),
+  256: tile_lib.Size(columns=64, stages=1, units=1),
+  512: tile_lib.Size(columns=16, stages=1, units=1),
+}
+
+
+def size_of(setup, channels):
+  """Returns the `Size` of both kernels."""
+  return (WAVE_SIZES if setup.waves else SIZES)[setup.parts * channels]
 
 
 def of_queries(setup, table, operands, arrays, inputs, d_out_YBQHC, norm_BHPQ):
@@ -45,31 +58,36 @@ def of_queries(setup, table, operands, arrays, inputs, d_out_YBQHC, norm_BHPQ):
   """
   batch, num_queries, num_heads, channels = inputs.query_BQHC.shape
   parts = setup.parts
-  size = SIZES[parts * channels]
-  columns, stages = size
+  size = size_of(setup, channels)
+  columns, stages, units = size
   blocks = num_queries // ROWS
   sums = _sums_shape(setup)
   d_query_YBQHC, *sums_BHI = tile_lib.run(
     setup,
+    size,
     functools.partial(_query_kernel, setup, size),
     (*operands, *arrays, d_out_YBQHC, norm_BHPQ, *inputs.queries),
     out_type=[d_out_YBQHC]
     + [jax.ShapeDtypeStruct((batch, num_heads, blocks, *shape), jnp.float32) for shape in sums],
     scratch_types=dict(
-      query_IYQC=products.blocks((UNITS, parts, ROWS, channels)),
-      d_out_IYQC=products.blocks((UNITS, parts, ROWS, channels)),
-      key_JYKC=products.blocks((stages, parts, columns, channels)),
-      value_JYKC=products.blocks((stages, parts, columns, channels)),
-      query_INQ=plgpu.SMEM((UNITS, inputs.query_BNQ.shape[1], ROWS), jnp.int32),
-      norm_IPQ=plgpu.SMEM((UNITS, 2, ROWS), jnp.float32),
+      query_IYQC=products.blocks((units, parts, ROWS, channels), columns),
+      d_out_IYQC=products.blocks((units, parts, ROWS, channels), columns),
+      key_JYKC=products.blocks((stages, parts, columns, channels), columns),
+      value_JYKC=products.blocks((stages, parts, columns, channels), columns),
+      query_INQ=plgpu.SMEM((units, inputs.query_BNQ.shape[1], ROWS), jnp.int32),
+      norm_IPQ=plgpu.SMEM((units, 2, ROWS), jnp.float32),
       key_JNK=plgpu.SMEM((stages, inputs.key_BNK.shape[1], columns), jnp.int32),
-      sums=[plgpu.SMEM((UNITS, *shape), jnp.float32) for shape in sums],
-      spare_IQ=plgpu.SMEM((UNITS, ROWS), jnp.float32),
-      query_ready=plgpu.Barrier(num_arrivals=2 * parts + 2, num_barriers=UNITS),
-      ready=plgpu.Barrier(num_arrivals=2 * parts + 1, num_barriers=stages),
-      free=plgpu.Barrier(num_arrivals=UNITS, num_barriers=stages),
+      query_waves=products.wave_blocks(setup, units, ROWS, columns),
+      key_waves=products.wave_blocks(setup, stages, columns, columns),
+      sums=[plgpu.SMEM((units, *shape), jnp.float32) for shape in sums],
+      spare_IQ=plgpu.SMEM((units, ROWS), jnp.float32),
+      query_ready=plgpu.Barrier(
+        num_arrivals=products.copies(setup, 2 * parts) + 1, num_barriers=units
+      ),
+      ready=plgpu.Barrier(num_arrivals=products.copies(setup, 2 * parts), num_barriers=stages),
+      free=plgpu.Barrier(num_arrivals=units, num_barriers=stages),
     ),
-    grid=dict(head=num_heads, row=blocks // UNITS, batch=batch),
+    grid=dict(head=num_heads, row=blocks // units, batch=batch),
   )
   d_query_BQHC = products.join(d_query_YBQHC, inputs.query_BQHC.dtype)
   if not sums:
@@ -110,6 +128,8 @@ def _query_kernel(
   query_INQ,
   norm_IPQ,
   key_JNK,
+  query_waves,
+  key_waves,
   sums,
   spare_IQ,
   query_ready,
@@ -126,15 +146,16 @@ def _query_kernel(
     group = head // (given.query_YBQHC.shape[3] // given.key_YBKGC.shape[3])
     keys = pl.ds((first + n) * size.columns, size.columns)
     blocks = (ref.at[slot] for ref in (key_JYKC, value_JYKC, key_JNK))
-    tile_lib.copy(given.keys(batch, keys, group, *blocks), ready.at[slot])
+    waves = [ref.at[slot] for ref in key_waves]
+    tile_lib.copy(given.keys(batch, keys, group, *blocks, waves=waves), ready.at[slot])
 
   def compute(unit):
-    block = UNITS * row + unit
+    block = size.units * row + unit
     rows = pl.ds(block * ROWS, ROWS)
     query_YQC, d_out_YQC, query_NQ = query_IYQC.at[unit], d_out_IYQC.at[unit], query_INQ.at[unit]
-    norm_PQ = norm_IPQ.at[unit]
+    norm_PQ, waves = norm_IPQ.at[unit], [ref.at[unit] for ref in query_waves]
     pairs = (
-      *given.queries(batch, rows, head, query_YQC, query_NQ),
+      *given.queries(batch, rows, head, query_YQC, query_NQ, waves),
       *products.of_parts(d_out_YBQHC, batch, rows, head, d_out_YQC),
       (norm_BHPQ.at[batch, head, :, rows], norm_PQ),
     )
@@ -147,7 +168,8 @@ def _query_kernel(
     def visit(n, code, slot, so_far):
       del n
       d_query_QC, table_sums = so_far
-      tile = of_head(tile_lib.Positions(query_NQ, key_JNK.at[slot], query_axis=0), code)
+      both = *waves, *(ref.at[slot] for ref in key_waves)
+      tile = of_head(tile_lib.Positions(query_NQ, key_JNK.at[slot], 0, both), code)
       shape = ROWS, size.columns
       x_QK = tile.coordinate(shape)
       logits_QK = tile.logits(query_YQC, key_JYKC.at[slot], x_QK)
@@ -171,7 +193,7 @@ def _query_kernel(
     tile_lib.copy_back(pairs)
 
   pipeline = functools.partial(tile_lib.pipeline, copy, count, size.stages, free)
-  tile_lib.warpgroups(compute, pipeline)
+  tile_lib.warpgroups(size.units, compute, pipeline)
 
 
 class TableGradient:
@@ -264,26 +286,29 @@ def of_keys(setup, *given):
 def _of_keys(setup, operands, arrays, inputs, d_out_YBQHC, norm_BHPQ, wanted):
   batch, num_keys, num_groups, channels = inputs.key_BKGC.shape
   parts = setup.parts
-  size = SIZES[parts * channels]
-  columns, stages = size
+  size = size_of(setup, channels)
+  columns, stages, units = size
   d_YBKGC = tile_lib.run(
     setup,
+    size,
     functools.partial(_key_kernel, setup, size, wanted),
     (*operands, *arrays, d_out_YBQHC, norm_BHPQ, *inputs.keys),
     out_type=[arrays[1]] * sum(wanted),
     scratch_types=dict(
-      key_JYKC=products.blocks((UNITS, parts, ROWS, channels)),
-      value_JYKC=products.blocks((UNITS, parts, ROWS, channels)),
-      query_IYQC=products.blocks((stages, parts, columns, channels)),
-      d_out_IYQC=products.blocks((stages, parts, columns, channels)),
-      key_JNK=plgpu.SMEM((UNITS, inputs.key_BNK.shape[1], ROWS), jnp.int32),
+      key_JYKC=products.blocks((units, parts, ROWS, channels), columns),
+      value_JYKC=products.blocks((units, parts, ROWS, channels), columns),
+      query_IYQC=products.blocks((stages, parts, columns, channels), columns),
+      d_out_IYQC=products.blocks((stages, parts, columns, channels), columns),
+      key_JNK=plgpu.SMEM((units, inputs.key_BNK.shape[1], ROWS), jnp.int32),
       query_INQ=plgpu.SMEM((stages, inputs.query_BNQ.shape[1], columns), jnp.int32),
       norm_IPQ=plgpu.SMEM((stages, 2, columns), jnp.float32),
-      key_ready=plgpu.Barrier(num_arrivals=2 * parts + 1, num_barriers=UNITS),
-      ready=plgpu.Barrier(num_arrivals=2 * parts + 2, num_barriers=stages),
-      free=plgpu.Barrier(num_arrivals=UNITS, num_barriers=stages),
+      key_waves=products.wave_blocks(setup, units, ROWS, columns),
+      query_waves=products.wave_blocks(setup, stages, columns, columns),
+      key_ready=plgpu.Barrier(num_arrivals=products.copies(setup, 2 * parts), num_barriers=units),
+      ready=plgpu.Barrier(num_arrivals=products.copies(setup, 2 * parts) + 1, num_barriers=stages),
+      free=plgpu.Barrier(num_arrivals=units, num_barriers=stages),
     ),
-    grid=dict(group=num_groups, row=num_keys // (UNITS * ROWS), batch=batch),
+    grid=dict(group=num_groups, row=num_keys // (units * ROWS), batch=batch),
   )
   return [products.join(d_YBKGC, inputs.key_BKGC.dtype) for d_YBKGC in d_YBKGC]
 
@@ -300,6 +325,8 @@ def _key_kernel(
   key_JNK,
   query_INQ,
   norm_IPQ,
+  key_waves,
+  query_waves,
   key_ready,
   ready,
   free,
@@ -319,24 +346,27 @@ def _key_kernel(
   def copy(n, slot):
     head, block = where(n)
     queries = pl.ds(block * size.columns, size.columns)
+    waves = [ref.at[slot] for ref in query_waves]
     pairs = (
-      *given.queries(batch, queries, head, query_IYQC.at[slot], query_INQ.at[slot]),
+      *given.queries(batch, queries, head, query_IYQC.at[slot], query_INQ.at[slot], waves),
       *products.of_parts(d_out_YBQHC, batch, queries, head, d_out_IYQC.at[slot]),
       (norm_BHPQ.at[batch, head, :, queries], norm_IPQ.at[slot]),
     )
     tile_lib.copy(pairs, ready.at[slot])
 
   def compute(unit):
-    block = UNITS * row + unit
+    block = size.units * row + unit
     rows = pl.ds(block * ROWS, ROWS)
     key_YKC, value_YKC, key_NK = key_JYKC.at[unit], value_JYKC.at[unit], key_JNK.at[unit]
-    pairs = given.keys(batch, rows, group, key_YKC, value_YKC, key_NK)
+    waves = [ref.at[unit] for ref in key_waves]
+    pairs = given.keys(batch, rows, group, key_YKC, value_YKC, key_NK, waves)
     tile_lib.copy(pairs, key_ready.at[unit])
     plgpu.barrier_wait(key_ready.at[unit])
 
     def visit(n, code, slot, so_far):
       head, _ = where(n)
-      positions = tile_lib.Positions(query_INQ.at[slot], key_NK, query_axis=1)
+      both = *waves, *(ref.at[slot] for ref in query_waves)
+      positions = tile_lib.Positions(query_INQ.at[slot], key_NK, 1, both)
       tile = given.of_head(setup, head)(positions, code)
       shape = ROWS, size.columns
       logits_KQ = tile.logits(key_YKC, query_IYQC.at[slot], tile.coordinate(shape))
@@ -361,4 +391,4 @@ def _key_kernel(
       tile_lib.copy_back(products.of_parts(d_YBGC, batch, rows, group, block_YKC))
 
   pipeline = functools.partial(tile_lib.pipeline, copy, count, size.stages, free)
-  tile_lib.warpgroups(compute, pipeline)
+  tile_lib.warpgroups(size.units, compute, pipeline)

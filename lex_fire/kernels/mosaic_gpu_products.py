@@ -4,6 +4,9 @@ The hardware multiplies bfloat16 exactly, and of float32 only the first 11 bits 
 number is two of bfloat16, itself rounded and what is left, together right to 2^-17 of it; and a
 product of two numbers is three products, as that of what is left on both sides is smaller still.
 
+An x that is the inner product of waves of both positions (Sandwich's) is such a product as well, of
+two parts whatever the queries are.
+
 A decay that `tile.prepare` has left is one factor a channel for each number of stretches that a
 query is after a key: 1 in the many tiles within a stretch. In all others the rows of a tile take
 it, whichever side they are: a channel of a pair carries it once.
@@ -20,9 +23,11 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from lex_fire.encodings import base
 from lex_fire.kernels import mosaic_gpu_tile as tile_lib
 
 PARTS = {'bfloat16': 1, 'float32': 2}  # of bfloat16, by the type of queries, keys and values
+WAVES, WAVE_PARTS = 128, 2  # of a position, at most
 CHANNELS = 64  # that rows under a decay take at once: registers hold no more
 _ACC: Any = plgpu.ACC  # pyright: ignore[reportPrivateImportUsage]
 
@@ -53,11 +58,38 @@ def _split(x, parts, in_kernel):
   return found
 
 
-def blocks(shape) -> Any:
-  """Returns room in shared memory for blocks [..., rows, channels], as products read them."""
-  tiling = plgpu.TilingTransform((8, 64))
-  swizzle = plgpu.SwizzleTransform(128)  # bytes: 64 channels of bfloat16
+def blocks(shape, columns) -> Any:
+  """Returns room in shared memory for blocks [..., rows, channels], as products read them.
+
+  Args:
+    shape: of all of them.
+    columns: of a tile, of which a product takes no fewer at once than swizzled channels.
+  """
+  channels = min(64, columns)
+  tiling, swizzle = plgpu.TilingTransform((8, channels)), plgpu.SwizzleTransform(2 * channels)
   return plgpu.SMEM(shape, jnp.bfloat16, transforms=(tiling, swizzle))
+
+
+def waves_of(encoding: base.Encoding, position_BL: jax.Array, padding: int) -> jax.Array:
+  """Returns waves_YBL1W in parts, as if they were one head's of WAVES channels.
+
+  Of no size if the encoding has none.
+  """
+  if encoding.waves is None:
+    return jnp.zeros((1,) * 5, jnp.bfloat16)
+  waves_BLW = encoding.waves(position_BL)
+  padded_BLW = jnp.pad(waves_BLW, [(0, 0), (0, padding), (0, WAVES - waves_BLW.shape[2])])
+  return split(padded_BLW[:, :, None], WAVE_PARTS)
+
+
+def wave_blocks(setup, count, rows, columns) -> list:
+  """Returns room in shared memory for waves of so many blocks of rows, in a list; [] without."""
+  return [blocks((count, WAVE_PARTS, rows, WAVES), columns)] if setup.waves else []
+
+
+def copies(setup, parts) -> int:
+  """Returns how many copies there are of so many parts of a block, its integers and its waves."""
+  return parts + 1 + (WAVE_PARTS if setup.waves else 0)
 
 
 def write(setup, block_YLC, x_LC):
@@ -66,9 +98,9 @@ def write(setup, block_YLC, x_LC):
     block_YLC[part] = x
 
 
-def _pairs(setup):
+def _pairs(parts):
   """Returns which parts of one factor meet which of the other."""
-  return [(m, n) for m in range(setup.parts) for n in range(setup.parts) if m + n < setup.parts]
+  return [(m, n) for m in range(parts) for n in range(parts) if m + n < parts]
 
 
 def product(setup, a, b, start=None):
@@ -80,14 +112,14 @@ def product(setup, a, b, start=None):
     b: columns of the tile.
     start: a tile to begin the sum with; None: 0.
   """
-  of_a = a if isinstance(a, list) else [a.at[part] for part in range(setup.parts)]
-  of_b = [b.at[part] for part in range(setup.parts)]
+  of_b = [b.at[part] for part in range(b.shape[0])]
+  of_a = a if isinstance(a, list) else [a.at[part] for part in range(len(of_b))]
   if setup.interpret:
-    products = [_dot(of_a[m][...], of_b[n][...], 1) for m, n in _pairs(setup)]
+    products = [_dot(of_a[m][...], of_b[n][...], 1) for m, n in _pairs(len(of_b))]
     return sum(products, 0.0 if start is None else start)
 
   def multiply(sum_ref):
-    for m, n in _pairs(setup):
+    for m, n in _pairs(len(of_b)):
       plgpu.wgmma(sum_ref, of_a[m], plgpu.transpose_ref(of_b[n], (1, 0)))
 
   if start is not None:
@@ -105,10 +137,10 @@ def add_product(setup, so_far, weights, b):
   of_a = _split(weights, setup.parts, not setup.interpret)
   of_b = [b.at[part] for part in range(setup.parts)]
   if setup.interpret:
-    return sum((_dot(of_a[m], of_b[n][...], 0) for m, n in _pairs(setup)), so_far)
+    return sum((_dot(of_a[m], of_b[n][...], 0) for m, n in _pairs(setup.parts)), so_far)
 
   def multiply(sum_ref):
-    for m, n in _pairs(setup):
+    for m, n in _pairs(setup.parts):
       plgpu.wgmma(sum_ref, of_a[m], of_b[n])
 
   return pl.run_state(multiply)(_ACC.init(so_far))
@@ -124,6 +156,12 @@ def of_parts(x_YBLHC, batch, rows, head, block_YLC):
   return [(x_YBLHC.at[y, batch, rows, head], block_YLC.at[y]) for y in range(x_YBLHC.shape[0])]
 
 
+def _of_waves(wave_YBL1W, batch, rows, waves):
+  """Returns pairs to copy, of the waves of some rows and of their room, a list of at most one."""
+  row = tile_lib.row_of(wave_YBL1W.at[0], batch)
+  return [pair for wave_YLW in waves for pair in of_parts(wave_YBL1W, row, rows, 0, wave_YLW)]
+
+
 class Given(NamedTuple):
   """What all kernels take first.
 
@@ -136,6 +174,8 @@ class Given(NamedTuple):
     value_YBKGC: values.
     query_BNQ: see `mosaic_gpu_plan.query_numbers`.
     key_BNK: see `mosaic_gpu_plan.key_numbers`.
+    query_YBQ1W: waves of the queries' positions, in parts; B may be 1.
+    key_YBK1W: of the keys', likewise.
   """
 
   line_HZX: Any
@@ -146,19 +186,26 @@ class Given(NamedTuple):
   value_YBKGC: Any
   query_BNQ: Any
   key_BNK: Any
+  query_YBQ1W: Any
+  key_YBK1W: Any
 
-  def queries(self, batch, rows, head, query_YQC, query_NQ):
+  def queries(self, batch, rows, head, query_YQC, query_NQ, waves):
     """Returns pairs to copy, of some queries of a head and of their room in shared memory."""
     integers = self.query_BNQ.at[tile_lib.row_of(self.query_BNQ, batch), :, rows]
-    return *of_parts(self.query_YBQHC, batch, rows, head, query_YQC), (integers, query_NQ)
+    return (
+      *of_parts(self.query_YBQHC, batch, rows, head, query_YQC),
+      (integers, query_NQ),
+      *_of_waves(self.query_YBQ1W, batch, rows, waves),
+    )
 
-  def keys(self, batch, rows, group, key_YKC, value_YKC, key_NK):
+  def keys(self, batch, rows, group, key_YKC, value_YKC, key_NK, waves):
     """Returns pairs to copy, of some keys and values of a head and of their room likewise."""
     integers = self.key_BNK.at[tile_lib.row_of(self.key_BNK, batch), :, rows]
     return (
       *of_parts(self.key_YBKGC, batch, rows, group, key_YKC),
       *of_parts(self.value_YBKGC, batch, rows, group, value_YKC),
       (integers, key_NK),
+      *_of_waves(self.key_YBK1W, batch, rows, waves),
     )
 
   def of_head(self, setup, head):
@@ -196,6 +243,8 @@ class Tile(NamedTuple):
 
   def coordinate(self, shape):
     """Returns x of the tile, or None where there is no bias."""
+    if self.positions.waves:
+      return product(self.setup, *self.positions.waves)
     return tile_lib.coordinate(self.setup, self.positions, self.numbers, shape)
 
   def logits(self, a, b, x=None):

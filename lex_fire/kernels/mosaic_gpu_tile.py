@@ -20,7 +20,7 @@ from lex_fire.kernels import mask as mask_lib
 from lex_fire.kernels import mosaic_gpu_elementwise as elementwise
 
 ROWS = 64  # of a tile: what a warpgroup multiplies at once
-UNITS = 2  # warpgroups that compute, each tiles of its own rows
+UNITS = 2  # at most, warpgroups that compute, each tiles of its own rows
 LOG2E = math.log2(math.e)  # the hardware's exponential is of 2
 # A tile's code: whether to visit it, whether the mask shows all of it, and a span, its first and
 # how many more. It is of segments of the table that x may reach; under a decay, which has no table,
@@ -41,6 +41,7 @@ class Setup(NamedTuple):
     segments: of the table.
     learned: whether the table has a gradient.
     decays: whether a decay with distance is left to the tiles.
+    waves: whether x is a product of waves of the positions; see `mosaic_gpu_products`.
     parts: of bfloat16 that a number is made of; see `mosaic_gpu_products`.
     interpret: what `plgpu.kernel` takes; False on a GPU.
   """
@@ -50,6 +51,7 @@ class Setup(NamedTuple):
   segments: int
   learned: bool
   decays: bool
+  waves: bool
   parts: int
   interpret: Any
 
@@ -81,11 +83,19 @@ def spread(vector, shape, axis):
 
 
 class Positions(NamedTuple):
-  """The integers of a tile's queries and keys, in shared memory, and the axis of the queries."""
+  """What a tile knows of its positions, in shared memory.
+
+  Attributes:
+    query_ref: integers of its queries.
+    key_ref: likewise of keys.
+    query_axis: the axis of the queries.
+    waves: of its rows and of its columns; (): there are none.
+  """
 
   query_ref: Any
   key_ref: Any
   query_axis: int
+  waves: Any
 
   def query(self, setup, which):
     return vector(setup, self.query_ref.at[which], self.query_axis)
@@ -208,13 +218,20 @@ def row_of(array_ref, batch):
 
 
 class Size(NamedTuple):
-  """How much a kernel holds: columns of a tile, and blocks of them in shared memory at a time."""
+  """How much a kernel holds.
+
+  Attributes:
+    columns: of a tile.
+    stages: blocks of columns in shared memory at a time.
+    units: warpgroups that compute.
+  """
 
   columns: int
   stages: int
+  units: int = UNITS
 
 
-def run(setup, kernel, operands, *, out_type, scratch_types, grid):
+def run(setup, size, kernel, operands, *, out_type, scratch_types, grid):
   """Runs a kernel at each point of a grid, by name and size."""
   # JAX 0.11 has another default, for which these kernels are not written.
   lane = plgpu.LoweringSemantics.Lane
@@ -224,7 +241,7 @@ def run(setup, kernel, operands, *, out_type, scratch_types, grid):
     scratch_types=scratch_types,
     grid=tuple(grid.values()),
     grid_names=tuple(grid),
-    num_threads=UNITS + 1,
+    num_threads=size.units + 1,
     thread_name='warpgroup',
     compiler_params=plgpu.CompilerParams(approx_math=True, lowering_semantics=lane),
     interpret=setup.interpret,
@@ -273,16 +290,16 @@ def walk(visit, code, start, count, stages, ready, free):
   return jax.lax.fori_loop(0, count, step, start)
 
 
-def warpgroups(compute, copy):
+def warpgroups(units, compute, copy):
   """Runs compute of each unit and copy() side by side, registers divided accordingly."""
   index = jax.lax.axis_index('warpgroup')
 
-  @pl.when(index < UNITS)
+  @pl.when(index < units)
   def _():
     plgpu.set_max_registers(240, action='increase')
     compute(index)
 
-  @pl.when(index == UNITS)
+  @pl.when(index == units)
   def _():
     plgpu.set_max_registers(24, action='decrease')
     copy()
