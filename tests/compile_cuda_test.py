@@ -84,9 +84,9 @@ def test_attention_compiles_with_little_memory(name, channels, length, options, 
   compiled, given = compiled_gradients(name, channels, length, options, mask, jnp.bfloat16)
 
   # The logits of one head alone would take 64 GiB at 131,072 tokens, where the plan of its tiles,
-  # an integer each, takes 8 MiB. Under a decay keys are written again, with their share of it;
-  # for either side of a query so are queries, outputs and their gradients.
-  # And Sandwich has its waves, 128 of two parts for each position.
+  # an integer each, takes 8 MiB or, of Sandwich's smaller ones, 16. Under a decay keys are written
+  # again, with their share of it; for either side of a query so are queries, outputs and their
+  # gradients. And Sandwich has its waves, 128 of two parts for each position.
   shares = {'xpos': 1.4 if mask.causal else 4.0, 'sandwich': 2.5}.get(name, 1.1)
   assert compiled.memory_analysis().temp_size_in_bytes < shares * given
 

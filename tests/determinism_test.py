@@ -121,7 +121,7 @@ def gradient(function):
     (i, c)
     for i in ('chunked', 'mosaic_tpu')
     for c in kernels_test.CASES
-    if kernels_test.is_able(i, c, 'causal')
+    if kernels_test.is_able(i, c)
   ],
 )
 def test_no_sum_of_a_gradient_is_made_in_any_order(implementation, case):

@@ -96,6 +96,7 @@ def cells():
 
 
 CELLS = list(cells())
+TILED = sorted(set(IMPLEMENTATIONS) - {'reference'})
 every_implementation_here = pytest.mark.parametrize(
   'implementation', [name for name in IMPLEMENTATIONS if name not in kernels.PLATFORM]
 )
@@ -391,6 +392,29 @@ def test_a_query_that_sees_nothing_gives_zeros_and_has_no_gradient(implementatio
     assert np.isfinite(leaf).all()
 
 
+@pytest.mark.parametrize('implementation', TILED)
+def test_xpos_with_keys_on_either_side_on_one_or_on_none_equals_the_oracle(implementation):
+  """Of two rows that share positions; queries are before all keys, among them, after, and alone."""
+  encoding, params = make('xpos')
+  arrays = inputs(2, 40, 30)
+  query_position_1L = np.int32([[*range(10), *range(20, 30), *range(60, 70), *range(20, 30)]])
+  key_position_1L = np.arange(20, 50, dtype=np.int32)[None]
+  query_segment_1L = np.repeat(np.int32([0, 1]), [30, 10])[None]
+  where = query_position_1L, key_position_1L, query_segment_1L, np.zeros((1, 30), np.int32)
+
+  out_BQHC, gradients = out_and_gradients(
+    implementation, encoding, params, arrays, *where, mask=MASKS['bidirectional']
+  )
+
+  both = [np.repeat(row_1L, 2, axis=0) for row_1L in where]
+  visible_BQK = oracles.visible_pairs(*both, **MASKS['bidirectional'])
+  of_pairs = pairs('xpos', arrays, *both[:2], visible_BQK)
+  expected_BQHC = oracles.attention(of_pairs.logits_BHQK, visible_BQK, arrays[2])
+  assert not np.any(out_BQHC[:, 30:])
+  np.testing.assert_allclose(out_BQHC, expected_BQHC, atol=oracles.TOLERANCE['float32'])
+  oracles.assert_gradients(gradients, of_pairs, visible_BQK, arrays, probe(arrays))
+
+
 @every_pair
 def test_bfloat16_stays_bfloat16_and_near_the_oracle(implementation, case):
   encoding, params = make(case)
@@ -429,7 +453,6 @@ def test_other_positions_and_segments_do_not_recompile(implementation):
 # xPos at great distances, where a common origin would overflow
 
 
-TILED = sorted(set(IMPLEMENTATIONS) - {'reference'})
 # The first position past 100,000 whose decay has another origin than that of the position before.
 BORDER = 100_000 + int(
   np.flatnonzero(

@@ -69,6 +69,8 @@ CELLS = [
 ]
 CELLS.append(('fire', 'causal', ROWS, WIDTHS[0]))
 CELLS.append(('fire', 'causal', SPARSE, (256, 'two parts')))
+CELLS.append(('sandwich', 'causal', ROWS, WIDTHS[0]))
+CELLS.append(('sandwich', 'window', SPARSE, (256, 'two parts')))
 CELLS.append(('xpos', 'causal', FAR, WIDTHS[0]))
 CELLS.append(('xpos', 'bidirectional', FAR, WIDTHS[0]))
 ELEMENTWISE = {

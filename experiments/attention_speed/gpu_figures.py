@@ -29,6 +29,7 @@ class Check(NamedTuple):
     stride: of positions; a large one takes x over many breakpoints.
     channels: of a head.
     queries: that count, the last ones; None: all, which takes [length, length] logits.
+    dtype: of queries, keys and values.
   """
 
   encoding: str
@@ -38,6 +39,7 @@ class Check(NamedTuple):
   stride: int = 1
   channels: int = 64
   queries: int | None = None
+  dtype: str = 'bfloat16'
 
   @property
   def counted(self) -> int:
@@ -83,7 +85,7 @@ def pull(check: Check, implementation: str):
 
 
 def arguments(check: Check) -> tuple[Any, ...]:
-  """Returns what `pull`'s function takes, all random; arrays are in bfloat16."""
+  """Returns what `pull`'s function takes, all random."""
   encoding, size = programs.encoding_of(check.encoding), CHECK_HEADS * check.channels
   rng, *rngs = jax.random.split(jax.random.key(1), 5)
   sizes = {'num_heads': CHECK_HEADS, 'head_dim': check.channels, 'd_model': size}
@@ -91,7 +93,7 @@ def arguments(check: Check) -> tuple[Any, ...]:
   heads = CHECK_HEADS, CHECK_HEADS, CHECK_KV_HEADS, CHECK_KV_HEADS
   shapes = [(1, length, n, check.channels) for length, n in zip(lengths, heads, strict=True)]
   d_out_BQHC, *arrays = [
-    jax.random.normal(rng, shape).astype(jnp.bfloat16)
+    jax.random.normal(rng, shape).astype(check.dtype)
     for rng, shape in zip(rngs, shapes, strict=True)
   ]
   return *check.places(), d_out_BQHC, encoding.init(rng, **sizes), *arrays

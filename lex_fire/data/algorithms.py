@@ -41,7 +41,7 @@ from lex_fire.data import examples as examples_lib
 MULTIPLES = (0.5, 1, 2, 5, 8)  # of the longest length in training: the lengths to evaluate
 MIN_TO_SPLIT = 1000
 MIN_TO_READ_BOTH = 10  # symbols
-# All bytes in print that questions have not: they are of small letters, digits, '+' and '='.
+# All printed bytes but those of which questions are: small letters, digits, '+' and '='.
 SINGLE = string.ascii_uppercase + ''.join(mark for mark in string.punctuation if mark not in '+=')
 VERSION = 4  # of what is made of an address; prepared streams of another are others
 _MOST_MARKERS = len(string.ascii_uppercase) ** 2

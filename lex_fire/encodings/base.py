@@ -9,8 +9,8 @@ The dimension key of the whole project (one capital a dimension, as the suffix o
   H heads         G heads of keys and values      C channels per head
   D model width   R rotation pairs (C / 2)        P the two of a pair
   F feed-forward  V vocabulary                    N layers
-  W, X widths of an encoding's MLP                Z buckets, or rows of a table
-  I, J blocks of queries and of keys              Y parts of a tile, or a number
+  W, X widths of an MLP, or waves                 Z buckets, or rows of a table
+  I, J blocks of queries and of keys              Y parts of a tile, number, softmax
   S, T rows and lanes, as a kernel lays them out  1 a broadcast dimension
 
 A position array named `_BL` may have a leading 1: all rows then share their positions, and a bias
@@ -62,7 +62,7 @@ class Encoding(NamedTuple):
       what depends on the distance alone, and (table.coordinate, position) -> a number of the later
       position. Of no use where `coordinate` itself depends on the distance alone.
     waves: position -> float32 [..., W], or None. `coordinate` is the inner product of those of i
-      and of j, which a kernel may have products of its own for.
+      and of j: a kernel can then make x by a product as it makes the logits.
     shared: whether one set of parameters serves all layers (FIRE-S, and whatever is only embedded).
     shift_invariant: whether adding one number to all positions leaves the logits as they are.
     learned: whether `params` holds anything.

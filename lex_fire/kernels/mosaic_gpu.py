@@ -2,10 +2,11 @@
 
 The online softmax of FlashAttention (Dao et al. 2022, arXiv:2205.14135; for Hopper Shah et al.
 2024, arXiv:2407.08608): one warpgroup copies blocks of keys and values to shared memory, two others
-each multiply 64 queries by them. A bias is its encoding's `piecewise.Table`: from positions alone,
-a tile computes x and a line of it, and more only for breakpoints that x can reach there, which are
-found beforehand from the bounds of each block. Neither a [Q, K] array nor an atomic operation
-exists, so that gradients have the same bits each run.
+(one, of the widest heads) each multiply 64 queries by them. A bias is its encoding's
+`piecewise.Table`: from positions alone, a tile computes x and a line of it, and more only for
+breakpoints that x can reach there, which are found beforehand from the bounds of each block.
+Neither a [Q, K] array nor an atomic operation exists, so that gradients have the same bits each
+run.
 """
 
 # Not strict, as its neighbours are: kernels carry no types.
@@ -33,7 +34,7 @@ from lex_fire.kernels import mosaic_gpu_tile as tile_lib
 CHANNELS = (64, 128, 256)  # of a head
 MOST_SEGMENTS = 1280  # of a table, whose gradient is summed in shared memory
 ROWS, UNITS = tile_lib.ROWS, tile_lib.UNITS
-# By the channels of a head, times the parts of a number; shared memory has no room for more.
+# By the channels of a head, times the parts of a number: what shared memory has room for.
 SIZES = {
   64: tile_lib.Size(columns=128, stages=4),
   128: tile_lib.Size(columns=128, stages=2),

@@ -36,8 +36,8 @@ class Tiles(NamedTuple):
 
   Attributes:
     code_BIJ: of each tile; see `mosaic_gpu_tile`.
-    range_BIP: of the columns that a pair of rows I visits, the first and how many there are from it
-      to the last.
+    range_BIP: of the columns that the rows I of a step visit, one a warpgroup, the first and how
+      many there are from it to the last.
   """
 
   code_BIJ: jax.Array

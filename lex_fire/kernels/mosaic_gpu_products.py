@@ -63,7 +63,7 @@ def blocks(shape, columns) -> Any:
 
   Args:
     shape: of all of them.
-    columns: of a tile, of which a product takes no fewer at once than swizzled channels.
+    columns: of a tile. A product takes as many at once as channels are swizzled together.
   """
   channels = min(64, columns)
   tiling, swizzle = plgpu.TilingTransform((8, channels)), plgpu.SwizzleTransform(2 * channels)

@@ -203,7 +203,7 @@ def coordinate_slope(setup, positions, numbers, n, shape):
   return elementwise.derivative(setup.coordinate, numbers, n, *positions.of_tile(setup, shape))
 
 
-# Kernels of two warpgroups that compute and one that copies
+# Kernels of one or two warpgroups that compute and one that copies
 
 
 def operands(table, rate_C):

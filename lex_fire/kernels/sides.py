@@ -57,9 +57,9 @@ def attention(
 def _joined(*sides: tuple[jax.Array, jax.Array]) -> jax.Array:
   """Returns the output of one softmax over the keys of all sides; 0 if none has any."""
   outs, log_norms = zip(*sides, strict=True)
-  log_norm_SBHQ = jnp.stack(log_norms)
-  log_norm_SBHQ = jnp.where(log_norm_SBHQ < jnp.inf, log_norm_SBHQ, mask_lib.HIDDEN_LOGIT)
-  share_SBQH = jnp.swapaxes(jax.nn.softmax(log_norm_SBHQ, axis=0), 2, 3)
-  pairs = zip(share_SBQH, outs, strict=True)
+  log_norm_YBHQ = jnp.stack(log_norms)
+  log_norm_YBHQ = jnp.where(log_norm_YBHQ < jnp.inf, log_norm_YBHQ, mask_lib.HIDDEN_LOGIT)
+  share_YBQH = jnp.swapaxes(jax.nn.softmax(log_norm_YBHQ, axis=0), 2, 3)
+  pairs = zip(share_YBQH, outs, strict=True)
   out_BQHC = sum(share_BQH[..., None] * out_BQHC for share_BQH, out_BQHC in pairs)
   return jnp.asarray(out_BQHC, outs[0].dtype)
