@@ -34,7 +34,7 @@ TOLERANCE = {
   # cancel, and their roundings average out.
   'float32 sum': 1e-6,
   'bfloat16 sum': 3e-4,
-  'two parts sum': 2e-6,
+  'two parts sum': 3e-6,  # of a pair 2^-17, which is 8e-6
 }
 
 
@@ -553,4 +553,5 @@ def assert_gradients(found, of_pairs, visible_BQK, arrays, d_out_BQHC, dtype='fl
   for leaf, (direction, slope_BHQK) in of_pairs.slopes.items():
     terms_BHQK = slope_BHQK * expected.logits_BHQK
     error = (np.float64(of_params[leaf]) * direction).sum() - terms_BHQK.sum()
-    assert abs(error) < TOLERANCE[f'{dtype} sum'] * max(1.0, np.abs(terms_BHQK).sum()), leaf
+    relative = abs(error) / max(1.0, np.abs(terms_BHQK).sum())
+    assert relative < TOLERANCE[f'{dtype} sum'], f'{leaf}: {relative:.2g}'
