@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import json
 
 import numpy as np
 import pytest
@@ -9,7 +10,7 @@ import tiny
 
 from experiments import sweep_results
 from experiments.arithmetic import run as arithmetic
-from lex_fire import generate, sampling, train
+from lex_fire import errors, generate, sampling, train
 from lex_fire.data import algorithms, draws, positions, reading
 from lex_fire.data import text as text_lib
 
@@ -170,3 +171,15 @@ def test_the_sweep_measures_what_is_left_and_shows_it(tmp_path, monkeypatch):
   assert 'right answers to 3 questions a length, in percent' in text
   assert path.with_suffix('.png').stat().st_size > 10_000
   assert len(lines) == 2
+
+
+def test_lines_of_another_task_are_not_taken_for_those_of_this(tmp_path):
+  path = tmp_path / 'laptop.jsonl'
+  line = {'variant': 'fire', 'seed': 0, 'protocol': 'addition:length=10,hints=true'}
+  path.write_text(json.dumps(line) + '\n')
+
+  message = r'has lines of addition:length=10,hints=true, but this scale asks addition:length=2,.*;'
+  with pytest.raises(errors.UserError, match=message):
+    arithmetic.run(TINY, (0,), path, tmp_path / 'runs')
+
+  assert not (tmp_path / 'runs').exists()

@@ -21,7 +21,7 @@ from absl import flags
 
 from configs import algorithms as algorithms_config
 from experiments import sweep, sweep_results
-from lex_fire import checkpoint, cli, model, train
+from lex_fire import checkpoint, cli, errors, model, train
 from lex_fire import config as config_lib
 from lex_fire.data import algorithms, draws, positions, reading
 from lex_fire.data import text as text_lib
@@ -206,8 +206,17 @@ def run(scale: Scale, seeds: Sequence[int], path: pathlib.Path, runs: pathlib.Pa
     seeds: of each variant.
     path: of the lines, to which that of a run is added when it is done.
     runs: where the runs are kept.
+
+  Raises:
+    errors.UserError: if there are lines of another task, as before a recipe changed.
   """
   lines = sweep_results.read(path) if path.exists() else []
+  asked = config(scale, next(iter(VARIANTS.values())), 0).data.task
+  if others := {line['protocol'] for line in lines} - {asked}:
+    raise errors.UserError(
+      f'{str(path)!r} has lines of {", ".join(sorted(others))}, but this scale asks {asked}; move '
+      'it and its runs away'
+    )
   found = {(line['variant'], line['seed']) for line in lines}
   todo = [
     (name, seed) for seed, name in itertools.product(seeds, VARIANTS) if (name, seed) not in found

@@ -213,8 +213,13 @@ def attention(
     attend = functools.partial(IMPLEMENTATIONS[name], mask=mask)
   if name not in ('ring', *PLATFORM) or split is None:
     return attend(**arrays, params=params, encoding=encoding)
+  return _on_each_device(split, attend, arrays, encoding, params)
+
+
+def _on_each_device(split, attend, arrays, encoding, params):
   if encoding.table is None:
     return split(lambda _, **own: attend(**own, params={}, encoding=encoding), {}, arrays)
   # Of all heads, for a device does not know which of them are its own.
-  table, given = encoding.table(params, num_heads), piecewise.tabulated(encoding)
+  table = encoding.table(params, arrays['query_BQHC'].shape[2])
+  given = piecewise.tabulated(encoding)
   return split(lambda table, **own: attend(**own, params=table, encoding=given), table, arrays)

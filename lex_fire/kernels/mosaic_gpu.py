@@ -34,19 +34,16 @@ from lex_fire.kernels import mosaic_gpu_tile as tile_lib
 CHANNELS = (64, 128, 256)  # of a head
 MOST_SEGMENTS = 1280  # of a table, whose gradient is summed in shared memory
 ROWS, UNITS = tile_lib.ROWS, tile_lib.UNITS
-# By the channels of a head, times the parts of a number: what shared memory has room for.
+# By `Setup.block_kind`: what shared memory has room for.
 SIZES = {
-  64: tile_lib.Size(columns=128, stages=4),
-  128: tile_lib.Size(columns=128, stages=2),
-  256: tile_lib.Size(columns=64, stages=2),
-  512: tile_lib.Size(columns=32, stages=1),
-}
-# And likewise beside waves.
-WAVE_SIZES = {
-  64: tile_lib.Size(columns=64, stages=2),
-  128: tile_lib.Size(columns=64, stages=1),
-  256: tile_lib.Size(columns=32, stages=1),
-  512: tile_lib.Size(columns=32, stages=1, units=1),
+  (64, False): tile_lib.Size(columns=128, stages=4),
+  (128, False): tile_lib.Size(columns=128, stages=2),
+  (256, False): tile_lib.Size(columns=64, stages=2),
+  (512, False): tile_lib.Size(columns=32, stages=1),
+  (64, True): tile_lib.Size(columns=64, stages=2),
+  (128, True): tile_lib.Size(columns=64, stages=1),
+  (256, True): tile_lib.Size(columns=32, stages=1),
+  (512, True): tile_lib.Size(columns=32, stages=1, units=1),
 }
 
 
@@ -123,6 +120,7 @@ def _why_no_bias(encoding):
   return None
 
 
+@sides.joined
 def attention(
   query_BQHC: jax.Array,
   key_BKGC: jax.Array,
@@ -136,8 +134,8 @@ def attention(
   key_segment_BK: jax.Array | None,
   mask: mask_lib.Mask,
   interpret: Any = False,
-) -> jax.Array:
-  """Returns out_BQHC like `reference.attention`.
+) -> tuple[jax.Array, jax.Array]:
+  """Attention like `reference.attention`.
 
   `interpret` is what `plgpu.kernel` takes: False on a GPU; its interpreter's parameters to run on
   any platform, slowly.
@@ -148,36 +146,6 @@ def attention(
   reason = why_not(encoding, query_BQHC.shape[3], query_BQHC.dtype)
   if reason:
     raise errors.UserError(f"{reason}; use implementation='chunked'")
-  return sides.attention(
-    functools.partial(_attention, interpret=interpret),
-    query_BQHC,
-    key_BKGC,
-    value_BKGC,
-    encoding=encoding,
-    params=params,
-    query_position_BQ=query_position_BQ,
-    key_position_BK=key_position_BK,
-    query_segment_BQ=query_segment_BQ,
-    key_segment_BK=key_segment_BK,
-    mask=mask,
-  )
-
-
-def _attention(
-  query_BQHC,
-  key_BKGC,
-  value_BKGC,
-  *,
-  encoding,
-  params,
-  query_position_BQ,
-  key_position_BK,
-  query_segment_BQ,
-  key_segment_BK,
-  mask,
-  interpret,
-):
-  """Returns out_BQHC and log_norm_BHQ; of a decay, of a causal mask."""
   num_queries, num_heads, channels = query_BQHC.shape[1:]
   query_BQHC, key_BKGC = tile.prepare(
     query_BQHC,
@@ -197,17 +165,8 @@ def _attention(
   of_queries = query_position_BQ, query_segment_BQ, query_padding
   query_BNQ = plan_lib.query_numbers(mask, *of_queries, stretch)
   key_BNK = plan_lib.key_numbers(key_position_BK, key_segment_BK, key_padding, stretch)
-  setup = tile_lib.Setup(
-    coordinate=encoding.coordinate,
-    numbers=jax.tree.structure({} if table is None else table.coordinate),
-    segments=0 if table is None else table.slope_ZH.shape[0],
-    learned=encoding.learned,
-    decays=stretch is not None,
-    waves=encoding.waves is not None,
-    parts=products.PARTS[query_BQHC.dtype.name],
-    interpret=interpret,
-  )
-  size, backward_size = size_of(setup, channels), backward.size_of(setup, channels)
+  setup = _setup(encoding, table, query_BQHC.dtype, interpret)
+  size, backward_size = (sizes[setup.block_kind(channels)] for sizes in (SIZES, backward.SIZES))
   columns = backward_size.columns
   codes = functools.partial(plan_lib.codes, query_BNQ, key_BNK, table, encoding.coordinate)
   inputs = Inputs(
@@ -227,6 +186,19 @@ def _attention(
   table = None if table is None else plan_lib.table(table, num_heads)
   out_BQHC, log_norm_BHQ = _flash(setup, rate_C)(table, inputs)
   return out_BQHC[:, :num_queries], log_norm_BHQ[..., :num_queries]
+
+
+def _setup(encoding, table, dtype, interpret):
+  return tile_lib.Setup(
+    coordinate=encoding.coordinate,
+    numbers=jax.tree.structure({} if table is None else table.coordinate),
+    segments=0 if table is None else table.slope_ZH.shape[0],
+    learned=encoding.learned,
+    decays=encoding.log_decay is not None,
+    waves=encoding.waves is not None,
+    parts=products.PARTS[dtype.name],
+    interpret=interpret,
+  )
 
 
 def _padded(x_BLHC, padding):
@@ -270,11 +242,6 @@ def _flash(setup, rate_C):
   return flash
 
 
-def size_of(setup, channels):
-  """Returns the `Size` of the forward kernel."""
-  return (WAVE_SIZES if setup.waves else SIZES)[setup.parts * channels]
-
-
 def split(setup, inputs):
   """Returns what kernels take of queries, keys and values, in parts, their integers and waves."""
   arrays = (products.split(x_BLHC, setup.parts) for x_BLHC in inputs[:3])
@@ -285,7 +252,7 @@ def _forward(setup, rate_C, table, inputs):
   """Returns out_BQHC and log_norm_BHQ, the logarithm of the softmax's normaliser."""
   batch, num_queries, num_heads, channels = inputs.query_BQHC.shape
   parts = setup.parts
-  size = size_of(setup, channels)
+  size = SIZES[setup.block_kind(channels)]
   columns, stages, units = size
   arrays = split(setup, inputs)
   out_YBQHC, log_norm_BHQ = tile_lib.run(

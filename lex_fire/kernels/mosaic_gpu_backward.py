@@ -23,25 +23,17 @@ from lex_fire.kernels import mosaic_gpu_tile as tile_lib
 
 ROWS = tile_lib.ROWS
 LANES = 128  # of a row of the sums of a table's gradient
-# By the channels of a head, times the parts of a number.
+# By `Setup.block_kind`.
 SIZES = {
-  64: tile_lib.Size(columns=64, stages=4),
-  128: tile_lib.Size(columns=64, stages=2),
-  256: tile_lib.Size(columns=64, stages=1),
-  512: tile_lib.Size(columns=32, stages=1, units=1),
+  (64, False): tile_lib.Size(columns=64, stages=4),
+  (128, False): tile_lib.Size(columns=64, stages=2),
+  (256, False): tile_lib.Size(columns=64, stages=1),
+  (512, False): tile_lib.Size(columns=32, stages=1, units=1),
+  (64, True): tile_lib.Size(columns=64, stages=2),
+  (128, True): tile_lib.Size(columns=64, stages=1),
+  (256, True): tile_lib.Size(columns=64, stages=1, units=1),
+  (512, True): tile_lib.Size(columns=16, stages=1, units=1),
 }
-# And likewise beside waves.
-WAVE_SIZES = {
-  64: tile_lib.Size(columns=64, stages=2),
-  128: tile_lib.Size(columns=64, stages=1),
-  256: tile_lib.Size(columns=64, stages=1, units=1),
-  512: tile_lib.Size(columns=16, stages=1, units=1),
-}
-
-
-def size_of(setup, channels):
-  """Returns the `Size` of both kernels."""
-  return (WAVE_SIZES if setup.waves else SIZES)[setup.parts * channels]
 
 
 def of_queries(setup, table, operands, arrays, inputs, d_out_YBQHC, norm_BHPQ):
@@ -58,7 +50,7 @@ def of_queries(setup, table, operands, arrays, inputs, d_out_YBQHC, norm_BHPQ):
   """
   batch, num_queries, num_heads, channels = inputs.query_BQHC.shape
   parts = setup.parts
-  size = size_of(setup, channels)
+  size = SIZES[setup.block_kind(channels)]
   columns, stages, units = size
   blocks = num_queries // ROWS
   sums = _sums_shape(setup)
@@ -286,7 +278,7 @@ def of_keys(setup, *given):
 def _of_keys(setup, operands, arrays, inputs, d_out_YBQHC, norm_BHPQ, wanted):
   batch, num_keys, num_groups, channels = inputs.key_BKGC.shape
   parts = setup.parts
-  size = size_of(setup, channels)
+  size = SIZES[setup.block_kind(channels)]
   columns, stages, units = size
   d_YBKGC = tile_lib.run(
     setup,

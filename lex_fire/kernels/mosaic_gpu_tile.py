@@ -55,6 +55,10 @@ class Setup(NamedTuple):
   parts: int
   interpret: Any
 
+  def block_kind(self, channels):
+    """Returns a head's channels times their parts, and whether there are waves beside them."""
+    return self.parts * channels, self.waves
+
 
 def vector(setup, ref, axis):
   """Returns a vector in memory along one axis of a tile."""

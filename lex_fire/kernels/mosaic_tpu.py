@@ -32,6 +32,7 @@ from lex_fire.kernels.mosaic_tpu_tile import Constants, Setup, Tile
 from lex_fire.kernels.plan import Keys, Queries
 
 
+@sides.joined
 def attention(
   query_BQHC: jax.Array,
   key_BKGC: jax.Array,
@@ -46,8 +47,8 @@ def attention(
   mask: mask_lib.Mask,
   block: int = BLOCK,
   interpret: bool = False,
-) -> jax.Array:
-  """Returns out_BQHC like `reference.attention`, in tiles of `block` queries by twice the keys.
+) -> tuple[jax.Array, jax.Array]:
+  """Attention like `reference.attention`, in tiles of `block` queries by twice the keys.
 
   The block is a multiple of 128 on a TPU. Interpreted, it runs on any platform, slowly.
 
@@ -57,37 +58,6 @@ def attention(
   reason = why_not(encoding, query_BQHC, key_BKGC)
   if reason:
     raise errors.UserError(f"{reason}; use implementation='chunked'")
-  return sides.attention(
-    functools.partial(_attention, block=block, interpret=interpret),
-    query_BQHC,
-    key_BKGC,
-    value_BKGC,
-    encoding=encoding,
-    params=params,
-    query_position_BQ=query_position_BQ,
-    key_position_BK=key_position_BK,
-    query_segment_BQ=query_segment_BQ,
-    key_segment_BK=key_segment_BK,
-    mask=mask,
-  )
-
-
-def _attention(
-  query_BQHC,
-  key_BKGC,
-  value_BKGC,
-  *,
-  encoding,
-  params,
-  query_position_BQ,
-  key_position_BK,
-  query_segment_BQ,
-  key_segment_BK,
-  mask,
-  block,
-  interpret,
-):
-  """Returns out_BQHC and log_norm_BHQ; of a decay, of a causal mask."""
   query_BQHC, key_BKGC = tile.prepare(
     query_BQHC,
     key_BKGC,

@@ -24,34 +24,34 @@ class _Earlier(mask_lib.Mask):
     return position - 1
 
 
-def attention(
-  kernel: Callable[..., tuple[jax.Array, jax.Array]],
-  *arrays: jax.Array,
-  encoding: base.Encoding,
-  mask: mask_lib.Mask,
-  query_position_BQ: jax.Array,
-  key_position_BK: jax.Array,
-  **rest: Any,
-) -> jax.Array:
-  """Returns out_BQHC like `reference.attention`.
+def joined(kernel: Callable[..., tuple[jax.Array, jax.Array]]) -> Callable[..., jax.Array]:
+  """Makes attention like `reference.attention` of a kernel that knows a decay's causal side alone.
 
   Args:
-    kernel: takes the rest, returns out_BQHC and log_norm_BHQ, the logarithm of the softmax's
-      normaliser, +inf where a query sees no key; both have gradients. Of a decay it knows the
-      causal side.
-    *arrays: queries, keys and values.
-    encoding: says whether there is a decay.
-    mask: which keys a query may see.
-    query_position_BQ: int32; B may be 1.
-    key_position_BK: likewise.
-    **rest: as the kernel has it.
+    kernel: takes the same, and returns out_BQHC and log_norm_BHQ, the logarithm of the softmax's
+      normaliser, +inf where a query sees no key; both have gradients.
   """
-  positions = {'query_position_BQ': query_position_BQ, 'key_position_BK': key_position_BK}
-  side = functools.partial(kernel, *arrays, encoding=encoding, **rest)
-  if encoding.log_decay is None or mask.causal:
-    return side(mask=mask, **positions)[0]
-  negated = {name: -position_BL for name, position_BL in positions.items()}
-  return _joined(side(mask=mask_lib.Mask(), **positions), side(mask=_Earlier(), **negated))
+
+  @functools.wraps(kernel)
+  def attention(
+    query_BQHC: jax.Array,
+    key_BKGC: jax.Array,
+    value_BKGC: jax.Array,
+    *,
+    encoding: base.Encoding,
+    mask: mask_lib.Mask,
+    query_position_BQ: jax.Array,
+    key_position_BK: jax.Array,
+    **rest: Any,
+  ) -> jax.Array:
+    positions = {'query_position_BQ': query_position_BQ, 'key_position_BK': key_position_BK}
+    side = functools.partial(kernel, query_BQHC, key_BKGC, value_BKGC, encoding=encoding, **rest)
+    if encoding.log_decay is None or mask.causal:
+      return side(mask=mask, **positions)[0]
+    negated = {name: -position_BL for name, position_BL in positions.items()}
+    return _joined(side(mask=mask_lib.Mask(), **positions), side(mask=_Earlier(), **negated))
+
+  return attention
 
 
 def _joined(*sides: tuple[jax.Array, jax.Array]) -> jax.Array:
