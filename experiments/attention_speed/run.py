@@ -18,6 +18,8 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 
+import jax
+
 from experiments.attention_speed import alone, apart, programs, results, writing
 from lex_fire import errors, kernels
 
@@ -106,6 +108,8 @@ def is_dense(implementation: str, encoding: str) -> bool:
   """Returns whether a program holds an array of all logits or biases."""
   if implementation in PEERS and encoding == 'fire':
     return implementation != 'torch.flex'
+  if implementation == 'tokamax':  # its kernels are for accelerators
+    return jax.default_backend() == 'cpu'
   return implementation in (results.DENSE, 'jax.nn')
 
 
