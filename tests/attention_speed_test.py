@@ -5,8 +5,10 @@ import pathlib
 import re
 import subprocess
 import sys
+import types
 
 import pytest
+from absl import flags
 
 from experiments.attention_speed import alone, apart, gpu_results, programs, results, run, writing
 from lex_fire import encodings, errors, kernels
@@ -234,6 +236,18 @@ def test_it_runs_where_only_jax_is():
   )
 
   subprocess.run([sys.executable, '-c', script], cwd=ROOT, check=True)
+
+
+def test_a_library_with_flags_of_its_own_runs_beside_those_of_the_command(monkeypatch):
+  """Tokamax would parse the command's, which has none of its, and fail."""
+  theirs = flags.FlagValues()
+  flags.DEFINE_bool('tuned', True, 'for tests', flag_values=theirs)
+  monkeypatch.setattr(flags, 'FLAGS', theirs)
+  library = types.ModuleType('tokamax')
+  library.dot_product_attention = lambda query, key, value, **_: value * theirs.tuned
+  monkeypatch.setitem(sys.modules, 'tokamax', library)
+
+  assert programs.make('tokamax', 'nope', programs.Case(32, False, 'float32'))() > 0
 
 
 def test_the_kernels_of_the_registry_are_all_tried():

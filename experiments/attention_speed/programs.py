@@ -128,7 +128,9 @@ def jax_nn() -> Callable[..., jax.Array]:
 def tokamax() -> Callable[..., jax.Array]:
   """Returns the best that tokamax has here."""
   import tokamax as library  # pyright: ignore[reportMissingImports]
+  from absl import flags
 
+  flags.FLAGS.mark_as_parsed()  # else it would read this command's own as its own
   return library.dot_product_attention
 
 
