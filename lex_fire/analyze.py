@@ -58,7 +58,7 @@ def analyze(
   progress: Callable[[str, int, int], None] = lambda case, length, tokens: None,
   run: str | None = None,
 ) -> tuple[list[Report], list[Report]]:
-  """Analyzes the newest checkpoint of a run.
+  """Analyzes a checkpoint of a run.
 
   Args:
     workdir: of the run.

@@ -117,7 +117,7 @@ def run(
   directory: pathlib.Path,
   progress: Progress = lambda case, prompts, are_new: None,
 ) -> list[Report]:
-  """Asks the newest checkpoint of a run, on all devices of all hosts.
+  """Asks a checkpoint of a run, on all devices of all hosts.
 
   Args:
     of_run: what is asked.

@@ -118,6 +118,27 @@ class Checkpoints:
     """Returns the newest whole checkpoint's step, or None."""
     return self._manager.latest_step()
 
+  def named(self, name: str) -> int:
+    """Returns the step of a whole checkpoint.
+
+    Args:
+      name: config.LATEST, config.BEST (of the lowest validation loss), or a step.
+
+    Raises:
+      errors.UserError: if there is none such.
+    """
+    where, steps = str(storage.path(self._manager.directory).parent), self.steps()
+    found = {config_lib.LATEST: self.latest, config_lib.BEST: self._manager.best_step}
+    if not steps:
+      raise errors.UserError(f'no checkpoint in {where!r}; train first, or give another --workdir')
+    step = found[name]() if name in found else int(name)
+    if step not in steps:
+      missing = 'with a validation loss' if name in found else f'of step {name}'
+      raise errors.UserError(
+        f'no checkpoint {missing} in {where!r}; there are those of {", ".join(map(str, steps))}'
+      )
+    return step
+
   def restore_newest(
     self, abstract: dict[str, Any], say: Callable[[str], None]
   ) -> tuple[int, dict[str, Any]] | None:
@@ -349,20 +370,23 @@ def read_config(workdir: pathlib.Path) -> config_lib.Config:
     raise errors.UserError(f'{str(path)!r} is not JSON: {error}; restore or delete it') from error
 
 
-def restore_params(workdir: pathlib.Path, abstract_params: Any) -> tuple[int, Any]:
-  """Returns the newest checkpoint's step and its parameters.
+def restore_params(
+  workdir: pathlib.Path, abstract_params: Any, name: str = config_lib.LATEST
+) -> tuple[int, Any]:
+  """Returns a checkpoint's step and its parameters.
+
+  Args:
+    workdir: of the run.
+    abstract_params: of its model, ShapeDtypeStructs with shardings.
+    name: as for Checkpoints.named.
 
   Raises:
-    errors.UserError: if the workdir has no checkpoint, the newest is damaged or of another model,
-      or another process has found another.
+    errors.UserError: if the workdir has no such checkpoint, it is damaged or of another model, or
+      another process has found another.
   """
   with contextlib.closing(Checkpoints(workdir)) as checkpoints:
-    step = checkpoints.latest()
-    hosts.check_same('a newest checkpoint', {'step': step})  # a run may be adding some
-    if step is None:
-      raise errors.UserError(
-        f'no checkpoint in {str(workdir)!r}; train first, or give another --workdir'
-      )
+    step = checkpoints.named(name)
+    hosts.check_same(f'a {name} checkpoint', {'step': step})  # a run may be adding some
     try:
       return step, checkpoints.restore(step, {'params': abstract_params})['params']
     except Damaged as error:

@@ -34,7 +34,7 @@ from lex_fire.data import spec as spec_lib
 # Flags of one value that are fields of config.EvaluateConfig by their names.
 _FIELDS = (
   *('protocol', 'stride', 'max_tokens', 'attention', 'sequence'),
-  *('documents', 'split', 'files', 'tfds_directory'),
+  *('documents', 'split', 'files', 'tfds_directory', 'checkpoint'),
 )
 
 
@@ -98,6 +98,8 @@ def _check_alike(workdirs, configs, fields) -> None:
 def _file_name(runs: Sequence[str], request: config_lib.EvaluateConfig, about: str) -> str:
   """Names files after what they compare, and what is not as trained: none replaces another's."""
   parts = list(runs) if len(runs) > 1 else []
+  if request.checkpoint != config_lib.LATEST:
+    parts.append(f'checkpoint-{request.checkpoint}')
   for texts in (request.encodings, request.masks):
     parts += texts if set(texts) != {config_lib.AS_TRAINED} else ()
   return '_'.join(re.sub(r'[^\w.]+', '-', part) for part in (*parts, about))
@@ -216,6 +218,12 @@ def write_files(
 def define_flags() -> None:
   """Declares the flags that `asked` reads."""
   flags.DEFINE_list('workdir', None, 'the run or runs to evaluate, DIR or DIR,DIR')
+  flags.DEFINE_string(
+    'checkpoint',
+    None,
+    "of each run: latest, best (of the lowest validation loss) or a step (default: the run's "
+    'config)',
+  )
   flags.DEFINE_list('lengths', None, "of the windows, in tokens (default: the run's config)")
   flags.DEFINE_list(
     'mask',

@@ -103,14 +103,15 @@ def _abstract(transformer):
 def restore(
   config: config_lib.Config, workdir: pathlib.Path, mesh: jax.sharding.Mesh
 ) -> tuple[int, Any]:
-  """Returns the newest checkpoint's step and its parameters, laid out on a mesh.
+  """Returns the step of the checkpoint of config.evaluate, and its parameters, laid out on a mesh.
 
   Raises:
-    errors.UserError: if the workdir has no checkpoint, a damaged one or one of another model, or
-      the vocabulary has changed since the run began.
+    errors.UserError: if the workdir has none such, a damaged one or one of another model, or the
+      vocabulary has changed since the run began.
   """
   checkpoint.check_vocabulary(workdir, text_lib.codec(config.data.spec()).vocabulary.name)
-  return checkpoint.restore_params(workdir, abstract_params(config, mesh))
+  abstract = abstract_params(config, mesh)
+  return checkpoint.restore_params(workdir, abstract, config.evaluate.checkpoint)
 
 
 def abstract_params(config: config_lib.Config, mesh: jax.sharding.Mesh) -> Any:

@@ -15,10 +15,10 @@ from lex_fire.data import spec as spec_lib
 from lex_fire.kernels import decay, ring
 from lex_fire.kernels import mask as mask_lib
 
-ACTIVATIONS = ('gelu', 'swiglu')
-NORMS = ('layernorm', 'rmsnorm')
+ACTIVATIONS, NORMS = ('gelu', 'swiglu'), ('layernorm', 'rmsnorm')
 DTYPES = ('float32', 'bfloat16')
 AS_TRAINED = 'as_trained'  # in `evaluate`: what the run itself has
+LATEST, BEST = 'latest', 'best'  # in `evaluate`: checkpoints of a run
 
 
 def _choice(name: str, value: str, known: Sequence[str]) -> None:
@@ -32,7 +32,7 @@ def _at_least(least: int, **values: int) -> None:
       raise errors.UserError(f'{name}={value} must be at least {least}')
 
 
-def _check(ok: bool, allowed: str, **values: float) -> None:
+def _check(ok: bool, allowed: str, **values: Any) -> None:
   """Refuses the one named value unless `ok`; a comparison with NaN is not."""
   if not ok:
     ((name, value),) = values.items()
@@ -242,9 +242,12 @@ class EvaluateConfig:
   files: str = ''  # glob of that split's files, for documents of text and jsonl
   tfds_directory: str = ''  # where TensorFlow Datasets are; '': data.tfds_directory
   sequence: int = 1  # devices that share the tokens of each window, for lengths too long for one
+  checkpoint: str = LATEST  # or BEST, of the lowest validation loss; or a step
 
   def __post_init__(self):
     protocols.get(self.protocol)
+    known = self.checkpoint in (LATEST, BEST) or self.checkpoint.isdecimal()
+    _check(known, f'{LATEST}, {BEST} or a step', **{'evaluate.checkpoint': self.checkpoint})
     _at_least(0, **{'evaluate.stride': self.stride})
     _at_least(1, **{'evaluate.max_tokens': self.max_tokens, 'evaluate.sequence': self.sequence})
     whole = all(type(length) is int and length > 0 for length in self.lengths)
@@ -399,9 +402,8 @@ class Config:
   def from_json(cls, values: Mapping[str, Any]) -> 'Config':
     """Makes a Config of what `to_dict` returned once, with fields that have come since added.
 
-    And with those renamed that were called otherwise.
-
-    They are at their defaults: a new field's default is what was done before it.
+    They are at their defaults: a new field's default is what was done before it. Those that were
+    called otherwise are renamed.
 
     Raises:
       errors.UserError: as from_dict does.
@@ -456,16 +458,12 @@ def _section(section: str, default: Any, values: Mapping[str, Any]) -> Any:
   made: dict[str, Any] = {}
   for key, value in values.items():
     kind = kinds[key]
-    if _converts(value, kind):
+    if (kind, type(value)) in ((float, int), (tuple, list)):
       value = kind(value)
     if type(value) is not kind:
       raise errors.UserError(f'{section}.{key}={value!r} must be of type {kind.__name__}')
     made[key] = value
   return dataclasses.replace(default, **made)
-
-
-def _converts(value: Any, kind: type[Any]) -> bool:
-  return (kind is float and type(value) is int) or (kind is tuple and isinstance(value, list))
 
 
 def whole(name: str, text: str) -> int:

@@ -49,7 +49,7 @@ def evaluate(
   progress: Callable[[str, int, int], None] = lambda case, length, tokens: None,
   run: str | None = None,
 ) -> list[report_lib.Report]:
-  """Evaluates the newest checkpoint of a run.
+  """Evaluates a checkpoint of a run.
 
   A bidirectional model is scored on the tokens that are masked, the same ones at every length, and
   a run of randomized positions has them here too, one draw a batch, as its training had.

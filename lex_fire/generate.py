@@ -383,18 +383,18 @@ def _decoded(flag: str, content: bytes) -> str:
     ) from error
 
 
-def _transformer(config: config_lib.Config, length: int) -> model.Transformer:
-  """Returns the run's model under the mask and the encoding of the flags, which must serve it."""
+def _asked(config: config_lib.Config, length: int) -> config_lib.Config:
+  """Returns the run's config with the checkpoint, the mask and the encoding of the flags."""
   if config.data.position_range:
     raise errors.UserError(
       f'a run of data.position_range={config.data.position_range} knows positions drawn from there,'
       ' and a text has those that follow one another; generate from another run'
     )
+  f = flags.FLAGS
   request = config_lib.EvaluateConfig(
-    lengths=(length,), masks=(flags.FLAGS.mask,), encodings=(flags.FLAGS.encoding,)
+    lengths=(length,), masks=(f.mask,), encodings=(f.encoding,), checkpoint=f.checkpoint
   )
-  (case,) = comparison.cases(dataclasses.replace(config, evaluate=request))
-  return case.transformer
+  return dataclasses.replace(config, evaluate=request)
 
 
 def main() -> None:
@@ -408,14 +408,16 @@ def main() -> None:
     'seed': f.seed,
   }
   texts = _prompts()
-  config = checkpoint.read_config(storage.path(f.workdir))
+  workdir = storage.path(f.workdir)
+  config = checkpoint.read_config(workdir)
   codec = text_lib.codec(config.data.spec())
   rows = [codec.encode(text) for text in texts]
   longest = max(row.size for row in rows) + f.max_tokens
-  transformer = _transformer(config, longest)
+  config = _asked(config, longest)
+  ((*_, transformer),) = comparison.cases(config)
   _check(transformer, rows, f.max_tokens, f.seed, PREFILL_CHUNK)  # before a checkpoint is read
   mesh = sharding.make_mesh(devices=jax.local_devices()[:1])
-  _, params = comparison.restore(config, storage.path(f.workdir), mesh)
+  _, params = comparison.restore(config, workdir, mesh)
   meter = Meter(len(rows) * f.max_tokens)
   tokens = stream(transformer, params, rows, eos_id=codec.eos_id, **options)
   _write(codec, rows, meter.watch(tokens, progress=len(rows) > 1))
@@ -442,7 +444,10 @@ def _write(codec, rows, stream):
 
 def define_flags() -> None:
   """Declares the command's flags."""
-  flags.DEFINE_string('workdir', None, 'the run whose newest checkpoint continues the prompts')
+  flags.DEFINE_string('workdir', None, 'the run whose model continues the prompts')
+  flags.DEFINE_string(
+    'checkpoint', config_lib.LATEST, 'of it: latest, best (of the lowest validation loss) or a step'
+  )
   flags.DEFINE_multi_string('prompt', [], 'a text to continue; may be given several times')
   flags.DEFINE_string('prompt_file', None, 'a UTF-8 file of one more; - is the standard input')
   flags.DEFINE_integer('max_tokens', 256, 'to add to each prompt')

@@ -348,7 +348,7 @@ def test_hosts_must_ask_the_same_of_the_same_checkpoint(workdir, tmp_path, monke
   with pytest.raises(errors.UserError, match=message):
     benchmark.check_same(plans(max_examples=9))
   monkeypatch.setattr(benchmark.hosts, 'of_first', lambda text: '{"step": 3}')
-  message = 'has a newest checkpoint unlike process 0: step is 2, there 3'
+  message = 'has a latest checkpoint unlike process 0: step is 2, there 3'
   with pytest.raises(errors.UserError, match=message):
     benchmark.run(*same, tmp_path)
 

@@ -72,6 +72,10 @@ EVALUATE_MISTAKES = {
   'workdir missing': ([], '--workdir is missing'),
   'no run': (['--workdir=EMPTY'], 'no run in workdir'),
   'no checkpoint': (['--workdir=CLAIMED'], 'no checkpoint in'),
+  'checkpoint': (
+    ['--workdir=CLAIMED', '--checkpoint=first'],
+    'evaluate.checkpoint=first must be latest, best or a step',
+  ),
   'lengths': (
     ['--workdir=CLAIMED', '--lengths=256,long'],
     '--lengths=256,long must be whole numbers',
@@ -119,6 +123,7 @@ GENERATE_MISTAKES = {
   'workdir missing': (['--prompt=a'], '--workdir is missing'),
   'no run': (['--workdir=EMPTY', '--prompt=a'], 'no run in workdir'),
   'no checkpoint': (GENERATE, 'no checkpoint in'),
+  'checkpoint': ([*GENERATE, '--checkpoint=-1'], 'evaluate.checkpoint=-1 must be latest, best'),
   'no prompt': (['--workdir=CLAIMED'], '--prompt is missing'),
   'empty prompt': ([*GENERATE, '--prompt='], 'prompt 2 of 2 is empty'),
   'prompt in latin 1': (['--workdir=CLAIMED', '--prompt=caf\udce9'], 'is not UTF-8 at byte 3'),

@@ -10,13 +10,16 @@ import json
 import math
 import pathlib
 import re
+import shutil
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny
 
 from lex_fire import (
+  checkpoint,
   command,
   comparison,
   documents,
@@ -314,6 +317,24 @@ def test_a_run_is_restored_once_and_cut_once_and_each_length_and_mask_is_compile
   assert calls.count('restore_params') == 2
   assert calls.count('documents') == 1
   assert calls.count('step') == 2 * 2 * 2
+
+
+def test_the_checkpoint_asked_for_is_read(fire_run, fire_report, evaluate_command, tmp_path):
+  workdir, state = shutil.copytree(fire_run[0], tmp_path / 'fire'), fire_run[1]
+  checkpoints = checkpoint.Checkpoints(workdir)
+  checkpoints.save(99, jax.tree.map(jnp.zeros_like, state), 99.0)  # the newest, and no good
+  checkpoints.close()
+
+  evaluate_command(workdir)
+  out = evaluate_command(workdir, checkpoint='best')
+
+  (newest,) = json.loads((out / 'same_tokens.json').read_text())['runs']
+  (best,) = json.loads((out / 'checkpoint-best_same_tokens.json').read_text())['runs']
+  assert newest['checkpoint_step'] == 99
+  uniform = math.log(tiny.config({}).model.vocab_size)
+  assert newest['lengths'][0]['nats_per_token'] == pytest.approx(uniform)
+  assert best['checkpoint_step'] == fire_report['checkpoint_step']
+  assert best['lengths'] == fire_report['lengths']
 
 
 # Encodings and attention in the place of those trained with
