@@ -13,6 +13,7 @@ from lex_fire import plot
 
 _BARS = 8  # beside each other: error bars of curves that are nearly one are drawn apart
 _LABEL = 0.15  # height of a label [inches]
+_LEADER = {'arrowstyle': '-', 'linewidth': 0.7, 'relpos': (0.0, 0.5)}  # to the middle of its left
 _FIRE = ('fire', 'as it is')  # what a sweep calls it; drawn thick
 
 
@@ -39,6 +40,11 @@ class Curve(NamedTuple):
     """The mean at the longest length."""
     return self.means[self.last]
 
+  @property
+  def height(self) -> tuple[float, float]:
+    """Where it ends and, of those that end at one place, how high it comes there."""
+    return self.end, _mean(list(self.means.values()))
+
 
 Panels = Mapping[str, Sequence[Curve]]  # by title, of a column each
 
@@ -51,6 +57,7 @@ def draw(
   x_label: str,
   y_label: str,
   trained: Iterable[int],
+  decimals: int,
   near: float,
 ) -> None:
   """Draws curves by length, a column a panel.
@@ -62,6 +69,7 @@ def draw(
     x_label: of the lengths, with their unit.
     y_label: of what is drawn, with its unit.
     trained: lengths of training, each marked by a vertical line.
+    decimals: of the number beside a name.
     near: how far from the least end a curve may end to be enlarged in the second row; there is
       none if all are within twice that. Infinite: never a second row.
   """
@@ -79,7 +87,7 @@ def draw(
     _draw_curves(axes, curves, ranks)
   for axes, curves in zip(rows[0], panels.values(), strict=True):
     named = curves if frame is None else [one for one in curves if not _ends_in(one, frame)]
-    _name_ends(axes, named, ranks, heights[0])
+    _name_ends(axes, named, ranks, heights[0], decimals)
     marks = plot.mark_training(axes, set(trained))
     if frame is not None:
       marks.append(axes.axhspan(*frame, color='grey', alpha=0.2, lw=0, label='enlarged below'))
@@ -87,7 +95,8 @@ def draw(
     rows[1][0].set_ylim(*frame)
     for axes, curves in zip(rows[1], panels.values(), strict=True):
       _draw_curves(axes, [one for one in curves if _enters(one, frame)], ranks)
-      _name_ends(axes, [one for one in curves if _ends_in(one, frame)], ranks, heights[1])
+      ending = [one for one in curves if _ends_in(one, frame)]
+      _name_ends(axes, ending, ranks, heights[1], decimals)
       plot.mark_training(axes, set(trained))
   for row in rows:
     row[0].set_ylabel(y_label)
@@ -178,18 +187,20 @@ def _draw_curves(axes: Any, curves: Sequence[Curve], ranks: Mapping[str, int]) -
   axes.set_xticks(lengths, [f'{length:,}' for length in lengths])
 
 
-def _name_ends(axes: Any, curves: Sequence[Curve], ranks: Mapping[str, int], height: float) -> None:
+def _name_ends(
+  axes: Any, curves: Sequence[Curve], ranks: Mapping[str, int], height: float, decimals: int
+) -> None:
   """Writes the name and the end of each curve to the right of it, legibly apart."""
   low, high = axes.get_ylim()
-  rising = sorted(curves, key=lambda curve: curve.end)
+  rising = sorted(curves, key=lambda curve: curve.height)
   places = apart([curve.end for curve in rising], _LABEL * (high - low) / height)
   for curve, place in zip(rising, places, strict=True):
     color = _look(ranks[curve.name])['color']
     axes.annotate(
-      f'{curve.name} {curve.end:.3f}',
+      f'{curve.name} {curve.end:.{decimals}f}',
       xy=(curve.last * 2**0.2, curve.end),
       xytext=(curve.last * 2**0.75, place),
-      arrowprops={'arrowstyle': '-', 'color': color, 'linewidth': 0.7},
+      arrowprops={**_LEADER, 'color': color},
       color=color,
       fontsize=9,
       fontweight='bold' if curve.name in _FIRE else 'normal',

@@ -90,7 +90,7 @@ def _past(curve: Mapping[int, Sequence[float]], trained: int, ratios: Sequence[i
   return cells
 
 
-def over_seeds(values: Sequence[float], sign: str = '') -> str:
+def over_seeds(values: Sequence[float], sign: str = '', decimals: int = 3) -> str:
   """Returns the mean of what each seed gave, signed if so asked, and their deviation, as text."""
-  spread = f' +-{statistics.stdev(values):.3f}' if len(values) > 1 else ''
-  return f'{statistics.fmean(values):{sign}.3f}{spread}'
+  spread = f' +-{statistics.stdev(values):.{decimals}f}' if len(values) > 1 else ''
+  return f'{statistics.fmean(values):{sign}.{decimals}f}{spread}'

@@ -31,6 +31,7 @@ class Measure(NamedTuple):
     x_label: of the lengths, likewise.
     sign: 1 if less is better, -1 if more is.
     describe: a line's lengths -> what the numbers are, and of how much.
+    decimals: that are shown of it.
     near: how far from the best is drawn enlarged; infinite: nothing is.
     is_drawn: whether there is a picture of it.
   """
@@ -40,6 +41,7 @@ class Measure(NamedTuple):
   x_label: str
   sign: int
   describe: Callable[[Sequence[dict[str, Any]]], str]
+  decimals: int = 3
   near: float = math.inf
   is_drawn: bool = True
 
@@ -53,7 +55,7 @@ def _describe_losses(lengths: Sequence[dict[str, Any]]) -> str:
 
 
 _WINDOW = 'window length [tokens]'
-LOSS = Measure('nats_per_token', 'loss [nats per token]', _WINDOW, 1, _describe_losses, 0.3)
+LOSS = Measure('nats_per_token', 'loss [nats per token]', _WINDOW, 1, _describe_losses, near=0.3)
 ROUGE = Measure(
   'rouge_geometric_mean',
   'ROUGE, geometric mean [percent]',
@@ -62,6 +64,7 @@ ROUGE = Measure(
   lambda lengths: (
     f'geometric mean of ROUGE-1, 2 and L of {lengths[-1]["questions"]} questions, in percent'
   ),
+  decimals=2,
 )
 ACCURACY = Measure(
   'accuracy',
@@ -69,6 +72,7 @@ ACCURACY = Measure(
   'digits of a number',
   -1,
   lambda lengths: f'right answers to {lengths[-1]["questions"]} questions a length, in percent',
+  decimals=1,
 )
 ANSWER_LOSS = Measure(
   'nats_per_answer_token',
@@ -83,6 +87,7 @@ DISTINCT = Measure(
   _WINDOW,
   -1,
   lambda lengths: f'different answers to {lengths[-1]["questions"]} questions',
+  decimals=1,
   is_drawn=False,
 )
 MEASURES = (LOSS, ROUGE, ACCURACY, ANSWER_LOSS, DISTINCT)
@@ -95,11 +100,13 @@ class Row(NamedTuple):
     variant: its name.
     seeds: how many.
     values: {length: that of each seed}, of what the lines measure.
+    decimals: that are shown of a value.
   """
 
   variant: str
   seeds: int
   values: dict[int, list[float]]
+  decimals: int
 
   def mean(self, length: int) -> float:
     """Returns the mean over seeds."""
@@ -111,7 +118,7 @@ class Row(NamedTuple):
 
   def text(self, length: int) -> str:
     """Returns both as text."""
-    return sweep_published.over_seeds(self.values[length])
+    return sweep_published.over_seeds(self.values[length], decimals=self.decimals)
 
   def curve(self) -> sweep_plot.Curve:
     """Returns what is drawn of it."""
@@ -167,7 +174,7 @@ def rows(lines: Sequence[Line], protocol: str, mask: str, of: Measure = LOSS) ->
     for _, line in sorted(of_seed.items()):
       for at in line['lengths']:
         values.setdefault(at['length'], []).append(at[of.field])
-    made.append(Row(variant, len(of_seed), values))
+    made.append(Row(variant, len(of_seed), values, of.decimals))
   return sorted(made, key=lambda row: of.sign * row.mean(max(row.values)))
 
 
@@ -225,6 +232,7 @@ def draw(lines: Sequence[Line], path: pathlib.Path, of: Measure = LOSS) -> None:
     x_label=of.x_label,
     y_label=of.y_label,
     trained={line['train_length'] for line in lines},
+    decimals=of.decimals,
     near=of.near,
   )
 

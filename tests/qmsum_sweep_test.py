@@ -188,8 +188,8 @@ def test_a_table_of_scores_has_means_and_deviations_the_highest_at_the_longest_f
       'mean and standard deviation over seeds\n'
       '\n'
       '    variant  seeds              32              64\n'
-      '    early        2   2.000 +-0.000   5.000 +-0.000\n'
-      '    late         2   4.500 +-0.707   3.500 +-0.707\n'
+      '    early        2     2.00 +-0.00     5.00 +-0.00\n'
+      '    late         2     4.50 +-0.71     3.50 +-0.71\n'
     )
   )
   assert path.with_suffix('.png').exists()

@@ -275,6 +275,26 @@ def test_a_plot_names_each_curve_once_where_its_end_is_to_be_read(tmp_path, monk
   assert figures[0].get_suptitle().startswith('mean and standard deviation over 2 seeds; ')
 
 
+def test_of_curves_that_end_at_one_place_the_higher_has_the_higher_name(tmp_path, monkeypatch):
+  figures = []
+  monkeypatch.setattr(figure.Figure, 'savefig', lambda of, *_, **__: figures.append(of))
+  curves = [curve('low', {4: 50.0, 8: 0.0}), curve('high', {4: 97.0, 8: 0.0})]
+
+  sweep_plot.draw(
+    {'causal': curves},
+    tmp_path / 'tied.png',
+    title='sums',
+    x_label='digits',
+    y_label='right',
+    trained=[4],
+    decimals=1,
+    near=math.inf,
+  )
+
+  low, high = sorted(figures[0].axes[0].texts, key=lambda text: text.get_position()[1])
+  assert (low.get_text(), high.get_text()) == ('low 0.0', 'high 0.0')
+
+
 def test_a_line_that_is_torn_is_named(tmp_path):
   path = tmp_path / 'torn.jsonl'
   path.write_text(f'{json.dumps(line("a", 0, {32: 1.0}))}\n{{"variant"')
