@@ -61,12 +61,16 @@ def test_a_result_says_on_what_it_was_measured(path):
   assert {'device', 'threads', 'python', 'jax', 'torch', 'commit'} <= set(machine)
 
 
-def test_every_encoding_is_measured_but_those_that_attention_cannot_tell_apart():
-  alike = {'sinusoidal', 'learned', 'rope_pi', 'ntk', 'dynamic_ntk', 'yarn', 'fire_s'}
+def test_what_is_not_measured_gives_attention_what_one_that_is_measured_does():
+  fields = 'rotate', 'log_decay', 'bias', 'table', 'coordinate', 'factors', 'waves'
 
-  measured = {text.partition(':')[0] for text in run.ENCODINGS}
+  def given(name):
+    encoding = programs.encoding_of(name)
+    return [getattr(encoding, field) is not None for field in fields]
 
-  assert measured == set(encodings.ENCODINGS) - alike
+  measured = [given(name) for name in run.ENCODINGS]
+
+  assert all(given(name) in measured for name in run.ALIKE)
 
 
 def test_a_ratio_is_of_least_times_and_the_median_of_rounds():

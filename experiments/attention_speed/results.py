@@ -204,13 +204,15 @@ def plot(results: Results, path: pathlib.Path) -> None:
   cost.set(ylabel=f"time over nope's, {PASSES[True]}", xscale='log')
   cost.set_xticks(lengths, [str(length) for length in lengths])
   cost.minorticks_off()
-  for encoding in ('nope', 'fire'):
+  for encoding in dict.fromkeys(row['encoding'] for row in results['alone']):
     rows = [row for row in results['alone'] if row['encoding'] == encoding]
     points = sorted((row['length'], _bytes(row) / 1e6) for row in rows)
-    memory.plot(*zip(*points, strict=True), marker='o', label=encoding)
+    if len(points) > 1:  # most are measured at the longest length alone
+      memory.plot(*zip(*points, strict=True), marker='o', label=encoding)
   memory.set(ylabel=f'memory [MB], {PASSES[True]}', ylim=(0, None))
   for axes in (cost, memory):
     axes.set(xlabel='length [tokens]')
     axes.grid(alpha=0.3)
-    axes.legend(fontsize=8)
+    if axes.lines:
+      axes.legend(fontsize=8, loc='center left', bbox_to_anchor=(1, 0.5))
   figure.savefig(path, dpi=120)

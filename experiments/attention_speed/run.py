@@ -21,21 +21,14 @@ from collections.abc import Callable, Sequence
 import jax
 
 from experiments.attention_speed import alone, apart, programs, results, writing
-from lex_fire import errors, kernels
+from lex_fire import encodings, errors, kernels
 
 HERE = pathlib.Path(__file__).parent
-# All that attention computes differently: sinusoids and learned positions are nope's to it, and
-# what stretches a rotation is rope's.
+# To attention sinusoids and learned positions are nope's, what stretches a rotation is rope's, and
+# FIRE-S is fire's.
+ALIKE = ('sinusoidal', 'learned', 'rope_pi', 'ntk', 'dynamic_ntk', 'yarn', 'fire_s')
 ENCODINGS = (
-  'nope',
-  'rope',
-  'xpos',
-  'alibi',
-  'kerple_log',
-  'kerple_power',
-  'sandwich',
-  't5',
-  'fire',
+  *(name for name in encodings.ENCODINGS if name not in ALIKE),
   'fire:hidden_layers=2',
 )
 PEERS = ('jax.nn', 'tokamax', 'torch.sdpa', 'torch.flex')
