@@ -4,7 +4,8 @@
       --config.data.tfds_directory=TFDS_DIR --config.data.directory=STREAMS_DIR
 
 C4 must have been made in TFDS_DIR (tensorflow.org/datasets/catalog/c4); its stream of tokens is
-prepared when a run first needs it, or before by `python -m lex_fire.data.prepare --task=c4`.
+prepared when a run first needs it, or before by `python -m lex_fire.data.prepare --task=c4
+--vocabulary=t5 --split=train --tfds_directory=TFDS_DIR --directory=STREAMS_DIR`.
 
 Published: Li et al. 2023, sections 1 and 4.1, 125M parameters: 314,572,800,000 tokens, on unknown
 hardware; FIRE loses least at every length, and leads the best baseline by 2.28 of perplexity, at a
