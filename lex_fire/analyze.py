@@ -390,6 +390,7 @@ def _of_runs():
     drawn += more_drawn
     reports += more_reports
   paths = write(drawn, reports, asked.directory, asked.name)
+  print(report_lib.checkpoints(reports))
   evaluate.say_attention(reports, asked.request.lengths)
   last = reports[0]['lengths'][-1]
   print(f'\nover {last["tokens"]:,} tokens of {last["documents"]} documents')

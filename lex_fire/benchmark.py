@@ -172,6 +172,8 @@ def check_same(plans: Sequence[Plan]) -> None:
 def _ask(of_run, case, report, params, directory, progress, asked) -> Report:
   """Returns what a report says of a Task at a length."""
   about = f'{report_lib.series(report)} {case.mask_name} {_named(asked)}'
+  if (name := of_run.config.evaluate.checkpoint) != config_lib.LATEST:
+    about += f' checkpoint {name}'
   path = directory / f'{file_name(f"{about} {asked.split}")}.jsonl'
   kept = answers.Kept(path, _identity(of_run, case, report, _digest(params), asked), asked.prompts)
   answer = functools.partial(

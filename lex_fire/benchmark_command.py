@@ -23,6 +23,7 @@ from lex_fire import (
   submission,
 )
 from lex_fire import benchmark_plots as plots
+from lex_fire import report as report_lib
 from lex_fire.data import tasks
 
 _SECONDS_BETWEEN_REPORTS = 2.0
@@ -78,6 +79,7 @@ def main() -> None:
   kept = what.directory / what.name
   reports = [report for plan in plans for report in benchmark.run(plan, kept, progress)]
   paths = write(reports, what.directory, what.name)
+  reporting.say(report_lib.checkpoints(reports))
   for entries in zip(*(report['tasks'] for report in reports), strict=True):
     chosen = (kernels.Choice(**x) for entry in entries for x in entry['implementations'])
     asked_of = benchmark.named(entries[0]['task'], entries[0]['length'])

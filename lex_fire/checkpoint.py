@@ -118,26 +118,16 @@ class Checkpoints:
     """Returns the newest whole checkpoint's step, or None."""
     return self._manager.latest_step()
 
-  def named(self, name: str) -> int:
-    """Returns the step of a whole checkpoint.
+  def named(self, name: str) -> int | None:
+    """Returns the step of a whole checkpoint, or None if there is none such.
 
     Args:
       name: config.LATEST, config.BEST (of the lowest validation loss), or a step.
-
-    Raises:
-      errors.UserError: if there is none such.
     """
-    where, steps = str(storage.path(self._manager.directory).parent), self.steps()
-    found = {config_lib.LATEST: self.latest, config_lib.BEST: self._manager.best_step}
-    if not steps:
-      raise errors.UserError(f'no checkpoint in {where!r}; train first, or give another --workdir')
-    step = found[name]() if name in found else int(name)
-    if step not in steps:
-      missing = 'with a validation loss' if name in found else f'of step {name}'
-      raise errors.UserError(
-        f'no checkpoint {missing} in {where!r}; there are those of {", ".join(map(str, steps))}'
-      )
-    return step
+    if name == config_lib.LATEST:
+      return self.latest()
+    step = self._manager.best_step() if name == config_lib.BEST else int(name)
+    return step if step in self.steps() else None
 
   def restore_newest(
     self, abstract: dict[str, Any], say: Callable[[str], None]
@@ -386,11 +376,24 @@ def restore_params(
   """
   with contextlib.closing(Checkpoints(workdir)) as checkpoints:
     step = checkpoints.named(name)
-    hosts.check_same(f'a {name} checkpoint', {'step': step})  # a run may be adding some
+    hosts.check_same('a checkpoint', {name: step})  # a run may be adding some, and deleting others
+    if step is None:
+      raise errors.UserError(_none_such(name, workdir, checkpoints.steps()))
     try:
       return step, checkpoints.restore(step, {'params': abstract_params})['params']
     except Damaged as error:
-      raise errors.UserError(f'{error}; delete that directory to use the one before') from error
+      remedy = 'delete that directory to use the one before'
+      if name != config_lib.LATEST:
+        remedy = 'ask for another --checkpoint'
+      raise errors.UserError(f'{error}; {remedy}') from error
+
+
+def _none_such(name: str, workdir: pathlib.Path, steps: list[int]) -> str:
+  """Says that a run has no checkpoint of a name, and which it has."""
+  if not steps:
+    return f'no checkpoint in {str(workdir)!r}; train first, or give another --workdir'
+  there = ', '.join(map(str, steps))
+  return f'no checkpoint {name!r} in {str(workdir)!r}; use latest or a step that is there: {there}'
 
 
 def shapes(params: Any) -> dict[str, tuple[int, ...]]:

@@ -246,7 +246,7 @@ class EvaluateConfig:
 
   def __post_init__(self):
     protocols.get(self.protocol)
-    known = self.checkpoint in (LATEST, BEST) or self.checkpoint.isdecimal()
+    known = self.checkpoint in (LATEST, BEST) or str(self.checkpoint).isdecimal()
     _check(known, f'{LATEST}, {BEST} or a step', **{'evaluate.checkpoint': self.checkpoint})
     _at_least(0, **{'evaluate.stride': self.stride})
     _at_least(1, **{'evaluate.max_tokens': self.max_tokens, 'evaluate.sequence': self.sequence})

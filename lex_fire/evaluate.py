@@ -286,6 +286,7 @@ def main() -> None:
   for workdir, run in zip(what.workdirs, what.runs, strict=True):
     reports += evaluate(workdir, what.request, progress, run)
   paths = write(reports, what.directory, what.name)
+  reporting.say(report_lib.checkpoints(reports))
   say_attention(reports, what.request.lengths)
   reporting.say(f'\n{report_lib.heading(reports[0])}')
   reporting.say(report_lib.table(reports))

@@ -39,7 +39,8 @@ def make(args: Mapping[str, str], task: str) -> dict[str, Any]:
     options = {'max_length': length} if chosen['encoding'] == 'learned' else {}
     recipe = {**_RECIPE, 'data': {**data, 'vocabulary': chosen['vocabulary']}}
     values = presets.make(chosen['size'], chosen['encoding'], encoding=options, **recipe)
-  values['evaluate'].update(lengths=(length,), protocol='windows')
+  own = {'lengths': (length,), 'protocol': 'windows', 'checkpoint': config.LATEST}
+  values['evaluate'].update(own)
   return values
 
 

@@ -417,13 +417,14 @@ def main() -> None:
   ((*_, transformer),) = comparison.cases(config)
   _check(transformer, rows, f.max_tokens, f.seed, PREFILL_CHUNK)  # before a checkpoint is read
   mesh = sharding.make_mesh(devices=jax.local_devices()[:1])
-  _, params = comparison.restore(config, workdir, mesh)
+  step, params = comparison.restore(config, workdir, mesh)
   meter = Meter(len(rows) * f.max_tokens)
   tokens = stream(transformer, params, rows, eos_id=codec.eos_id, **options)
   _write(codec, rows, meter.watch(tokens, progress=len(rows) > 1))
   slots = cache_slots(_mask(transformer), longest)
   cache = jax.eval_shape(lambda: model.empty_cache(transformer.config, len(rows), slots))
   size = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(cache))
+  _note(f'checkpoint: step {step}')
   _note(attention.line(choices(transformer, longest)))
   _note(f'{meter.summary()}; cache of {slots:,} slots a row, {size / 1e6:,.1f} MB')
 

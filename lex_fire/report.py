@@ -124,6 +124,12 @@ def documents(report: Report) -> str:
   return f'{report["split"]} of {report["task"]}{f" {files}" if files else ""}'
 
 
+def checkpoints(reports: Sequence[Report]) -> str:
+  """Says of which checkpoint of each run reports are."""
+  steps = {report['run']: report['checkpoint_step'] for report in reports}
+  return 'checkpoint: ' + ', '.join(f'step {step} of {run}' for run, step in steps.items())
+
+
 def heading(report: Report) -> str:
   """Says what a table of a report and others on the same documents shows."""
   last = report['lengths'][-1]

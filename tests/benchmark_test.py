@@ -123,6 +123,22 @@ def test_right_answers_score_100_and_wrong_ones_0(workdir, model, tmp_path):
   assert by == [({'length': n}, 2, 100.0 if n < 4 else 0.0) for n in lengths]
 
 
+def test_answers_of_another_checkpoint_are_kept_beside_those_of_the_latest(
+  workdir, model, tmp_path
+):
+  model(right)
+  latest, best = (
+    benchmark.plan([workdir], asking.Asked((COPY,)), request(32, checkpoint=name))
+    for name in ('latest', 'best')
+  )
+
+  reports = [*benchmark.run(*latest, tmp_path), *benchmark.run(*best, tmp_path)]
+
+  names = [report['tasks'][0]['predictions'] for report in reports]
+  assert sorted(path.name for path in tmp_path.iterdir()) == sorted(names)
+  assert names[0] != names[1] and 'checkpoint-best' in names[1]
+
+
 def test_a_report_says_what_was_asked_and_of_whom(workdir, model, tmp_path):
   model(right)
 
@@ -347,8 +363,8 @@ def test_hosts_must_ask_the_same_of_the_same_checkpoint(workdir, tmp_path, monke
   message = f'has an evaluation unlike process 0: the hash of {COPY} for fire is [0-9a-f]+,'
   with pytest.raises(errors.UserError, match=message):
     benchmark.check_same(plans(max_examples=9))
-  monkeypatch.setattr(benchmark.hosts, 'of_first', lambda text: '{"step": 3}')
-  message = 'has a latest checkpoint unlike process 0: step is 2, there 3'
+  monkeypatch.setattr(benchmark.hosts, 'of_first', lambda text: '{"latest": 3}')
+  message = 'has a checkpoint unlike process 0: latest is 2, there 3'
   with pytest.raises(errors.UserError, match=message):
     benchmark.run(*same, tmp_path)
 

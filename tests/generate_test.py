@@ -411,8 +411,10 @@ def workdir(tmp_path_factory):
   workdir = tmp_path_factory.mktemp('runs') / 'fire'
   config = tiny.config({'task': 'stdlib'}, train={'seed': 3})
   checkpoint.claim_workdir(workdir, config)
+  state = train.Program(config, train.sharding.make_mesh()).init()
   with contextlib.closing(checkpoint.Checkpoints(workdir)) as checkpoints:
-    checkpoints.save(1, train.Program(config, train.sharding.make_mesh()).init(), 5.0)
+    checkpoints.save(1, state, 5.0)
+    checkpoints.save(2, jax.tree.map(jnp.zeros_like, state), 6.0)  # not asked for
   return workdir
 
 
@@ -421,8 +423,15 @@ def outputs(workdir):
   """What the command writes: {name: (status, stdout, stderr)}."""
   common = ['lex_fire.generate', f'--workdir={workdir}', '--max_tokens=30', f'--prompt={PROMPT}']
   commands = {
-    'one': common,
-    'two': [*common, f'--prompt={OTHER}', '--temperature=0', '--mask=blockwise:4', RETHRESHOLD],
+    'one': [*common, '--checkpoint=best'],
+    'two': [
+      *common,
+      '--checkpoint=1',
+      f'--prompt={OTHER}',
+      '--temperature=0',
+      '--mask=blockwise:4',
+      RETHRESHOLD,
+    ],
   }
   return {name: tiny.run_command(*command) for name, command in commands.items()}
 
@@ -430,7 +439,8 @@ def outputs(workdir):
 def expected_text(workdir, prompts, changes, **options):
   """Returns prompts and texts of the function, by a model with changes."""
   config = checkpoint.read_config(workdir)
-  _, params = comparison.restore(config, workdir, train.sharding.make_mesh())
+  abstract = comparison.abstract_params(config, train.sharding.make_mesh())
+  _, params = checkpoint.restore_params(workdir, abstract, '1')
   codec = text_lib.codec(Spec('stdlib'))
   rows = [codec.encode(prompt) for prompt in prompts]
   tokens = generate.generate(
@@ -469,6 +479,7 @@ def test_several_prompts_follow_one_another_under_headers(outputs, workdir):
 def test_stderr_says_by_what_attention_how_much_how_fast_and_in_what_memory(outputs):
   """A chunk of 64 of the prompt, and a step, over 64 slots."""
   assert re.fullmatch(
+    r'checkpoint: step 1\n'
     r'attention: reference, 64 x 64 logits are at most 16384 on cpu; reference, 1 x 64 logits .*\n'
     r'30 tokens; the first after \d+\.\d s \(.*\), the rest at [\d,]+ tokens/s; '
     r'cache of 64 slots a row, 0\.0 MB\n',

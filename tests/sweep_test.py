@@ -278,7 +278,7 @@ def test_a_plot_names_each_curve_once_where_its_end_is_to_be_read(tmp_path, monk
 def test_of_curves_that_end_at_one_place_the_higher_has_the_higher_name(tmp_path, monkeypatch):
   figures = []
   monkeypatch.setattr(figure.Figure, 'savefig', lambda of, *_, **__: figures.append(of))
-  curves = [curve('low', {4: 50.0, 8: 0.0}), curve('high', {4: 97.0, 8: 0.0})]
+  curves = [curve('high', {4: 97.0, 8: 0.0}), curve('low', {4: 50.0, 8: 0.0})]
 
   sweep_plot.draw(
     {'causal': curves},
