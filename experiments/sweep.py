@@ -32,6 +32,7 @@ from lex_fire import (
   evaluate,
   metrics,
   presets,
+  storage,
   train,
 )
 from lex_fire import config as config_lib
@@ -306,5 +307,5 @@ def main(directory: pathlib.Path, make_variants: Callable[[Scale], Variants]) ->
   """
   of, scale = corpus(flags.FLAGS.data_dir), SCALES[flags.FLAGS.scale]
   name, seeds = f'{of.name}_{flags.FLAGS.scale}', seeds_of_flags()
-  runs = pathlib.Path(flags.FLAGS.runs) / name
+  runs = storage.local(flags.FLAGS.runs, '--runs') / name
   print(run(scale, of, make_variants(scale), seeds, directory / f'{name}.jsonl', runs))

@@ -366,14 +366,15 @@ def _of_encodings():
   """Draws the encodings of the flags, from no run."""
   if flags.FLAGS.output is None:
     raise errors.UserError('--output is missing: the directory to write the curves into')
-  directory = command.output_directory(storage.path(flags.FLAGS.output), 'analysis')
+  name = flags.FLAGS.name or 'analysis'
+  directory = command.output_directory(storage.path(flags.FLAGS.output), name)
   query_positions = cli.whole_numbers('query_positions')
   lengths = cli.whole_numbers('lengths')
   drawn = [
     of_encoding(text, flags.FLAGS.size, lengths, query_positions)
     for text in _texts(flags.FLAGS.encoding)
   ]
-  paths = write(drawn, [], directory, flags.FLAGS.name or 'analysis')
+  paths = write(drawn, [], directory, name)
   print('\nattention resolution of encodings by themselves, by length')
   print(table_of_encodings(drawn))
   print(f'written: {", ".join(map(str, paths))}')
@@ -389,7 +390,6 @@ def _of_runs():
     more_drawn, more_reports = analyze(workdir, asked.request, query_positions, progress, run)
     drawn += more_drawn
     reports += more_reports
-  paths = write(drawn, reports, asked.directory, asked.name)
   print(report_lib.checkpoints(reports))
   evaluate.say_attention(reports, asked.request.lengths)
   last = reports[0]['lengths'][-1]
@@ -397,6 +397,7 @@ def _of_runs():
   for metric, title in METRICS.items():
     print(f'\n{title}')
     print(table(reports, metric))
+  paths = write(drawn, reports, asked.directory, asked.name)  # last, as a disk may be full by now
   print(f'written: {", ".join(map(str, paths))}')
 
 

@@ -28,6 +28,23 @@ class Damaged(errors.UserError):
   """A checkpoint that cannot be read."""
 
 
+@contextlib.contextmanager
+def _reading_losses(directory: pathlib.Path) -> Iterator[None]:
+  """Names the file of a validation loss that a power cut has emptied: Orbax reads all of them."""
+  try:
+    yield
+  except ValueError as error:
+    for path in sorted(directory.glob('*/metrics/metrics')):
+      try:
+        json.loads(path.read_bytes())
+      except ValueError:
+        raise errors.UserError(
+          f'{str(path)!r} is damaged: {error}; delete that checkpoint, {str(path.parents[1])!r}, '
+          'and the same command takes the one before'
+        ) from error
+    raise
+
+
 class Checkpoints:
   """The checkpoints of a workdir; each has parameters and optimizer state as items of their own."""
 
@@ -60,18 +77,19 @@ class Checkpoints:
     directory = storage.absolute(storage.path(workdir)) / 'checkpoints'
     if directory.exists() and not directory.is_dir():
       raise errors.UserError(f'{str(directory)!r} must be a directory; move that file away')
-    self._manager = ocp.CheckpointManager(
-      directory,
-      # best_fn makes Orbax write the metrics, without which the policy forgets them at a restart,
-      # and warn of those that are missing.
-      options=ocp.CheckpointManagerOptions(
-        preservation_policy=policy,
-        best_fn=_loss if keep_best else None,
-        best_mode='min',
-        read_only=read_only,
-      ),
-      item_names=('params', 'optimizer'),
-    )
+    with _reading_losses(directory):
+      self._manager = ocp.CheckpointManager(
+        directory,
+        # best_fn makes Orbax write the metrics, without which the policy forgets them at a restart,
+        # and warn of those that are missing.
+        options=ocp.CheckpointManagerOptions(
+          preservation_policy=policy,
+          best_fn=_loss if keep_best else None,
+          best_mode='min',
+          read_only=read_only,
+        ),
+        item_names=('params', 'optimizer'),
+      )
 
   def save(self, step: int, state: dict[str, Any], validation_loss: float | None) -> None:
     """Saves the state after `step` steps: returns once it is copied, writes in the background.
@@ -295,7 +313,7 @@ def check_vocabulary(workdir: pathlib.Path, name: str) -> None:
     errors.UserError: if it is another.
   """
   path = workdir / _DATA
-  began = json.loads(path.read_text()).get(VOCABULARY, name) if path.exists() else name
+  began = _read_data(path).get(VOCABULARY, name) if path.exists() else name
   if began != name:
     raise errors.UserError(
       f'the vocabulary of the run in {str(workdir)!r} is {name!r} now and was {began!r} when it '
@@ -313,12 +331,27 @@ def claim_data(workdir: pathlib.Path, hashes: dict[str, str]) -> None:
   if not path.exists():
     _write_json(path, hashes)
     return
-  for split, value in json.loads(path.read_text()).items():
+  for split, value in _read_data(path).items():
     if hashes.get(split) != value:
       raise errors.UserError(
         f'the {split} data have changed since the run in {str(workdir)!r} began (now '
         f'{str(hashes.get(split))[:40]}, then {value[:40]}); restore them, or use another --workdir'
       )
+
+
+def _read_data(path: pathlib.Path) -> dict[str, str]:
+  """Reads what `claim_data` wrote.
+
+  Raises:
+    errors.UserError: if it is damaged, as by a power cut.
+  """
+  try:
+    return dict(json.loads(path.read_text()))
+  except ValueError as error:
+    raise errors.UserError(
+      f'{str(path)!r} is damaged: {error}; delete it, and the same command writes it anew of the '
+      'data that are there now'
+    ) from error
 
 
 def _write_json(path: pathlib.Path, values: dict[str, Any]) -> None:

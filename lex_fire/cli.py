@@ -40,6 +40,8 @@ def run(main: Callable[[], None], interrupted: str = 'interrupted') -> None:
       fail(_unknown_field(argv) or error)
     except (flags.Error, errors.UserError, OSError) as error:
       fail(_last_line(error))
+    except Exception as error:  # a config file is Python, and may raise anything
+      fail(f'cannot read --config: {type(error).__name__}: {_last_line(error)}; see configs/')
 
   def guarded(argv):
     if argv[1:]:
@@ -57,6 +59,12 @@ def run(main: Callable[[], None], interrupted: str = 'interrupted') -> None:
       os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for the flush at the end
       hosts.leave(141)
     except Exception as error:
+      if _is_of_memory(error):
+        fail(
+          f'out of memory: {str(error).strip().splitlines()[0]}; ask for less: a smaller '
+          'data.batch_size (or train.accumulation), shorter lengths, a smaller model; `train '
+          '--dry_run` and `compile` say what fits'
+        )
       if not hosts.have_met():
         raise
       lost = hosts.lost(error) if isinstance(error, jax.errors.JaxRuntimeError) else None
@@ -70,6 +78,12 @@ def run(main: Callable[[], None], interrupted: str = 'interrupted') -> None:
   logging.set_verbosity(logging.FATAL)
   os.environ.setdefault('TF_CPP_MIN_LOG_LEVEL', '2')
   app.run(guarded, flags_parser=parse)
+
+
+def _is_of_memory(error: Exception) -> bool:
+  """Whether a device or this machine had too little memory."""
+  exhausted = isinstance(error, jax.errors.JaxRuntimeError) and 'RESOURCE_EXHAUSTED' in str(error)
+  return exhausted or isinstance(error, MemoryError)
 
 
 def _define_module_import() -> None:
@@ -92,8 +106,11 @@ def _unknown_field(argv: Sequence[str]) -> str | None:
   file = next((value for name, _, value in given if name == 'config'), '')
   if not file:
     return None
-  path, _, arg = file.partition(':')
-  fields = runpy.run_path(path)['get_config'](arg).to_dict()
+  path, colon, arg = file.partition(':')
+  try:
+    fields = runpy.run_path(path)['get_config'](*([arg] if colon else [])).to_dict()
+  except Exception:  # then it is the file that is wrong
+    return None
   for name, _, _ in given:
     known = {'config': fields}
     for part in name.split('.') if name.startswith('config.') else ():

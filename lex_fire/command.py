@@ -3,6 +3,7 @@
 It first finds out all that is asked of it, then works for minutes or hours, then writes.
 """
 
+import contextlib
 import dataclasses
 import operator
 import os
@@ -10,7 +11,7 @@ import pathlib
 import re
 import tempfile
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 import jax
@@ -32,6 +33,7 @@ from lex_fire.data import protocols
 from lex_fire.data import spec as spec_lib
 
 # Flags of one value that are fields of config.EvaluateConfig by their names.
+_ROOM = 1 << 20  # bytes; results take less
 _FIELDS = (
   *('protocol', 'stride', 'max_tokens', 'attention', 'sequence'),
   *('documents', 'split', 'files', 'tfds_directory', 'checkpoint'),
@@ -124,16 +126,23 @@ def output_directory(directory: pathlib.Path, name: str) -> pathlib.Path:
   path = directory / f'.{name}.tried'
   if jax.process_index():
     return directory  # the first process writes
-  try:
+  with _writing(name, directory):
     directory.mkdir(parents=True, exist_ok=True)
-    storage.write(path, '')
+    storage.write(path, ' ' * _ROOM)
     path.unlink()
+  return directory
+
+
+@contextlib.contextmanager
+def _writing(name: str, directory: pathlib.Path) -> Iterator[None]:
+  """Makes a user's mistake of what cannot be written."""
+  try:
+    yield
   except OSError as error:
     raise errors.UserError(
-      f'cannot write {name!r} into {str(directory)!r}: {error.strerror}; '
+      f'cannot write {name!r} into {str(directory)!r}: {error.strerror or error}; '
       'give another --output or --name'
     ) from error
-  return directory
 
 
 class Asked(NamedTuple):
@@ -203,12 +212,15 @@ def write_files(
 
   Returns:
     The paths.
+
+  Raises:
+    errors.UserError: if one cannot be written.
   """
   paths = []
   for name, write_file in writers.items():
     paths.append(directory / name)
     if jax.process_index() == 0:
-      with tempfile.TemporaryDirectory() as own:
+      with _writing(name, directory), tempfile.TemporaryDirectory() as own:
         made = pathlib.Path(own) / name
         write_file(made)
         storage.write(paths[-1], made.read_bytes())
@@ -217,19 +229,25 @@ def write_files(
 
 def define_flags() -> None:
   """Declares the flags that `asked` reads."""
-  flags.DEFINE_list('workdir', None, 'the run or runs to evaluate, DIR or DIR,DIR')
+  # Lists are not repeated as --encoding is: none is dropped without a word.
+  flags.DEFINE_list(
+    'workdir', None, 'the run or runs to evaluate, DIR or DIR,DIR', allow_overwrite=False
+  )
   flags.DEFINE_string(
     'checkpoint',
     None,
     "of each run: latest, best (of the lowest validation loss) or a step (default: the run's "
     'config)',
   )
-  flags.DEFINE_list('lengths', None, "of the windows, in tokens (default: the run's config)")
+  flags.DEFINE_list(
+    'lengths', None, "of the windows, in tokens (default: the run's config)", allow_overwrite=False
+  )
   flags.DEFINE_list(
     'mask',
     None,
     'one or more to compare: as_trained, causal, blockwise (blocks of half the training length), '
     "blockwise:N, window:N, or full for a bidirectional model (default: the run's config)",
+    allow_overwrite=False,
   )
   flags.DEFINE_multi_string(
     'encoding',

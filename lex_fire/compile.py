@@ -224,6 +224,18 @@ def _bytes_of_a_chip(tree: Any) -> int:
   )
 
 
+def _file(flag: str) -> pathlib.Path | None:
+  """Returns the file of a flag, before minutes are spent on what cannot be written there."""
+  text = getattr(flags.FLAGS, flag)
+  if text is None:
+    return None
+  path = storage.local(text, f'--{flag}')
+  if path.is_dir():
+    raise errors.UserError(f'--{flag}={text} is a directory; give the name of a file')
+  command.output_directory(path.parent, path.name)
+  return path
+
+
 def main() -> None:
   """The command."""
   f = flags.FLAGS
@@ -235,22 +247,17 @@ def main() -> None:
     )
   if f.topology != topologies.HERE:
     jax.config.update('jax_platforms', 'cpu')  # before JAX looks for what may not be here
-  for name, file in {'output': f.output, 'save': f.save}.items():
-    if file is not None:  # before minutes are spent on what cannot be written
-      path = storage.local(file, f'--{name}')
-      command.output_directory(path.parent, path.name)
-  save = None if f.save is None else pathlib.Path(f.save)
+  output, save = (_file(name) for name in ('output', 'save'))
   topology = topologies.find(f.topology, f.num_slices)
   found = compile_run(cli.config(), topology, reporting.say, save)
   print(compile_report.table(found))
-  if f.output is not None:
-    path = pathlib.Path(f.output)
+  if output is not None:
 
     def write(file: pathlib.Path) -> None:
       file.write_text(json.dumps(found, indent=2) + '\n')
 
-    command.write_files(path.parent, {path.name: write})
-    print(f'written: {path}')
+    command.write_files(output.parent, {output.name: write})
+    print(f'written: {output}')
   compile_report.refuse(found)
 
 

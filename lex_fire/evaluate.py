@@ -285,11 +285,11 @@ def main() -> None:
   reports = []
   for workdir, run in zip(what.workdirs, what.runs, strict=True):
     reports += evaluate(workdir, what.request, progress, run)
-  paths = write(reports, what.directory, what.name)
   reporting.say(report_lib.checkpoints(reports))
   say_attention(reports, what.request.lengths)
   reporting.say(f'\n{report_lib.heading(reports[0])}')
   reporting.say(report_lib.table(reports))
+  paths = write(reports, what.directory, what.name)  # last, as a disk may be full by now
   reporting.say(f'written: {", ".join(map(str, paths))}')
 
 

@@ -426,9 +426,10 @@ def test_runs_and_masks_stand_in_one_table_and_pictures(
     split='validation', **arguments,
   )  # fmt: skip
 
-  asked, *told, head, first, second, third = capsys.readouterr().out.splitlines()[:8]
+  asked, whose, *told, head, first, second, third = capsys.readouterr().out.splitlines()[:9]
   rows = first, second, third
   assert asked == '56 answers are asked for, on 8 cpu'
+  assert whose == 'checkpoint: step 2 of fire, step 2 of other'
   assert head.split() == 'fire causal fire window:8 other causal other window:8'.split()
   assert [row.split() for row in rows] == [
     [COPY, '[accuracy,', '%]', *['100.00'] * 4],

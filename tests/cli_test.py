@@ -1,12 +1,15 @@
 """Tests the commands as a user meets them: statuses, messages, and what they leave behind."""
 
 import gzip
+import os
 import pathlib
+import sys
 
+import jax
 import pytest
 import tiny
 
-from lex_fire import checkpoint
+from lex_fire import checkpoint, cli
 
 QUICK = '--config=configs/quickstart.py'
 TEXT = '--config=configs/text.py'
@@ -18,6 +21,13 @@ TRAIN_MISTAKES = {
   'config missing': (['--workdir=WORKDIR'], '--config is missing, for example --config=configs/'),
   'workdir missing': ([QUICK], '--workdir is missing'),
   'no config file': (['--config=configs/none.py', '--workdir=WORKDIR'], "'configs/none.py'"),
+  'config of another kind': (['--config=README.md'], 'cannot read --config: SyntaxError: '),
+  'config of a run': (['--config=EMPTY/of_a_run.py'], 'cannot read --config: NameError: '),
+  'config without a function': (['--config=EMPTY/none.py'], "no attribute 'get_config'"),
+  "unknown section of a config of one's own": (
+    ['--config=EMPTY/own.py', '--config.modle.x=1'],
+    "key 'modle.x'; known for 'modle': data, ",
+  ),
   'unknown section': ([QUICK, '--config.modle.x=1', '--workdir=WORKDIR'], "key 'modle.x'; known"),
   'unknown key': ([QUICK, '--config.model.layers=1', '--workdir=WORKDIR'], 'num_layers'),
   'unknown option': ([QUICK, '--config.encoding.slope=1', '--workdir=WORKDIR'], 'threshold'),
@@ -109,6 +119,7 @@ EVALUATE_MISTAKES = {
     ['--workdir=CLAIMED', '--attention=dense'],
     "unknown evaluate.attention='dense'; known: as_trained, auto, reference",
   ),
+  'a flag twice': (['--workdir=CLAIMED', '--workdir=ENCODER'], '--workdir='),
   'two objectives': (
     ['--workdir=CLAIMED,ENCODER'],
     'has model.causal=False, not True as',
@@ -143,6 +154,14 @@ GENERATE_MISTAKES = {
   'encoding': ([*GENERATE, '--encoding=fir'], "unknown encoding 'fir'"),
   'encoder': (['--workdir=ENCODER', '--prompt=a'], 'model.causal=False, or a mask that is not'),
 }
+OWN_CONFIG = """
+from lex_fire import presets
+from ml_collections import config_dict
+
+
+def get_config():
+  return config_dict.ConfigDict(presets.make('tiny', 'rope'))
+"""
 MISTAKES = {'train': TRAIN_MISTAKES, 'evaluate': EVALUATE_MISTAKES, 'generate': GENERATE_MISTAKES}
 # A mistake of each command that is made in a new interpreter, as users do; the first is found by
 # TensorFlow, whose notes must not be seen.
@@ -158,6 +177,9 @@ def results(tmp_path_factory):
   """Runs every mistake once: {(command, name): (status, stdout, stderr)}."""
   root = tmp_path_factory.mktemp('mistakes')
   (root / 'empty.txt').write_text('')
+  (root / 'none.py').write_text('')
+  (root / 'of_a_run.py').write_text('{"causal": true}\n')
+  (root / 'own.py').write_text(OWN_CONFIG)
   (root / 'broken.txt.gz').write_bytes(gzip.compress(b'text' * 100)[:-9])
   (root / 'text.txt').write_text('text\n' * 1000)
   data = tiny.write_corpus(root / 'corpus')
@@ -210,6 +232,33 @@ def test_a_mistake_gets_one_line_and_status_2(results, command, name, expected):
   assert len(lines) == 1
   assert lines[0].startswith('error: ')
   assert expected in lines[0]
+
+
+def need_too_much(kind, text, err):
+  """Is a command for which there is too little memory."""
+
+  def main():
+    raise kind(text)
+
+  os.dup2(os.open(err, os.O_WRONLY | os.O_CREAT), 2)
+  sys.argv = ['command']
+  cli.run(main)
+
+
+@pytest.mark.parametrize(
+  ('kind', 'text'),
+  [
+    (MemoryError, 'Unable to allocate 8.00 TiB'),
+    (jax.errors.JaxRuntimeError, 'RESOURCE_EXHAUSTED: Out of memory allocating 8 bytes\nwhere'),
+  ],
+)
+def test_too_little_memory_is_told_in_a_sentence(kind, text, tmp_path):
+  process = tiny.start(need_too_much, kind, text, tmp_path / 'err')
+  process.join()
+
+  (line,) = (tmp_path / 'err').read_text().splitlines()
+  assert process.exitcode == 2
+  assert line.startswith(f'error: out of memory: {text.splitlines()[0]}; ask for less: ')
 
 
 def test_a_mistake_in_the_config_leaves_no_workdir_behind(results):

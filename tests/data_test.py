@@ -1,10 +1,13 @@
 """Tests of `lex_fire/data`: corpora, tasks, prepared streams, batches, masked tokens."""
 
 import gzip
+import hashlib
+import pathlib
 import shutil
 import subprocess
 import sys
 import sysconfig
+import types
 
 import numpy as np
 import pytest
@@ -14,6 +17,7 @@ from lex_fire.data import (
   batches,
   corpora,
   draws,
+  lazy,
   masking,
   positions,
   prepare,
@@ -333,6 +337,25 @@ def test_a_vocabulary_that_cannot_be_identified_is_refused(register):
 
   with pytest.raises(errors.UserError, match='a PassThroughVocabulary is no vocabulary'):
     reading.vocabulary_of(task)
+
+
+@pytest.mark.parametrize('kind', ['DataLossError', 'NotFoundError'])
+def test_files_of_tfds_that_are_damaged_or_missing_are_named(kind):
+  tf = pytest.importorskip('tensorflow')
+  dataset = types.SimpleNamespace(name='c4/en:3.0.1', data_dir='/tfds')
+
+  message = "the files of 'c4/en:3.0.1' in '/tfds' are damaged or not all there: record 9 is cut;"
+  with (
+    pytest.raises(errors.UserError, match=message),
+    lazy.source_errors(types.SimpleNamespace(tfds_dataset=dataset)),
+  ):
+    raise getattr(tf.errors, kind)(None, None, 'record 9 is cut\nand more')
+
+
+def test_a_name_that_is_no_utf_8_has_a_digest_too():
+  file = corpora.File('caf\udce9.txt', pathlib.Path('there'), 'stamp', 9)
+
+  assert file.digest == hashlib.sha256(b'caf\xe9.txt').hexdigest()
 
 
 def test_a_failure_of_tensorflow_that_is_no_users_mistake_keeps_its_type(register):

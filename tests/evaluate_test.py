@@ -5,6 +5,7 @@ The numbers are held against ones computed another way.
 
 import csv
 import dataclasses
+import errno
 import functools
 import json
 import math
@@ -317,6 +318,24 @@ def test_a_run_is_restored_once_and_cut_once_and_each_length_and_mask_is_compile
   assert calls.count('restore_params') == 2
   assert calls.count('documents') == 1
   assert calls.count('step') == 2 * 2 * 2
+
+
+def test_a_disk_that_is_full_in_the_end_costs_no_numbers(
+  workdir, evaluate_command, monkeypatch, capsys
+):
+  write = command.storage.write
+
+  def write_a_little(path, content):
+    if path.suffix == '.json':
+      raise OSError(errno.ENOSPC, 'No space left on device')
+    write(path, content)
+
+  monkeypatch.setattr(command.storage, 'write', write_a_little)
+
+  with pytest.raises(errors.UserError, match="cannot write 'same_tokens.json' into .*: No space"):
+    evaluate_command(workdir)
+
+  assert re.search(r'^fire( +\d\.\d{3}){3} ', capsys.readouterr().out, re.MULTILINE)
 
 
 def test_the_checkpoint_asked_for_is_read(fire_run, fire_report, evaluate_command, tmp_path):

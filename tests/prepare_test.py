@@ -493,6 +493,17 @@ def test_the_command_compares_the_hashes_of_a_stream_that_is_there(globs, tmp_pa
   assert "part-00000.npy' has other tokens than its manifest says" in capsys.readouterr().err
 
 
+def test_the_command_writes_no_bucket_and_knows_a_home(globs, tmp_path, capsys, monkeypatch):
+  monkeypatch.setenv('HOME', str(tmp_path))
+
+  assert prepare.main(arguments(globs, 'gs://bucket/streams')) == 2
+  assert prepare.main(arguments(globs, '~/streams')) == 0
+
+  out, err = capsys.readouterr()
+  assert "--directory='gs://bucket/streams' must be a directory of this machine" in err
+  assert pathlib.Path(out.strip()).parent == tmp_path / 'streams'
+
+
 def test_the_command_reports_a_mistake_in_one_sentence(tmp_path, capsys):
   status = prepare.main(arguments({}, tmp_path))
 

@@ -161,6 +161,26 @@ def test_a_damaged_checkpoint_is_named(whole, tmp_path):
   assert '; delete that directory to use the one before' in line  # Orbax may add to the line
 
 
+def test_a_loss_that_a_power_cut_emptied_is_named_with_its_checkpoint(whole, tmp_path):
+  workdir = shutil.copytree(whole[0], tmp_path / 'cut')
+  (path,) = workdir.glob('checkpoints/12/metrics/metrics')
+  path.write_text('')
+
+  with pytest.raises(errors.UserError, match=f"{path}' is damaged: .*; delete .*/checkpoints/12'"):
+    checkpoint.Checkpoints(workdir)
+
+
+def test_hashes_of_data_that_a_power_cut_emptied_are_named(tmp_path):
+  (tmp_path / 'data.json').write_text('')
+
+  for claim in (
+    lambda: checkpoint.claim_data(tmp_path, {}),
+    lambda: checkpoint.check_vocabulary(tmp_path, 'bytes'),
+  ):
+    with pytest.raises(errors.UserError, match="data.json' is damaged: .*; delete it"):
+      claim()
+
+
 def test_a_workdir_belongs_to_one_config(whole, data):
   workdir, _ = whole
   other = tiny.config(data, optimizer={'weight_decay': 0.5})

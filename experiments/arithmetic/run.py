@@ -21,7 +21,7 @@ from absl import flags
 
 from configs import algorithms as algorithms_config
 from experiments import sweep, sweep_results
-from lex_fire import checkpoint, cli, errors, model, train
+from lex_fire import checkpoint, cli, errors, model, storage, train
 from lex_fire import config as config_lib
 from lex_fire.data import algorithms, draws, positions, reading
 from lex_fire.data import text as text_lib
@@ -227,7 +227,7 @@ def run(scale: Scale, seeds: Sequence[int], path: pathlib.Path, runs: pathlib.Pa
 def main() -> None:
   """The command."""
   name, seeds = flags.FLAGS.scale, sweep.seeds_of_flags()
-  runs = pathlib.Path(flags.FLAGS.runs) / name
+  runs = storage.local(flags.FLAGS.runs, '--runs') / name
   print(run(SCALES[name], seeds, HERE / f'{name}.jsonl', runs))
 
 

@@ -81,7 +81,7 @@ def _text(values: Sequence[float]) -> str:
 
 def main() -> None:
   """The command."""
-  runs = pathlib.Path(flags.FLAGS.runs)
+  runs = storage.local(flags.FLAGS.runs, '--runs')
   path = HERE / f'{runs.name}.json'
   reports = json.loads(path.read_text()) if path.exists() else []
   found = {(report['encoding'], report['seed']) for report in reports}

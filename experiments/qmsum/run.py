@@ -30,6 +30,7 @@ from lex_fire import (
   finetuning,
   presets,
   sharding,
+  storage,
   train,
 )
 from lex_fire import config as config_lib
@@ -259,7 +260,7 @@ def run(
 
 def main() -> None:
   """The command."""
-  seeds, runs = sweep.seeds_of_flags(), pathlib.Path(flags.FLAGS.runs)
+  seeds, runs = sweep.seeds_of_flags(), storage.local(flags.FLAGS.runs, '--runs')
   path = HERE / 'laptop.jsonl'
   print(run(LAPTOP, flags.FLAGS.data_dir, make_variants(LAPTOP), seeds, path, runs))
 

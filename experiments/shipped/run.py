@@ -17,7 +17,7 @@ from absl import flags
 from configs import zoo as zoo_config
 from experiments import sweep
 from experiments.shipped import cards
-from lex_fire import checkpoint, cli, command, documents, evaluate, train, zoo
+from lex_fire import checkpoint, cli, command, documents, evaluate, storage, train, zoo
 from lex_fire import config as config_lib
 from lex_fire import report as report_lib
 
@@ -52,7 +52,7 @@ def ship(encoding: str, runs: pathlib.Path) -> None:
 
 def main() -> None:
   """The command."""
-  runs = pathlib.Path(flags.FLAGS.runs)
+  runs = storage.local(flags.FLAGS.runs, '--runs')
   reports = [report for encoding in ENCODINGS for report in reports_of(encoding, runs)]
   evaluate.write(reports, HERE, 'shipped')
   for encoding in ENCODINGS:

@@ -24,6 +24,7 @@ from lex_fire import (
   documents,
   encodings,
   evaluate,
+  storage,
   train,
 )
 from lex_fire import config as config_lib
@@ -81,7 +82,7 @@ def summary(reports: list[dict]) -> dict[str, dict]:
 
 def main() -> None:
   """The command."""
-  runs = pathlib.Path(flags.FLAGS.runs)
+  runs = storage.local(flags.FLAGS.runs, '--runs')
   names = [name for name in encodings.ENCODINGS if name not in OF_ROPE]
   reports = [report for name in names for report in reports_of(name, runs)]
   evaluate.write(reports, HERE, 'zoo')

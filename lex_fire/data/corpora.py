@@ -49,7 +49,7 @@ class File(NamedTuple):
   @property
   def digest(self) -> str:
     """A hexadecimal number that is random but for the name: to shuffle by and to split by."""
-    return hashlib.sha256(self.name.encode()).hexdigest()
+    return hashlib.sha256(os.fsencode(self.name)).hexdigest()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -107,7 +107,7 @@ class Corpus:
     content = hashlib.sha256()
     for split in splits:
       for file in self._files_of(split):
-        content.update(f'{split}\0{file.name}\0{file.stamp}\0'.encode())
+        content.update(os.fsencode(f'{split}\0{file.name}\0{file.stamp}\0'))
     return f'{self.edition}-{content.hexdigest()[:16]}'
 
   def _files_of(self, split: str) -> tuple[File, ...]:

@@ -77,6 +77,12 @@ def source_errors(source: Any) -> Iterator[None]:
   except tf.errors.OpError as error:
     # Of a UserError raised in a corpus TensorFlow keeps nothing but the text.
     _, found, message = error.message.partition('UserError: ')
+    dataset = getattr(source, 'tfds_dataset', None)
+    if dataset is not None and isinstance(error, tf.errors.DataLossError | tf.errors.NotFoundError):
+      raise errors.UserError(
+        f'the files of {dataset.name!r} in {dataset.data_dir or "its own directory"!r} are damaged '
+        f'or not all there: {error.message.splitlines()[0]}; copy or make them again'
+      ) from error
     if not found:
       raise
     raise errors.UserError(message.splitlines()[0]) from error

@@ -27,7 +27,7 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, TextIO
 
-from lex_fire import errors
+from lex_fire import errors, storage
 from lex_fire.data import (
   corpora,
   progress,
@@ -235,7 +235,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
   def run():
     what = spec.of_arguments(flags, flags.vocabulary)
-    report(prepare(what, flags.split, flags.directory))
+    directory = storage.local(flags.directory, '--directory')
+    report(prepare(what, flags.split, directory))
 
   return status_of(run)
 
