@@ -61,7 +61,7 @@ def run(main: Callable[[], None], interrupted: str = 'interrupted') -> None:
     except Exception as error:
       if _is_of_memory(error):
         fail(
-          f'out of memory: {str(error).strip().splitlines()[0]}; ask for less: a smaller '
+          f'out of memory: {_lines(error)[0]}; ask for less: a smaller '
           'data.batch_size (or train.accumulation), shorter lengths, a smaller model; `train '
           '--dry_run` and `compile` say what fits'
         )
@@ -93,9 +93,14 @@ def _define_module_import() -> None:
   flags.FLAGS.register_key_flag_for_module(sys.argv[0], flags.FLAGS[name])  # for --help
 
 
+def _lines(error: Exception) -> list[str]:
+  """Returns what an error says, or its kind: Python's own MemoryError says nothing."""
+  return str(error).strip().splitlines() or [type(error).__name__]
+
+
 def _last_line(error: Exception) -> str:
   """Returns what went wrong: the last line, as an error in a config file comes with its trace."""
-  last = str(error).strip().splitlines()[-1].strip()
+  last = _lines(error)[-1].strip()
   last = last.removeprefix('lex_fire.errors.UserError: ')
   return f'cannot read --config: {last}' if isinstance(error, OSError) else last
 

@@ -32,8 +32,8 @@ from lex_fire import config as config_lib
 from lex_fire.data import protocols
 from lex_fire.data import spec as spec_lib
 
-# Flags of one value that are fields of config.EvaluateConfig by their names.
 _ROOM = 1 << 20  # bytes; results take less
+# Flags of one value that are fields of config.EvaluateConfig by their names.
 _FIELDS = (
   *('protocol', 'stride', 'max_tokens', 'attention', 'sequence'),
   *('documents', 'split', 'files', 'tfds_directory', 'checkpoint'),
@@ -98,7 +98,10 @@ def _check_alike(workdirs, configs, fields) -> None:
 
 
 def _file_name(runs: Sequence[str], request: config_lib.EvaluateConfig, about: str) -> str:
-  """Names files after what they compare, and what is not as trained: none replaces another's."""
+  """Names files after what they compare, and what is not as trained.
+
+  Only those of other lengths, budgets or attention replace each other.
+  """
   parts = list(runs) if len(runs) > 1 else []
   if request.checkpoint != config_lib.LATEST:
     parts.append(f'checkpoint-{request.checkpoint}')

@@ -39,8 +39,7 @@ def make(args: Mapping[str, str], task: str) -> dict[str, Any]:
     options = {'max_length': length} if chosen['encoding'] == 'learned' else {}
     recipe = {**_RECIPE, 'data': {**data, 'vocabulary': chosen['vocabulary']}}
     values = presets.make(chosen['size'], chosen['encoding'], encoding=options, **recipe)
-  own = {'lengths': (length,), 'protocol': 'windows', 'checkpoint': config.LATEST}
-  values['evaluate'].update(own)
+  values['evaluate'].update(lengths=(length,), protocol='windows', checkpoint=config.LATEST)
   return values
 
 

@@ -414,7 +414,8 @@ def main() -> None:
   rows = [codec.encode(text) for text in texts]
   longest = max(row.size for row in rows) + f.max_tokens
   config = _asked(config, longest)
-  ((*_, transformer),) = comparison.cases(config)
+  (case,) = comparison.cases(config)
+  transformer = case.transformer
   _check(transformer, rows, f.max_tokens, f.seed, PREFILL_CHUNK)  # before a checkpoint is read
   mesh = sharding.make_mesh(devices=jax.local_devices()[:1])
   step, params = comparison.restore(config, workdir, mesh)

@@ -206,6 +206,17 @@ def test_what_the_compiler_refuses_for_another_reason_keeps_its_traceback(monkey
 # The command
 
 
+def test_a_directory_is_no_file_to_write_and_a_home_is_known(tmp_path, monkeypatch):
+  monkeypatch.setenv('HOME', str(tmp_path))
+  monkeypatch.setattr(
+    compile.flags, 'FLAGS', types.SimpleNamespace(save=str(tmp_path), output='~/report.json')
+  )
+
+  assert compile._file('output') == tmp_path / 'report.json'
+  with pytest.raises(errors.UserError, match=f'--save={tmp_path} is a directory; give the name of'):
+    compile._file('save')
+
+
 def command(monkeypatch, chips, **given):
   """Runs it on a topology of the CPU's."""
   fields = {'topology': 'cpu:8', 'num_slices': 1, 'workdir': None, 'output': None, 'save': None}

@@ -66,6 +66,14 @@ def quiet_stderr() -> Iterator[None]:
     os.close(saved)
 
 
+def _place(source: Any) -> str:
+  """Says which dataset of TFDS a seqio source reads, and where; '': it is of another kind."""
+  dataset = getattr(source, 'tfds_dataset', None)
+  if dataset is None:
+    return ''
+  return f'{dataset.name!r} in {dataset.data_dir or "its own directory"!r}'
+
+
 @contextlib.contextmanager
 def source_errors(source: Any) -> Iterator[None]:
   """Makes users' mistakes of what TensorFlow and TFDS raise for them, reading a seqio source."""
@@ -75,22 +83,22 @@ def source_errors(source: Any) -> Iterator[None]:
   try:
     yield
   except tf.errors.OpError as error:
+    place = _place(source)
+    if place and isinstance(error, tf.errors.DataLossError | tf.errors.NotFoundError):
+      raise errors.UserError(
+        f'the files of {place} are damaged or not all there: {error.message.splitlines()[0]}; copy '
+        'or make them again'
+      ) from error
     # Of a UserError raised in a corpus TensorFlow keeps nothing but the text.
     _, found, message = error.message.partition('UserError: ')
-    dataset = getattr(source, 'tfds_dataset', None)
-    if dataset is not None and isinstance(error, tf.errors.DataLossError | tf.errors.NotFoundError):
-      raise errors.UserError(
-        f'the files of {dataset.name!r} in {dataset.data_dir or "its own directory"!r} are damaged '
-        f'or not all there: {error.message.splitlines()[0]}; copy or make them again'
-      ) from error
     if not found:
       raise
     raise errors.UserError(message.splitlines()[0]) from error
   except (registered.DatasetNotFoundError, AssertionError, FileNotFoundError, KeyError) as error:
-    dataset = getattr(source, 'tfds_dataset', None)
-    if dataset is None:
+    place = _place(source)
+    if not place:
       raise
     raise errors.UserError(
-      f'TFDS has no {dataset.name!r} in {dataset.data_dir or "its own directory"!r}; make it there '
-      'first, or say with data.tfds_directory (--tfds_directory) where it is'
+      f'TFDS has no {place}; make it there first, or say with data.tfds_directory '
+      '(--tfds_directory) where it is'
     ) from error
