@@ -39,6 +39,9 @@ _FIELDS = (
   *('documents', 'split', 'files', 'tfds_directory', 'checkpoint'),
 )
 
+# Fields of which files tell where they are not those of the run's config, by what names.
+_NAMED = {'lengths': 'lengths', 'max_tokens': 'tokens', 'attention': 'attention'}
+
 
 class Progress:
   """Prints, as windows are read, the case, the length, tokens/s and the time left."""
@@ -98,10 +101,7 @@ def _check_alike(workdirs, configs, fields) -> None:
 
 
 def _file_name(runs: Sequence[str], request: config_lib.EvaluateConfig, about: str) -> str:
-  """Names files after what they compare, and what is not as trained.
-
-  Only those of other lengths, budgets or attention replace each other.
-  """
+  """Names files after what they compare, and what is not as trained."""
   parts = list(runs) if len(runs) > 1 else []
   if request.checkpoint != config_lib.LATEST:
     parts.append(f'checkpoint-{request.checkpoint}')
@@ -110,13 +110,22 @@ def _file_name(runs: Sequence[str], request: config_lib.EvaluateConfig, about: s
   return '_'.join(re.sub(r'[^\w.]+', '-', part) for part in (*parts, about))
 
 
-def _how(request: config_lib.EvaluateConfig) -> str:
-  """Says which tokens are scored, and how."""
+def _how(request: config_lib.EvaluateConfig, own: config_lib.EvaluateConfig) -> str:
+  """Says which tokens are scored, and how, so that no evaluation replaces the files of another.
+
+  Args:
+    request: what is evaluated.
+    own: what the config of the (first) run says.
+  """
   documents = [request.documents] if request.documents else []
   documents += [] if request.split == config_lib.EvaluateConfig.split else [request.split]
   documents += [request.files] if request.files else []
   parts = [benchmark.file_name(' '.join(documents))] if documents else []
   parts += [request.protocol, *([f'stride-{request.stride}'] if request.stride else [])]
+  for field, name in _NAMED.items():
+    value = getattr(request, field)
+    if value != getattr(own, field):
+      parts.append('-'.join(map(str, [name, *(value if isinstance(value, tuple) else [value])])))
   return '_'.join(parts)
 
 
@@ -175,7 +184,7 @@ def asked(prefix: str = '', about: str | None = None, alike: Sequence[str] | Non
 
   Args:
     prefix: of the files' name, unless the flags give it.
-    about: which ends that name; by default the documents, the protocol and the stride.
+    about: which ends that name; by default what `_how` says.
     alike: fields in which the runs' configs must agree; by default those of `same_tokens`.
 
   Raises:
@@ -187,12 +196,13 @@ def asked(prefix: str = '', about: str | None = None, alike: Sequence[str] | Non
   if len({workdir.resolve() for workdir in workdirs}) < len(workdirs):
     raise errors.UserError(f'--workdir={",".join(map(str, workdirs))} names a run twice')
   configs = [checkpoint.read_config(workdir) for workdir in workdirs]
+  own = configs[0].evaluate
   request = _request(configs[0])
   _check_alike(workdirs, configs, same_tokens(request) if alike is None else alike)
   configs = [dataclasses.replace(config, evaluate=request) for config in configs]
   num_cases = sum(len(comparison.cases(config)) for config in configs)
   runs = comparison.names(workdirs)
-  name = flags.FLAGS.name or prefix + _file_name(runs, request, about or _how(request))
+  name = flags.FLAGS.name or prefix + _file_name(runs, request, about or _how(request, own))
   directory = storage.path(flags.FLAGS.output or _default_directory(workdirs))
   output_directory(directory, name)
   return Asked(workdirs, runs, configs, request, num_cases, directory, name)
@@ -278,7 +288,7 @@ def define_flags() -> None:
     "divide every length (default: the run's config)",
   )
   flags.DEFINE_string('output', None, 'a directory (default: evaluations/ where the runs are)')
-  flags.DEFINE_string('name', None, 'of the files there (default: what is compared, protocol)')
+  flags.DEFINE_string('name', None, 'of the files there (default: what is compared, and how)')
   flags.DEFINE_string(
     'documents',
     None,

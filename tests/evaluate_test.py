@@ -576,7 +576,7 @@ def test_runs_are_named_by_as_much_of_their_paths_as_tells_them_apart():
 def test_files_are_named_after_what_is_compared():
   def name(runs, **fields):
     asked = request(**fields)
-    return command._file_name(runs, asked, command._how(asked))
+    return command._file_name(runs, asked, command._how(asked, request()))
 
   assert name(['fire', 'rope']) == 'fire_rope_same_tokens'
   assert name(['fire']) == 'same_tokens'
@@ -589,6 +589,8 @@ def test_files_are_named_after_what_is_compared():
   globs = [name(['a'], documents='text', files=f'books/{part}/*.gz') for part in ('x', 'y')]
   assert globs == ['text-books-x-.gz_same_tokens', 'text-books-y-.gz_same_tokens']
   assert len(name(['a'], documents='text', files='x' * 5000)) < 150
+  assert name(['fire'], lengths=(64, 128)) == 'same_tokens_lengths-64-128'
+  assert name(['fire'], max_tokens=9, attention='chunked') == 'same_tokens_tokens-9_attention-chunked'
   override = 'yarn:scale=4,train_length=32'
   assert name(['rope'], encodings=(override,)) == 'yarn-scale-4-train_length-32_same_tokens'
 
@@ -603,7 +605,7 @@ def test_the_command_compares_runs_and_masks_and_says_where_it_wrote(
   )
 
   assert status == 0, stderr
-  file = tmp_path / 'fire_rope_causal_window-8_same_tokens.json'
+  file = tmp_path / 'fire_rope_causal_window-8_same_tokens_lengths-32-64_tokens-256.json'
   reports = json.loads(file.read_text())['runs']
   assert [(one['run'], one['mask']) for one in reports] == [
     *(('fire', 'causal'), ('fire', 'window:8'), ('rope', 'causal'), ('rope', 'window:8'))

@@ -182,6 +182,7 @@ def test_a_run_in_a_bucket_is_killed_damaged_goes_on_and_is_evaluated(
   served.put(manifest, b'no manifest')
   warned = ended(begin(), tmp_path)
   arguments = [f'--workdir={workdir}', '--lengths=32,64', '--max_tokens=512']
+  name = 'same_tokens_lengths-32-64_tokens-512.json'
   told = ended(start_at(served, tmp_path, 'lex_fire.evaluate', *arguments), tmp_path)
 
   assert f'{workdir}: fire, ' in said
@@ -197,6 +198,6 @@ def test_a_run_in_a_bucket_is_killed_damaged_goes_on_and_is_evaluated(
   )
   assert found == expected
   assert any('runs/fire/events.out' in name for name in served.objects)
-  assert f'written: {workdir}/evaluations/same_tokens.json' in told
-  (report,) = json.loads(served.objects['runs/fire/evaluations/same_tokens.json'][1])['runs']
+  assert f'written: {workdir}/evaluations/{name}' in told
+  (report,) = json.loads(served.objects[f'runs/fire/evaluations/{name}'][1])['runs']
   assert report['checkpoint_step'] == 12
