@@ -12,7 +12,7 @@ answers for; experiments/arithmetic asks such runs), encoding, size.
 
 from ml_collections import config_dict
 
-from lex_fire import config, errors, presets
+from lex_fire import arguments, errors, presets
 from lex_fire.data import algorithm_tasks, algorithms, examples, reading, spec
 
 
@@ -25,7 +25,7 @@ def _row(task: str, length: int, hints: bool) -> int:
 
 def get_config(arg: str = '') -> config_dict.ConfigDict:
   """Returns the config of an algorithm."""
-  args = config.parse_arg(
+  args = arguments.parse(
     arg,
     **{'task': 'addition', 'length': '20', 'hints': 'false', 'randomized': 'false'},
     **{'encoding': 'fire', 'size': 'tiny'},

@@ -23,12 +23,12 @@ two-slices-v5e-256). `python -m lex_fire.compile` says whether a size fits a mes
 
 from ml_collections import config_dict
 
-from lex_fire import config, presets
+from lex_fire import arguments, presets
 
 
 def get_config(arg: str = '') -> config_dict.ConfigDict:
   """Returns the config of a preset on C4."""
-  args = config.parse_arg(arg, size='base', encoding='fire', vocabulary='t5', mesh='any')
+  args = arguments.parse(arg, size='base', encoding='fire', vocabulary='t5', mesh='any')
   data = {'task': 'c4', 'vocabulary': args['vocabulary']}
   mesh = presets.mesh(args['mesh'])
   values = presets.make(args['size'], args['encoding'], data=data, mesh=mesh)

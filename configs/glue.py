@@ -19,13 +19,13 @@ start from); or, to learn from nothing, size (a preset), encoding and vocabulary
 
 from ml_collections import config_dict
 
-from lex_fire import config, errors, finetuning
+from lex_fire import arguments, errors, finetuning
 from lex_fire.data import glue
 
 
 def get_config(arg: str = '') -> config_dict.ConfigDict:
   """Returns the config of finetuning on a task of GLUE or SuperGLUE."""
-  args = config.parse_arg(arg, task='glue_sst2', length='512', **finetuning.ARGUMENTS)
+  args = arguments.parse(arg, task='glue_sst2', length='512', **finetuning.ARGUMENTS)
   if args['task'] not in glue.TASKS:
     known = ', '.join(glue.TASKS)
     raise errors.UserError(f'unknown task={args["task"]!r} of GLUE and SuperGLUE; known: {known}')

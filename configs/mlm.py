@@ -15,7 +15,7 @@ Arguments: encoding (any of lex_fire.encodings.ENCODINGS).
 
 from ml_collections import config_dict
 
-from lex_fire import config, encodings, presets
+from lex_fire import arguments, encodings, presets
 from lex_fire.data import vocabularies
 
 LENGTHS = (256, 512, 1024, 2048, 4096)  # evaluated [tokens]
@@ -23,7 +23,7 @@ LENGTHS = (256, 512, 1024, 2048, 4096)  # evaluated [tokens]
 
 def get_config(arg: str = '') -> config_dict.ConfigDict:
   """Returns the config of the quickstart's model as an encoder."""
-  encoding = config.parse_arg(arg, encoding='fire')['encoding']
+  encoding = arguments.parse(arg, encoding='fire')['encoding']
   # T5 is not, unless it is asked for.
   options = {} if encodings.get(encoding).bidirectional else {'bidirectional': True}
   return config_dict.ConfigDict(

@@ -14,17 +14,17 @@ encoding, size (a preset), checkpoint ('' or the workdir of a run of the same mo
 
 from ml_collections import config_dict
 
-from lex_fire import config, presets
+from lex_fire import arguments, presets
 
 TIMES = 16  # the length of training: the longest that is to be evaluated
 
 
 def get_config(arg: str = '') -> config_dict.ConfigDict:
   """Returns the config of a needle."""
-  args = config.parse_arg(
+  args = arguments.parse(
     arg, task='passkey', length='512', encoding='fire', size='tiny', checkpoint=''
   )
-  length = config.whole('length', args['length'])
+  length = arguments.whole('length', args['length'])
   return config_dict.ConfigDict(
     presets.make(
       args['size'],

@@ -32,12 +32,12 @@ two-slices-v5e-256).
 
 from ml_collections import config_dict
 
-from lex_fire import config, presets
+from lex_fire import arguments, presets
 
 
 def get_config(arg: str = '') -> config_dict.ConfigDict:
   """Returns the config of a preset on JSON lines, judged without and with LeX's blocks."""
-  args = config.parse_arg(arg, size='lex_medium', encoding='xpos', vocabulary='t5', mesh='any')
+  args = arguments.parse(arg, size='lex_medium', encoding='xpos', vocabulary='t5', mesh='any')
   values = presets.make(
     args['size'],
     args['encoding'],

@@ -20,13 +20,13 @@ preset), encoding and vocabulary.
 
 from ml_collections import config_dict
 
-from lex_fire import config, errors, finetuning
+from lex_fire import arguments, errors, finetuning
 from lex_fire.data import scrolls
 
 
 def get_config(arg: str = '') -> config_dict.ConfigDict:
   """Returns the config of finetuning on a task of SCROLLS."""
-  args = config.parse_arg(arg, task='qmsum', length='8192', **finetuning.ARGUMENTS)
+  args = arguments.parse(arg, task='qmsum', length='8192', **finetuning.ARGUMENTS)
   if args['task'] not in scrolls.CONFIGS:
     known = ', '.join(scrolls.CONFIGS)
     raise errors.UserError(f'unknown task={args["task"]!r} of SCROLLS; known: {known}')

@@ -10,12 +10,12 @@ any, chip, host, 8-gpus, v5e-256, v5p-512 or two-slices-v5e-256).
 
 from ml_collections import config_dict
 
-from lex_fire import config, presets
+from lex_fire import arguments, presets
 
 
 def get_config(arg: str = '') -> config_dict.ConfigDict:
   """Returns the config of a preset on local text files."""
-  args = config.parse_arg(arg, size='tiny', encoding='fire', mesh='any')
+  args = arguments.parse(arg, size='tiny', encoding='fire', mesh='any')
   mesh = presets.mesh(args['mesh'])
   values = presets.make(args['size'], args['encoding'], data={'task': 'text'}, mesh=mesh)
   return config_dict.ConfigDict(values)

@@ -10,14 +10,14 @@ Arguments: encoding (any of lex_fire.encodings.ENCODINGS; four ship).
 
 from ml_collections import config_dict
 
-from lex_fire import config, presets
+from lex_fire import arguments, presets
 
 LENGTHS = (512, 1024, 2048, 4096, 8192, 16384)  # evaluated [tokens]
 
 
 def get_config(arg: str = '') -> config_dict.ConfigDict:
   """Returns the config of a model that ships."""
-  encoding = config.parse_arg(arg, encoding='fire')['encoding']
+  encoding = arguments.parse(arg, encoding='fire')['encoding']
   return config_dict.ConfigDict(
     presets.laptop(
       encoding,

@@ -18,6 +18,7 @@ from lex_fire.kernels import mask as mask_lib
 ACTIVATIONS, NORMS = ('gelu', 'swiglu'), ('layernorm', 'rmsnorm')
 DTYPES = ('float32', 'bfloat16')
 AS_TRAINED = 'as_trained'  # in `evaluate`: what the run itself has
+MOST = 2**31 - 1  # that an int32 counts
 LATEST, BEST = 'latest', 'best'  # in `evaluate`: checkpoints of a run
 
 
@@ -30,6 +31,8 @@ def _at_least(least: int, **values: int) -> None:
   for name, value in values.items():
     if value < least:
       raise errors.UserError(f'{name}={value} must be at least {least}')
+    if value > MOST:
+      raise errors.UserError(f'{name}={value} must be at most {MOST}')
 
 
 def _check(ok: bool, allowed: str, **values: Any) -> None:
@@ -222,7 +225,7 @@ class TrainConfig:
     names = [field.name for field in dataclasses.fields(self) if field.name not in others]
     if self.non_finite not in ('stop', 'skip'):
       raise errors.UserError(f"train.non_finite={self.non_finite!r} must be 'stop' or 'skip'")
-    _at_least(0, **{'train.seed': self.seed})
+    _check(0 <= self.seed < 2**32, 'from 0 to 2**32 - 1', **{'train.seed': self.seed})
     _at_least(1, **{f'train.{name}': getattr(self, name) for name in names})
 
 
@@ -464,35 +467,3 @@ def _section(section: str, default: Any, values: Mapping[str, Any]) -> Any:
       raise errors.UserError(f'{section}.{key}={value!r} must be of type {kind.__name__}')
     made[key] = value
   return dataclasses.replace(default, **made)
-
-
-def whole(name: str, text: str) -> int:
-  """Reads an argument of a config file that must be a whole number above 0.
-
-  Raises:
-    errors.UserError: if it is none.
-  """
-  if not text.isdecimal() or int(text) < 1:
-    raise errors.UserError(f'config argument {name}={text} must be a whole number above 0')
-  return int(text)
-
-
-def parse_arg(arg: str, **defaults: str) -> dict[str, str]:
-  """Parses the argument of a config file: 'size=base,encoding=rope' -> {'size': 'base', ...}.
-
-  Args:
-    arg: what follows the colon of `--config=FILE:ARG`.
-    **defaults: the arguments there are, with their defaults.
-
-  Raises:
-    errors.UserError: for an argument that is not among them, or not NAME=VALUE.
-  """
-  values = dict(defaults)
-  for part in filter(None, arg.split(',')):
-    name, equals, value = part.partition('=')
-    if name not in defaults or not equals:
-      raise errors.UserError(
-        f'unknown config argument {part!r}; known: {", ".join(f"{name}=" for name in defaults)}'
-      )
-    values[name] = value
-  return values

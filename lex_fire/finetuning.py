@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
-from lex_fire import checkpoint, config, errors, presets, storage
+from lex_fire import arguments, checkpoint, config, errors, presets, storage
 
 _FROM_NOTHING = {'size': 'base', 'encoding': 'fire', 'vocabulary': 't5'}
 _RECIPE: dict[str, dict[str, Any]] = {
@@ -11,7 +11,7 @@ _RECIPE: dict[str, dict[str, Any]] = {
   'optimizer': {'learning_rate': 1e-4, 'warmup_steps': 100, 'final_fraction': 0.1},
   'train': {'steps': 2000, 'log_every': 20, 'checkpoint_every': 200},
 }
-ARGUMENTS = {'checkpoint': '', **dict.fromkeys(_FROM_NOTHING, '')}  # of a config, for parse_arg
+ARGUMENTS = {'checkpoint': '', **dict.fromkeys(_FROM_NOTHING, '')}  # of a config file
 
 
 def make(args: Mapping[str, str], task: str) -> dict[str, Any]:
@@ -29,7 +29,7 @@ def make(args: Mapping[str, str], task: str) -> dict[str, Any]:
     errors.UserError: if there is no such run, it has another encoding, vocabulary or size than is
       given, or as presets.make does.
   """
-  length = config.whole('length', args['length'])
+  length = arguments.whole('length', args['length'])
   data = {**_RECIPE['data'], 'task': task, 'length': length}
   if args['checkpoint']:
     values = _of_checkpoint(args, data)

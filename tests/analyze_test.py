@@ -344,7 +344,9 @@ def test_the_command_compares_runs(results):
   status, stdout, stderr = results[0]['runs']
 
   assert status == 0, stderr
-  written = json.loads((results[1] / 'runs' / 'analysis_fire_rope_same_tokens_lengths-32_tokens-96.json').read_text())
+  written = json.loads(
+    (results[1] / 'runs' / 'analysis_fire_rope_same_tokens_lengths-32_tokens-96.json').read_text()
+  )
   assert [of_one['name'] for of_one in written['encodings']] == ['fire', 'rope']
   assert [report['run'] for report in written['runs']] == ['fire', 'rope']
   for metric, title in analyze.METRICS.items():

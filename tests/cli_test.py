@@ -62,6 +62,14 @@ TRAIN_MISTAKES = {
   ),
   'empty file': ([TEXT, 'FILES=empty.txt', '--workdir=WORKDIR'], 'empty.txt'),
   'broken gzip': ([TEXT, 'FILES=broken.txt.gz', '--workdir=WORKDIR'], 'broken.txt.gz'),
+  'long name': (
+    [QUICK, '--dry_run', f'--workdir=EMPTY/{"x" * 300}'],
+    "/checkpoints'; give another path, or the right to use it",
+  ),
+  'many steps': (
+    [QUICK, f'--config.train.steps={2**31}', '--workdir=WORKDIR'],
+    'train.steps=2147483648 must be at most',
+  ),
   'no match': ([TEXT, 'FILES=none*.txt', '--workdir=WORKDIR'], 'none*.txt'),
   'profile of no numbers': (
     [QUICK, '--profile=first,last', '--workdir=WORKDIR'],

@@ -9,8 +9,8 @@ import re
 import jax
 import pytest
 
+from lex_fire import arguments, encodings, errors, presets, train
 from lex_fire import config as config_lib
-from lex_fire import encodings, errors, presets, train
 
 every_preset = pytest.mark.parametrize('size', presets.PRESETS)
 every_encoding = pytest.mark.parametrize('name', encodings.ENCODINGS)
@@ -203,7 +203,7 @@ def refuses(message):
     ('optimizer', {'final_fraction': -0.1}, 'optimizer.final_fraction=-0.1 must be at least 0'),
     ('optimizer', {'weight_decay': -1.0}, 'optimizer.weight_decay=-1.0 must be at least 0'),
     ('model', {'attention': 'dense'}, "unknown model.attention='dense'; known: auto, reference"),
-    ('train', {'seed': -1}, 'train.seed=-1 must be at least 0'),
+    ('train', {'seed': -1}, 'train.seed=-1 must be from 0 to'),
     ('evaluate', {'lengths': ()}, 'evaluate.lengths=() must be one or more different'),
     ('evaluate', {'lengths': (8, 8)}, 'evaluate.lengths=(8, 8) must be one or more different'),
     ('evaluate', {'lengths': ('a',)}, "evaluate.lengths=('a',) must be one or more"),
@@ -381,13 +381,13 @@ def test_a_head_that_an_encoding_cannot_rotate_is_refused():
   ],
 )
 def test_an_argument_is_names_and_values(arg, expected):
-  assert config_lib.parse_arg(arg, size='tiny', encoding='fire') == expected
+  assert arguments.parse(arg, size='tiny', encoding='fire') == expected
 
 
 @pytest.mark.parametrize('part', ['sise=base', 'size', 'base', '=base', 'size:base'])
 def test_a_part_of_an_argument_that_is_no_known_name_and_value_is_refused(part):
   with refuses(f'unknown config argument {part!r}; known: size=, encoding='):
-    config_lib.parse_arg(f'encoding=t5,{part}', size='tiny', encoding='fire')
+    arguments.parse(f'encoding=t5,{part}', size='tiny', encoding='fire')
 
 
 def test_masks_that_count_positions_are_refused_where_positions_are_drawn():

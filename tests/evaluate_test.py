@@ -590,7 +590,9 @@ def test_files_are_named_after_what_is_compared():
   assert globs == ['text-books-x-.gz_same_tokens', 'text-books-y-.gz_same_tokens']
   assert len(name(['a'], documents='text', files='x' * 5000)) < 150
   assert name(['fire'], lengths=(64, 128)) == 'same_tokens_lengths-64-128'
-  assert name(['fire'], max_tokens=9, attention='chunked') == 'same_tokens_tokens-9_attention-chunked'
+  assert (
+    name(['fire'], max_tokens=9, attention='chunked') == 'same_tokens_tokens-9_attention-chunked'
+  )
   override = 'yarn:scale=4,train_length=32'
   assert name(['rope'], encodings=(override,)) == 'yarn-scale-4-train_length-32_same_tokens'
 
