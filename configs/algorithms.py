@@ -5,21 +5,23 @@
     python -m lex_fire.evaluate --workdir=runs/addition/fire --tasks=addition
 
 Arguments: task (a key of lex_fire.data.algorithms.ALGORITHMS), length (of the longest question in
-training, in symbols), hints (true: each symbol follows a marker of its place), randomized (true:
-positions are drawn from as many as eight rows of training have, which `evaluate --tasks` has no
-answers for; experiments/arithmetic asks such runs), encoding, size.
+training, in symbols), hints (true: each symbol follows a marker of its place), lengths (uniform, or
+log_uniform: short questions more often), randomized (true: positions are drawn from as many as
+eight rows of training have, which `evaluate --tasks` has no answers for; experiments/arithmetic
+asks such runs), encoding, size.
 """
 
 from ml_collections import config_dict
 
 from lex_fire import arguments, errors, presets
-from lex_fire.data import algorithm_tasks, algorithms, examples, reading, spec
+from lex_fire.data import algorithm_tasks, algorithms, examples, reading, spec, vocabularies
 
 
 def _row(task: str, length: int, hints: bool) -> int:
-  """Returns the tokens, here bytes, of the longest question in training and its answer."""
-  ring = algorithms.markers(length) if hints else ()
-  inputs, answer = algorithms.ALGORITHMS[task](examples.generator('a row'), length, ring)
+  """Returns the tokens, here characters, of the longest question in training and its answer."""
+  algorithm = algorithms.ALGORITHMS[task]
+  ring = algorithm.markers(length) if hints else ''
+  inputs, answer = algorithm(examples.generator('a row'), length, ring)
   return len(inputs) + len(reading.SEPARATOR) + len(answer) + 1  # and EOS
 
 
@@ -27,15 +29,19 @@ def get_config(arg: str = '') -> config_dict.ConfigDict:
   """Returns the config of an algorithm."""
   args = arguments.parse(
     arg,
-    **{'task': 'addition', 'length': '20', 'hints': 'false', 'randomized': 'false'},
-    **{'encoding': 'fire', 'size': 'tiny'},
+    **{'task': 'addition', 'length': '20', 'hints': 'false', 'lengths': 'uniform'},
+    **{'randomized': 'false', 'encoding': 'fire', 'size': 'tiny'},
   )
-  task = f'{args["task"]}:length={args["length"]},hints={args["hints"]}'
+  task = ','.join(
+    [f'{args["task"]}:length={args["length"]}', f'hints={args["hints"]},lengths={args["lengths"]}']
+  )
+  vocabulary = (vocabularies.LATIN1 if args['hints'] == 'true' else vocabularies.BYTES).name
   if args['task'] not in algorithms.ALGORITHMS:
     known = ', '.join(algorithms.ALGORITHMS)
     raise errors.UserError(f'unknown task={args["task"]!r}; known: {known}')
-  asked = algorithm_tasks.options(spec.Spec(task))
-  algorithm_tasks.question(spec.Spec(task))  # refuses what is wrong
+  what = spec.Spec(task, vocabulary)
+  asked = algorithm_tasks.options(what)
+  algorithm_tasks.question(what)  # refuses what is wrong
   length = _row(args['task'], asked['length'], asked['hints'])
   longest = round(length * max(algorithms.MULTIPLES))
   if args['randomized'] not in ('true', 'false'):
@@ -47,7 +53,10 @@ def get_config(arg: str = '') -> config_dict.ConfigDict:
       args['encoding'],
       encoding=presets.reaching(args['encoding'], longest),
       model={'activation': 'swiglu', 'd_ff': 344, 'norm': 'rmsnorm'},
-      data={'task': task, 'length': length, 'batch_size': 64, 'position_range': position_range},
+      data={
+        **{'task': task, 'vocabulary': vocabulary, 'length': length, 'batch_size': 64},
+        'position_range': position_range,
+      },
       optimizer={'learning_rate': 2e-3, 'warmup_steps': 100, 'encoding_rate': 10.0},
       train={'steps': 3000, 'log_every': 50, 'checkpoint_every': 500},
       evaluate={'lengths': (length,)},

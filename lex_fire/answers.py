@@ -100,9 +100,9 @@ def answers(
   Raises:
     errors.UserError: as generate.generate does.
   """
-  start, ways = 0, sharding.ways('B')
+  start = 0
   while start < len(asked):
-    rows = ways * min(_rows(len(asked[start].tokens_L) + max_tokens), -(-len(asked) // ways))
+    rows = rows_at_once(len(asked[start].tokens_L) + max_tokens, len(asked))
     batch = asked[start : start + rows]
     # A last batch is filled up with its last prompt again, so that it needs no program of its own.
     filling = [batch[-1]] * (rows - len(batch))
@@ -119,9 +119,18 @@ def answers(
     start += len(batch)
 
 
-def _rows(length: int) -> int:
-  """Returns how many rows a device has: a power of two, as each number of rows is a program."""
-  return 1 << max(0, (TOKENS_PER_BATCH // length).bit_length() - 1)
+def rows_at_once(length: int, count: int) -> int:
+  """Returns how many rows all devices of the mesh of `jax.set_mesh` answer together.
+
+  On each a power of two, as each number of rows is a program, unless there are fewer.
+
+  Args:
+    length: of the longest row, prompt and answer [tokens].
+    count: of prompts.
+  """
+  ways = sharding.ways('B')
+  most = 1 << max(0, (TOKENS_PER_BATCH // length).bit_length() - 1)
+  return ways * min(most, -(-count // ways))
 
 
 def _text(codec: text_lib.Codec, tokens_L: np.ndarray) -> str:

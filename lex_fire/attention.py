@@ -131,6 +131,7 @@ class Attention(nn.Module):
       implementation=c.attention,
       split=sharding.split,
       sequence_axis=sharding.sequence_axis(query_BLHC.shape[1]),
+      row_devices=sharding.ways('B'),
     )
     return jnp.einsum('BLHC,HCD->BLD', out_BLHC, out_HCD)
 
@@ -152,7 +153,7 @@ class Attention(nn.Module):
 
 
 def choice(
-  transformer: Any, length: int, slots: int | None = None, *, counted: bool
+  transformer: Any, length: int, slots: int | None = None, *, counted: bool, rows: int = 1
 ) -> kernels.Choice:
   """Returns by what implementation a `model.Transformer` attends at a length, and why.
 
@@ -163,6 +164,7 @@ def choice(
     length: of rows [tokens].
     slots: of a cache that has the keys, if one does.
     counted: whether it is given neither positions nor segments.
+    rows: of all devices, that have positions of their own; 1: all share theirs.
   """
   c = transformer.config
   query, key = (
@@ -171,7 +173,10 @@ def choice(
   )
   mask = transformer.mask or kernels.Mask(causal=c.causal)
   axis = sharding.sequence_axis(length)
-  return kernels.choose(c.attention, transformer.encoding, mask, query, key, axis, counted)
+  return kernels.choose(
+    *(c.attention, transformer.encoding, mask, query, key, axis, counted),
+    rows=max(1, rows // sharding.ways('B')),
+  )
 
 
 def line(choices: Iterable[kernels.Choice], where: str = '') -> str:

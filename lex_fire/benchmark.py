@@ -182,12 +182,13 @@ def _ask(of_run, case, report, params, directory, progress, asked) -> Report:
   tell = functools.partial(progress, about)
   lines = answers.answer_all(asked.prompts, kept, answer, tell)
   longest = len(asked.prompts[0].tokens_L) + asked.max_tokens
+  at_once = answers.rows_at_once(longest, len(asked.prompts))
   return {
     'task': asked.task,
     'split': asked.split,
     'length': asked.length,
     # Of the longest question.
-    'implementations': [x._asdict() for x in generate.choices(case.transformer, longest)],
+    'implementations': [x._asdict() for x in generate.choices(case.transformer, longest, at_once)],
     'questions': len(lines),
     'questions_cut': sum(line['cut_tokens'] > 0 for line in lines),
     'tokens_cut': sum(line['cut_tokens'] for line in lines),

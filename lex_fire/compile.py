@@ -32,8 +32,8 @@ from lex_fire import (
   executables,
   feed,
   hlo,
+  kernels,
   metrics,
-  model,
   reporting,
   sharding,
   storage,
@@ -129,8 +129,9 @@ def training_step(config: config_lib.Config, program: train.Program) -> Step:
   """Returns the step that `train` takes."""
   c, state = config.data, program.abstract_state
   with jax.set_mesh(program.mesh):
-    counted = feed.is_counted(config)
-    about = _about('training step', train.make_model(config), c.length, c.batch_size, counted)
+    transformer, counted = train.make_model(config), feed.is_counted(config)
+    choice = attention.choice(transformer, c.length, counted=counted, rows=feed.own_rows(config))
+  about = _about('training step', choice, c.length, c.batch_size)
   arguments = (state, train.abstract_batch(config, program))
   return Step(about, program.step, arguments, {'parameters': state['params'], **_rest(state)})
 
@@ -148,7 +149,8 @@ def _steps(config: config_lib.Config, mesh: jax.sharding.Mesh) -> Iterator[Step]
     compared = f', {case.override or "as trained"}, {case.mask_name}' if len(cases) > 1 else ''
     with jax.set_mesh(mesh):
       name = f'evaluation step at {length}{compared}'
-      about = _about(name, case.transformer, length, rows, counted)
+      choice = attention.choice(case.transformer, length, counted=counted)
+    about = _about(name, choice, length, rows)
     function = train.OnMesh(mesh, jax.jit(functools.partial(evaluate.step, case.transformer)))
     yield Step(about, function, (params, *_windows(rows, length, counted)), {'parameters': params})
 
@@ -157,11 +159,8 @@ def _rest(state: train.State) -> dict[str, Any]:
   return {name: tree for name, tree in state.items() if name != 'params'}
 
 
-def _about(
-  name: str, transformer: model.Transformer, length: int, rows: int, counted: bool
-) -> Report:
-  choice = attention.choice(transformer, length, counted=counted)._asdict()
-  return {'name': name, 'length': length, 'rows': rows, 'attention': choice}
+def _about(name: str, choice: kernels.Choice, length: int, rows: int) -> Report:
+  return {'name': name, 'length': length, 'rows': rows, 'attention': choice._asdict()}
 
 
 def _windows(rows: int, length: int, counted: bool) -> tuple[jax.ShapeDtypeStruct | None, ...]:

@@ -26,6 +26,15 @@ def is_counted(config: config_lib.Config) -> bool:
   return not (config.data.isolate_documents or config.data.position_range)
 
 
+def own_rows(config: config_lib.Config) -> int:
+  """Returns how many rows of what is computed at once have positions of their own; 1: they share.
+
+  As attention.choice counts them.
+  """
+  c = config.data
+  return c.batch_size // config.train.accumulation if c.isolate_documents else 1
+
+
 class Data:
   """The windows that this process trains on and is judged by; prepared once, read by memory map.
 

@@ -132,17 +132,21 @@ def cache_slots(mask: kernels.Mask, length: int, chunk: int = PREFILL_CHUNK) -> 
 
 
 def choices(
-  transformer: model.Transformer, length: int, chunk: int = PREFILL_CHUNK
+  transformer: model.Transformer, length: int, rows: int, chunk: int = PREFILL_CHUNK
 ) -> list[kernels.Choice]:
   """Returns by what attention is computed of a prompt's chunks and of a step, and why.
 
   Args:
     transformer: the model.
     length: of the longest row, prompt and text.
+    rows: of a batch.
     chunk: tokens that come at once.
   """
   slots = cache_slots(_mask(transformer), length, chunk)
-  return [attention.choice(transformer, queries, slots, counted=False) for queries in (chunk, 1)]
+  return [
+    attention.choice(transformer, queries, slots, counted=False, rows=rows)
+    for queries in (chunk, 1)
+  ]
 
 
 def stream(
@@ -426,7 +430,7 @@ def main() -> None:
   cache = jax.eval_shape(lambda: model.empty_cache(transformer.config, len(rows), slots))
   size = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(cache))
   _note(f'checkpoint: step {step}')
-  _note(attention.line(choices(transformer, longest)))
+  _note(attention.line(choices(transformer, longest, len(rows))))
   _note(f'{meter.summary()}; cache of {slots:,} slots a row, {size / 1e6:,.1f} MB')
 
 

@@ -385,8 +385,8 @@ def _announce(config, program, workdir, first):
       f'on {jax.device_count()} {jax.devices()[0].device_kind}'
     )
     with jax.set_mesh(program.mesh):
-      counted = feed.is_counted(config)
-      choice = attention.choice(make_model(config), config.data.length, counted=counted)
+      how = {'counted': feed.is_counted(config), 'rows': feed.own_rows(config)}
+      choice = attention.choice(make_model(config), config.data.length, **how)
     reporting.say(attention.line([choice]))
 
 

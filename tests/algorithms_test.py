@@ -1,8 +1,8 @@
 """Tests of `lex_fire/data/algorithms.py`, and of the splits and addresses of `examples.py`."""
 
 import itertools
+import math
 import re
-import string
 
 import numpy as np
 import pytest
@@ -73,20 +73,18 @@ def test_hints_change_nothing_but_the_markers(name, split):
     assert (one.id, one.facts) == (other.id, other.facts)
 
 
-# Rings for 6 symbols and for 7: 49 places are of 8 times 6 and a carry, 57 are one more than marks.
-RINGS = {
-  6: list('ABCDEFGHIJKLMNOPQRSTUVWXYZ!"#$%&\'()*,-./:;<>?@[\\]'),
-  7: [a + b for a in 'ABCDEFGH' for b in 'ABCDEFGH'],
-}
+# A ring has no more than the places of 8 times the length and, of a sum, a carry.
+ASCII = 'ABCDEFGHIJKLMNOPQRSTUVWXYZ!"#$%&\'()*,-./:;<>?@[\\]^_`{|}~'
+LATIN = ''.join(map(chr, [*range(0xA1, 0xAD), *range(0xAE, 0x100)]))
 
 
 @every_algorithm
-@pytest.mark.parametrize('length', RINGS)
+@pytest.mark.parametrize('length', [6, 18])
 def test_every_symbol_follows_a_marker_and_markers_follow_their_order(name, length):
-  ring = RINGS[length]
+  ring = (ASCII + LATIN)[: 8 * length + (name == 'addition')]
   for example in make(name, length=length, count=50, hints=True):
     for text in (*example.inputs.removesuffix('=').split('+'), *example.references):
-      assert re.fullmatch(f'([^a-z0-9+=]{{{len(ring[0])}}}[a-z0-9])+', text)
+      assert re.fullmatch('([^a-z0-9+=][a-z0-9])+', text)
     for operand in example.inputs.removesuffix('=').split('+'):
       markers = [marker for marker, _ in marked(operand)]
       first = ring.index(markers[0])
@@ -95,7 +93,7 @@ def test_every_symbol_follows_a_marker_and_markers_follow_their_order(name, leng
 
 @pytest.mark.parametrize('name', ['copy', 'reverse', 'sort'])
 def test_a_symbol_of_the_answer_bears_the_marker_that_it_has_in_the_question(name):
-  for example in make(name, length=20, count=50, hints=True):
+  for example in make(name, length=18, count=50, hints=True):
     question, answer = marked(example.inputs), marked(example.references[0])
     assert sorted(question) == sorted(answer)
     if name == 'sort':
@@ -110,7 +108,7 @@ def test_a_digit_of_a_sum_bears_the_marker_of_its_place():
     answer = marked(example.references[0])
     markers = [marker for marker, _ in answer]
     assert [marker for marker, _ in left] == [marker for marker, _ in right] == markers[:-1]
-    ring = algorithms.markers(6)
+    ring = algorithms.ALGORITHMS['addition'].markers(6)
     assert ring.index(markers[-1]) == (ring.index(markers[-2]) + 1) % len(ring)
 
 
@@ -124,35 +122,20 @@ def test_short_questions_show_every_marker_and_every_step_to_the_next():
   for example in make('copy', length=5, count=4000, hints=True):
     seen |= set(itertools.pairwise(marker for marker, _ in marked(example.inputs)))
 
-  ring = algorithms.markers(5)
+  ring = algorithms.ALGORITHMS['copy'].markers(5)
   assert seen == set(zip(ring, (*ring[1:], ring[0]), strict=True))
 
 
-@pytest.mark.parametrize('length', [2, 6])
-def test_few_places_have_a_marker_of_one_byte_each(length):
-  ring = algorithms.markers(length)
+@every_algorithm
+@pytest.mark.parametrize('length', [2, 6, 18, 20])
+def test_each_place_has_a_marker_of_its_own_of_one_character_that_is_no_symbol(name, length):
+  algorithm = algorithms.ALGORITHMS[name]
+  ring = algorithm.markers(length)
 
-  assert len(set(ring)) == len(ring) == 8 * length + 1  # a sum has a digit more
-  assert {len(marker.encode()) for marker in ring} == {1}
-  assert not set(ring) & {*string.ascii_lowercase, *string.digits, '+', '='}
-
-
-@pytest.mark.parametrize('length', [7, 20, 84])
-def test_more_places_have_markers_of_the_fewest_letters_that_give_each_its_own(length):
-  ring = algorithms.markers(length)
-  letters = len({letter for marker in ring for letter in marker})
-
-  assert len(set(ring)) == len(ring) == letters**2
-  assert (letters - 1) ** 2 < 8 * length + 1 <= letters**2
-
-
-@pytest.mark.parametrize('length', range(7, 85))
-def test_neither_letter_of_a_marker_tells_the_place_in_a_long_question_of_training(length):
-  ring = algorithms.markers(length)
-  for first in range(len(ring)):
-    question = [ring[(first + place) % len(ring)] for place in range(length)]
-    tells = [len(set(letters)) == length for letters in zip(*question, strict=True)]
-    assert any(tells) == (length < algorithms.MIN_TO_READ_BOTH)
+  assert len(set(ring)) == len(ring) == 8 * length + (name == 'addition')
+  assert not set(ring) & {*algorithm.alphabet, '+', '='}
+  assert ring.isprintable() and len(ring.encode('latin1')) == len(ring)
+  assert ring.isascii() == (length <= 6)
 
 
 @every_algorithm
@@ -164,6 +147,26 @@ def test_training_has_all_lengths_up_to_the_longest_and_evaluation_its_multiples
     assert train.count(length) == pytest.approx(200, abs=60)
   assert set(train) == {1, 2, 3, 4, 5}
   assert test == [2, 5, 10, 25, 40] * 2
+
+
+@every_algorithm
+def test_short_questions_come_more_often_where_lengths_are_log_uniform(name):
+  train, validation = (
+    [example.facts['length'] for example in make(name, split, count=2000, lengths='log_uniform')]
+    for split in ('train', 'validation')
+  )
+
+  for drawn in (train, validation):
+    for length in range(1, 7):
+      share = math.log((length + 1) / length) / math.log(7)
+      assert drawn.count(length) == pytest.approx(2000 * share, abs=100)
+    assert set(drawn) == {1, 2, 3, 4, 5, 6}
+  assert make(name, 'test', lengths='log_uniform') == make(name, 'test')
+
+
+def test_unknown_lengths_are_refused_with_the_known():
+  with pytest.raises(errors.UserError, match="lengths='short'; known: uniform, log_uniform"):
+    make('copy', lengths='short')
 
 
 @every_algorithm
@@ -251,11 +254,11 @@ def test_no_examples_are_refused():
     make('copy', count=0)
 
 
-@every_algorithm
-def test_lengths_for_which_there_are_too_few_markers_are_refused(name):
-  longest = make(name, 'test', length=84, count=5, hints=True)[-1]
+@pytest.mark.parametrize(('name', 'most'), [('addition', 21), ('parity', 23), ('copy', 20)])
+def test_lengths_for_which_there_are_too_few_markers_are_refused(name, most):
+  longest = make(name, 'test', length=most, count=5, hints=True)[-1]
 
-  assert len({marker for marker, _ in marked(longest.inputs)}) == 672
-  with pytest.raises(errors.UserError, match='length=85 is evaluated up to 680.* at most 84'):
-    make(name, length=85, hints=True)
-  assert make(name, length=85)
+  assert len(longest.inputs) == (2 if name == 'addition' else 1) * (16 * most + 1)
+  with pytest.raises(errors.UserError, match=f'evaluated up to {8 * most + 8}.* at most {most},'):
+    make(name, length=most + 1, hints=True)
+  assert make(name, length=most + 1)

@@ -2,6 +2,7 @@
 
 import functools
 import inspect
+import math
 import re
 
 import jax
@@ -690,6 +691,7 @@ def chosen(
   head_dim=64,
   dtype=jnp.bfloat16,
   causal=True,
+  rows=1,
   **options,
 ):
   query, key = (
@@ -698,7 +700,8 @@ def chosen(
   )
   with jax.default_device(platform):
     encoding = encodings.get(name, **options)
-    return kernels.choose(implementation, encoding, kernels.Mask(causal=causal), query, key)
+    mask = kernels.Mask(causal=causal)
+    return kernels.choose(implementation, encoding, mask, query, key, rows=rows)
 
 
 @pytest.mark.parametrize('platform', kernels.MAX_DENSE_LOGITS)
@@ -710,6 +713,49 @@ def test_auto_is_dense_up_to_the_limit_of_its_platform(platform):
   assert choice.implementation == 'reference'
   assert choice.reason.startswith(f'1 x {limit} logits are at most {limit} on {platform}')
   assert chosen(platform, 1, limit + 1).implementation == 'chunked'
+
+
+@pytest.mark.parametrize('platform', kernels.MAX_DENSE_LOGITS)
+def test_auto_counts_rows_whose_biases_are_of_their_own_positions(platform):
+  side = math.isqrt(kernels.MAX_DENSE_LOGITS[platform])
+  of_two_rows = functools.partial(chosen, platform, side, side, hidden_layers=3, rows=2)
+
+  assert chosen(platform, side, side, hidden_layers=3).implementation == 'reference'
+  choice = of_two_rows()
+  assert choice.implementation == 'chunked'
+  assert choice.reason.startswith(f'2 x {side} x {side} logits are over {side**2} on {platform}')
+  # A bias of distances costs no more than a logit, and a step of generation has no tile to share.
+  for name in ('alibi', 'learned'):
+    assert chosen(platform, side, side, name=name, rows=2).implementation != 'chunked'
+  assert chosen(platform, 1, side**2, rows=2).implementation == 'reference'
+
+
+def test_attention_takes_what_is_chosen_for_its_rows(monkeypatch):
+  taken = []
+  for name in ('reference', 'chunked'):
+    kept = kernels.IMPLEMENTATIONS[name]
+
+    def note(*args, name=name, kept=kept, **options):
+      taken.append(name)
+      return kept(*args, **options)
+
+    monkeypatch.setitem(kernels.IMPLEMENTATIONS, name, note)
+  encoding = encodings.get('fire')
+  params = encoding.init(jax.random.key(0), num_heads=1, head_dim=2, d_model=2)
+  x_BLHC = jnp.zeros((4, 128, 1, 2))
+
+  for position_BL, devices in ((None, 1), (jnp.zeros((4, 128), jnp.int32), 1)) + (
+    (jnp.zeros((4, 128), jnp.int32), 4),
+  ):
+    jax.eval_shape(
+      functools.partial(kernels.attention, encoding=encoding, row_devices=devices),
+      *(x_BLHC, x_BLHC, x_BLHC),
+      params=params,
+      query_position_BQ=position_BL,
+      key_position_BK=position_BL,
+    )
+
+  assert taken == ['reference', 'chunked', 'reference']
 
 
 def test_auto_takes_the_kernel_of_a_platform_where_it_can_and_else_says_why_not():

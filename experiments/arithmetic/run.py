@@ -28,6 +28,7 @@ from lex_fire.data import text as text_lib
 
 HERE = pathlib.Path(__file__).parent
 ROWS = 10  # that share positions, where they are drawn
+_SUMS = 200_000  # to learn from
 ENCODINGS = ('fire', 'rope', 'alibi', 'kerple_log', 't5', 'nope')
 
 
@@ -46,24 +47,21 @@ class Scale(NamedTuple):
 
 
 SCALES = {
-  # Markers of one byte, and so many sums of one digit among the questions that 0.2M parameters find
-  # the rule in minutes.
-  'laptop': Scale(
-    4,
+  'laptop': Scale(  # 0.2M parameters, minutes on a core
+    20,
     {
       'model': {
         **{'num_layers': 3, 'd_model': 64, 'num_heads': 4, 'num_kv_heads': 4, 'head_dim': 16},
         **{'d_ff': 172},
       },
-      'data': {'batch_size': 32},
+      'data': {'batch_size': 16},
       # The rule is found suddenly, at a step in which chance has a part: so the rate stays high.
       'optimizer': {'learning_rate': 2e-3, 'final_fraction': 0.5},
-      'train': {'steps': 6000, 'checkpoint_every': 1000},
+      'train': {'steps': 5000, 'checkpoint_every': 1000},
     },
     questions=100,
   ),
-  # For one accelerator: 4.8M parameters.
-  'gpu': Scale(
+  'gpu': Scale(  # 4.8M parameters, for one accelerator
     20,
     {
       'model': {
@@ -98,11 +96,16 @@ VARIANTS = {
 
 
 def config(scale: Scale, variant: Variant, seed: int) -> config_lib.Config:
-  """Returns the config of a run, with a seed of parameters and of the questions' order."""
+  """Returns the config of a run, with a seed of parameters and of the questions' order.
+
+  A model finds the rule in short sums, of which there are therefore more, and a row has as many
+  sums as have room.
+  """
   values = algorithms_config.get_config(
-    f'task=addition,length={scale.digits},hints=true,encoding={variant.encoding},'
-    f'randomized={str(variant.randomized).lower()}'
+    f'task=addition,length={scale.digits},hints=true,lengths=log_uniform,'
+    f'encoding={variant.encoding},randomized={str(variant.randomized).lower()}'
   ).to_dict()
+  values['data'] |= {'task': f'{values["data"]["task"]},count={_SUMS}', 'isolate_documents': True}
   for section, changes in scale.sections.items():
     values[section] |= changes
   values['train']['seed'] = seed

@@ -2,9 +2,9 @@
 
     addition:length=20,hints=true,count=50000,seed=0
 
-Options: `length`, the longest in training, `hints` and `seed` as algorithms.examples has them;
-`count`, the examples of split train; `held_out`, those of validation and of test each. Test takes
-algorithms.MULTIPLES of the length in turn.
+Options: `length`, the longest in training, `hints`, `lengths` and `seed` as algorithms.examples has
+them; `count`, the examples of split train; `held_out`, those of validation and of test each. Test
+takes algorithms.MULTIPLES of the length in turn.
 """
 
 from __future__ import annotations
@@ -13,8 +13,8 @@ import functools
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
-from lex_fire import scores
-from lex_fire.data import algorithms, generated, questions
+from lex_fire import errors, scores
+from lex_fire.data import algorithms, generated, questions, vocabularies
 from lex_fire.data import examples as examples_lib
 from lex_fire.data.spec import Spec
 
@@ -31,7 +31,7 @@ def question(spec: Spec) -> questions.Question:
   _, asked = _asked(spec)
   longest = _examples(spec.base, asked, 'test', 0, len(algorithms.MULTIPLES))
   # All answers of a length are equally long, and of these examples one has the largest.
-  answer_bytes = max(len(example.references[0]) for example in longest)
+  answer_bytes = max(len(example.references[0].encode()) for example in longest)
   return questions.Question((scores.accuracy,), answer_bytes, ('length',), 'test')
 
 
@@ -56,7 +56,9 @@ def options(spec: Spec) -> dict[str, Any]:
   Raises:
     errors.UserError: for one that is unknown or of another type.
   """
-  return spec.options(length=20, hints=False, count=50_000, held_out=1000, seed=0)
+  return spec.options(
+    length=20, hints=False, lengths='uniform', count=50_000, held_out=1000, seed=0
+  )
 
 
 def _asked(spec: Spec) -> tuple[dict[str, int], dict[str, Any]]:
@@ -66,6 +68,12 @@ def _asked(spec: Spec) -> tuple[dict[str, int], dict[str, Any]]:
   counts = {split: train if split == 'train' else held_out for split in examples_lib.SPLITS}
   for split, count in counts.items():
     _examples(spec.base, made, split, 0, count)  # refuses what is wrong; makes none yet
+  ring = algorithms.ALGORITHMS[spec.base].markers(made['length']) if made['hints'] else ''
+  if spec.vocabulary == vocabularies.BYTES.name and not ring.isascii():
+    raise errors.UserError(
+      f'the {len(ring)} index hints of {spec.name!r} are not of one byte each; use '
+      f'data.vocabulary={vocabularies.LATIN1.name}, a shorter length, or no hints'
+    )
   return counts, made
 
 

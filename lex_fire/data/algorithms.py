@@ -13,13 +13,9 @@ arXiv:2402.09371) put a marker before each symbol. A symbol of the answer bears 
 symbol that it comes from, so that a model can find one by the other: 'PaQb=' reversed is 'QbPa'.
 Digits of one place share a marker in both numbers and their sum; a parity bears the last bit's.
 Markers follow one another from a random first one, as in both papers, so that the many markers of a
-long question are all known from short ones. Departures: the order is a ring, from its first to its
-last and round again, so that no marker is more frequent than another. And where the longest
-question has more places than there are SINGLE markers, of one token as in the papers, a marker is
-two tokens, of as few letters as make enough. From MIN_TO_READ_BOTH symbols on, questions of
-training then repeat each letter, so that a model has to read both: of 26 letters the second alone
-would tell the place of up to 26 symbols, and mislead it later. In training on fewer symbols, but
-too many for single ones, it still does.
+long question are all known from short ones. Departure: the order is a ring, from its first to its
+last and round again, so that no marker is more frequent than another. A marker is one token, as in
+the papers, of the vocabulary `latin1` or, if there are few enough, of bytes.
 
 A question of a length that has at least MIN_TO_SPLIT of them belongs to one split by a hash of it
 without its hints. Shorter ones are too few to hold any out: they may stand in every split.
@@ -28,10 +24,8 @@ without its hints. Shorter ones are too few to hold any out: they may stand in e
 from __future__ import annotations
 
 import dataclasses
-import itertools
-import math
 import string
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 
 import numpy as np
 
@@ -40,12 +34,13 @@ from lex_fire.data import examples as examples_lib
 
 MULTIPLES = (0.5, 1, 2, 5, 8)  # of the longest length in training: the lengths to evaluate
 MIN_TO_SPLIT = 1000
-MIN_TO_READ_BOTH = 10  # symbols
-# All printed bytes but those of which questions are: small letters, digits, '+' and '='.
-SINGLE = string.ascii_uppercase + ''.join(mark for mark in string.punctuation if mark not in '+=')
-VERSION = 4  # of what is made of an address; prepared streams of another are others
-_MOST_MARKERS = len(string.ascii_uppercase) ** 2
-_NO_MARKERS = str.maketrans('', '', SINGLE)
+LENGTHS = ('uniform', 'log_uniform')  # how those of questions of training are drawn
+VERSION = 5  # of what is made of an address; prepared streams of another are others
+_SIGNS = '+='  # of questions
+_MARKS = ''.join(mark for mark in string.punctuation if mark not in _SIGNS)
+# The printed characters of Latin-1: those of ASCII first, of which a byte is the token too.
+_LATIN = ''.join(chr(code) for code in range(0xA1, 0x100) if code != 0xAD)  # a soft hyphen
+_PRINTED = string.ascii_uppercase + _MARKS + _LATIN + string.ascii_lowercase + string.digits
 
 Placed = Iterable[tuple[int, str]]  # symbols, each with the place whose marker it bears
 
@@ -58,21 +53,23 @@ class Algorithm:
     alphabet: the symbols of an operand.
     operands: how many.
     solve: the operands -> the symbols of the answer, and their places.
+    carries: places that an answer may have past those of its operands.
   """
 
   alphabet: str
   operands: int
   solve: Callable[..., Placed]
+  carries: int = 0
 
   def __call__(
-    self, generator: np.random.Generator, length: int, ring: Sequence[str] = ()
+    self, generator: np.random.Generator, length: int, ring: str = ''
   ) -> tuple[str, str]:
     """Draws a question; returns it and its answer.
 
     Args:
       generator: draws the same symbols with any ring.
       length: symbols of an operand.
-      ring: the markers in their order, more than `length`; (): no hints.
+      ring: the markers in their order, at least one a place; '': no hints.
     """
     first = int(generator.random() * len(ring))
     drawn = generator.integers(len(self.alphabet), size=(self.operands, length))
@@ -89,6 +86,35 @@ class Algorithm:
   def can_split(self, length: int) -> bool:
     """Says whether there are enough questions of a length to hold some out."""
     return len(self.alphabet) ** (self.operands * length) >= MIN_TO_SPLIT
+
+  def bare(self, inputs: str) -> str:
+    """Returns a question without its markers."""
+    return ''.join(symbol for symbol in inputs if symbol in self.alphabet + _SIGNS)
+
+  def places(self, length: int) -> int:
+    """Returns how many places the longest question has that training up to a length leads to."""
+    return round(max(MULTIPLES) * length) + self.carries
+
+  def markers(self, length: int) -> str:
+    """Returns the ring of markers for training up to a length.
+
+    >>> ALGORITHMS['addition'].markers(3)  # 25 places of 24 digits and a carry
+    'ABCDEFGHIJKLMNOPQRSTUVWXY'
+
+    Args:
+      length: of the longest question in training, in symbols of an operand.
+
+    Raises:
+      errors.UserError: if there are fewer characters than places.
+    """
+    pool = ''.join(mark for mark in _PRINTED if mark not in self.alphabet)
+    if self.places(length) > len(pool):
+      most = (len(pool) - self.carries) // round(max(MULTIPLES))
+      raise errors.UserError(
+        f'{length=} is evaluated up to {round(max(MULTIPLES) * length)}, for which the {len(pool)} '
+        f'index hints are too few; use at most {most}, or no hints'
+      )
+    return pool[: self.places(length)]
 
 
 def _copy(symbols: str) -> Placed:
@@ -120,7 +146,7 @@ ALGORITHMS: dict[str, Algorithm] = {
   'reverse': Algorithm(string.ascii_lowercase, 1, _reverse),
   'sort': Algorithm(string.ascii_lowercase, 1, _sort),
   'parity': Algorithm('01', 1, _parity),
-  'addition': Algorithm(string.digits, 2, _addition),
+  'addition': Algorithm(string.digits, 2, _addition, carries=1),
 }
 
 
@@ -132,6 +158,7 @@ def examples(
   count: int,
   seed: int,
   hints: bool = False,
+  lengths: str = 'uniform',
   start: int = 0,
 ) -> Iterator[examples_lib.Example]:
   """Makes `count` examples of a split, from number `start` on.
@@ -141,66 +168,49 @@ def examples(
 
   Args:
     name: a key of ALGORITHMS.
-    split: 'train' and 'validation' have lengths from 1 to `length`, equally likely; 'test' takes
-      the MULTIPLES of `length` in turn, so that a multiple of five has equally many of each.
+    split: 'train' and 'validation' have lengths from 1 to `length`; 'test' takes the MULTIPLES of
+      `length` in turn, so that a multiple of five has equally many of each.
     length: symbols of an operand, the most in training; a half is rounded down.
     count: number of examples.
     seed: of all that is drawn, a whole number.
     hints: whether each symbol follows its marker.
+    lengths: 'uniform', all equally likely, or 'log_uniform', short ones more often: the logarithm
+      of (length + 1) is the share of questions up to a length, but for a factor.
     start: index of the first example, >= 0.
 
   Returns:
     Examples with one answer each and the fact 'length', in symbols of an operand.
 
   Raises:
-    errors.UserError: if the name or split is unknown, count is less than 1 or length less than 2,
-      or there are too few markers for the longest questions.
+    errors.UserError: if the name, split or lengths are unknown, count is less than 1 or length less
+      than 2, or there are too few markers for the longest questions.
   """
   examples_lib.check(ALGORITHMS, name, split, count)
   if length < 2:
     raise errors.UserError(f'{length=} has no half to evaluate; use at least 2')
-  longest = round(max(MULTIPLES) * length)
-  if hints and longest >= _MOST_MARKERS:
-    raise errors.UserError(
-      f'{length=} is evaluated up to {longest}, for which the {_MOST_MARKERS} index hints are too'
-      f' few; use at most {round((_MOST_MARKERS - 1) // max(MULTIPLES))}, or no hints'
-    )
-  ring = markers(length) if hints else ()
-  return (_example(name, split, length, seed, ring, index) for index in range(start, start + count))
+  if lengths not in LENGTHS:
+    raise errors.UserError(f'unknown {lengths=}; known: {", ".join(LENGTHS)}')
+  ring = ALGORITHMS[name].markers(length) if hints else ''
+  sizes = _sizes(split, length, lengths)
+  return (_example(name, split, sizes, seed, ring, index) for index in range(start, start + count))
 
 
-def markers(length: int) -> tuple[str, ...]:
-  """Returns the ring of markers for training up to a length.
-
-  The first of SINGLE or, if they are too few, AA, AB and so on to the last letter twice.
-
-  >>> ''.join(markers(3))  # 25 places of 24 digits and a carry
-  'ABCDEFGHIJKLMNOPQRSTUVWXY'
-  >>> len(markers(20)), markers(20)[-1]  # 161 places
-  (169, 'MM')
-
-  Args:
-    length: of the longest question in training, in symbols of an operand.
-  """
-  places = round(max(MULTIPLES) * length) + 1
-  if places <= len(SINGLE):
-    return tuple(SINGLE[:places])
-  letters = string.ascii_uppercase[: math.isqrt(places - 1) + 1]
-  return tuple(map(''.join, itertools.product(letters, repeat=2)))
+def _sizes(split: str, length: int, lengths: str) -> Callable[[int, np.random.Generator], int]:
+  """Returns what draws the symbols of an operand for the example of an index."""
+  if split == 'test':
+    return lambda index, _: int(MULTIPLES[index % len(MULTIPLES)] * length)
+  if lengths == 'uniform':
+    return lambda _, generator: int(generator.integers(1, length + 1))
+  return lambda _, generator: min(length, int((length + 1) ** generator.random()))
 
 
-def _example(
-  name: str, split: str, length: int, seed: int, ring: Sequence[str], index: int
-) -> examples_lib.Example:
+def _example(name, split, sizes, seed, ring, index) -> examples_lib.Example:
   """Draws the example of an address, again and again until its question is of the split."""
   algorithm = ALGORITHMS[name]
   generator = examples_lib.generator('algorithms', name, split, seed, index)
-  if split == 'test':
-    size = int(MULTIPLES[index % len(MULTIPLES)] * length)
-  else:
-    size = int(generator.integers(1, length + 1))
+  size = sizes(index, generator)
   while True:
     inputs, answer = algorithm(generator, size, ring)
-    home = examples_lib.split_of(name + inputs.translate(_NO_MARKERS))
+    home = examples_lib.split_of(name + algorithm.bare(inputs))
     if home == split or not algorithm.can_split(size):
       return examples_lib.Example(f'{name}_{split}_{index}', inputs, (answer,), {'length': size})

@@ -76,10 +76,12 @@ def documents(
 def _tokenized(task: seqio.Task, texts: Iterator[bytes]) -> Iterator[stream.Document]:
   """Tokenizes texts as a Task of documents does, in a quarter of the time that TensorFlow takes."""
   vocabulary: Any = task.output_features['targets'].vocabulary
-  is_bytes = isinstance(vocabulary, lazy.seqio().ByteVocabulary)
+  name = vocabularies.facts(vocabulary).name
   for text in texts:
-    if is_bytes:
+    if name == vocabularies.BYTES.name:
       tokens_L = np.frombuffer(text, np.uint8) + np.int32(vocabularies.FIRST_BYTE)
+    elif name == vocabularies.LATIN1.name:
+      tokens_L = np.array(vocabulary.encode(text.decode()), np.int32)
     else:
       tokens_L = np.array(vocabulary.tokenizer.EncodeAsIds(text), np.int32)
     yield stream.Document(np.append(tokens_L, np.int32(vocabulary.eos_id)), len(text))

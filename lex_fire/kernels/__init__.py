@@ -1,6 +1,7 @@
 """Attention by several implementations of one contract, chosen by name."""
 
 import functools
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -34,6 +35,7 @@ PLATFORM = {'mosaic_tpu': 'tpu', 'mosaic_gpu': 'gpu', **_OF_LIBRARIES}
 # Up to this many dense logits a head and row, 'auto' does not cut them in tiles: on CPU tiles that
 # fit the cache win early, an accelerator prefers few large products.
 MAX_DENSE_LOGITS = {'cpu': 128 * 128, 'gpu': 2048 * 2048, 'tpu': 2048 * 2048}
+_FEW_QUERIES = 16  # of a row, fewer than which tiles are no faster than the bias of each logit
 
 
 class Choice(NamedTuple):
@@ -61,6 +63,7 @@ def choose(
   key: Any,
   sequence_axis: str | None = None,
   counted: bool = False,
+  rows: int = 1,
 ) -> Choice:
   """Returns by what implementation attention is computed here, and why.
 
@@ -76,6 +79,7 @@ def choose(
     sequence_axis: the mesh axis over which rows are cut in parts, if they are. 'auto' is then
       'ring', which is no key of IMPLEMENTATIONS, as there is none on one device.
     counted: whether attention is given no positions and no segments, as `library` wants it.
+    rows: how many have positions of their own on a device; 1: all share theirs.
 
   Raises:
     errors.UserError: for an unknown implementation, one that is for another platform, or one that
@@ -101,7 +105,7 @@ def choose(
     return Choice(implementation, 'as asked')
   if sequence_axis is not None:
     return Choice('ring', f'as mesh axis {sequence_axis!r} cuts rows in parts')
-  num_queries, num_keys, reason = query.shape[1], key.shape[1], ''
+  num_queries, num_keys, reason = query.shape[1], key.shape[1], None
   if here in library.KERNELS:
     kept = library.KERNELS[here]
     reason = kept.why_not(encoding, mask, query, key, counted)
@@ -115,13 +119,22 @@ def choose(
       )
     if reason is None:
       return Choice('mosaic_tpu', 'a kernel for TPU that computes bias and decay in its tiles')
-  reason = f' ({reason})' if reason else ''
-  most = MAX_DENSE_LOGITS[here]
-  if num_queries * num_keys <= most:
-    return Choice(
-      'reference', f'{num_queries} x {num_keys} logits are at most {most} on {here}{reason}'
-    )
-  return Choice('chunked', f'{num_queries} x {num_keys} logits are over {most} on {here}{reason}')
+  return _of_size(here, encoding, (rows, num_queries, num_keys), f' ({reason})' if reason else '')
+
+
+def _of_size(
+  here: str, encoding: base.Encoding, sizes: tuple[int, int, int], reason: str
+) -> Choice:
+  """Chooses by how many logits there are, of sizes (rows, queries, keys)."""
+  # A bias that depends on more than the distance costs more than the logit it is added to, and rows
+  # with positions of their own need one each.
+  of_distance = encoding.bias is None or encoding.shift_invariant
+  if of_distance or sizes[1] < _FEW_QUERIES or sizes[0] == 1:
+    sizes = sizes[1:]
+  what, most = f'{" x ".join(map(str, sizes))} logits', MAX_DENSE_LOGITS[here]
+  if math.prod(sizes) <= most:
+    return Choice('reference', f'{what} are at most {most} on {here}{reason}')
+  return Choice('chunked', f'{what} are over {most} on {here}{reason}')
 
 
 def positions(x_BLHC: jax.Array, position_BL: jax.Array | None) -> jax.Array:
@@ -147,6 +160,7 @@ def attention(
   implementation: str = 'auto',
   split: Callable[..., jax.Array] | None = None,
   sequence_axis: str | None = None,
+  row_devices: int = 1,
 ) -> jax.Array:
   """Softmax attention under a position encoding: out_i = sum_j softmax_j(logits_ij) value_j.
 
@@ -177,6 +191,7 @@ def attention(
       divide on each device's own rows, heads and tokens. None: all is on one device.
     sequence_axis: the mesh axis over which rows are cut in parts, if they are; needs `split`. Parts
       may have any of a row's tokens, as their positions say: see `ring`.
+    row_devices: how many devices share the rows.
 
   Returns:
     out_BQHC in the value's dtype. Logits, bias and softmax are float32.
@@ -189,8 +204,10 @@ def attention(
   if num_heads % num_kv_heads:
     raise errors.UserError(f'{num_kv_heads=} must divide {num_heads=}')
   counted = library.is_counted(query_position_BQ, key_position_BK, query_segment_BQ, key_segment_BK)
+  own = max(len(x) for x in (query_position_BQ, key_position_BK, (0,)) if x is not None)
   name = choose(
-    implementation, encoding, mask, query_BQHC, key_BKGC, sequence_axis, counted
+    *(implementation, encoding, mask, query_BQHC, key_BKGC, sequence_axis, counted),
+    rows=max(1, own // row_devices),
   ).implementation
   if name not in _OF_LIBRARIES:
     query_position_BQ = positions(query_BQHC, query_position_BQ)

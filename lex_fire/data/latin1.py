@@ -1,0 +1,39 @@
+"""A vocabulary of characters: each of ISO 8859-1 (Latin-1) is a token, and any other is unknown.
+
+Of ASCII its ids are those of bytes. Above it a character of UTF-8 is two bytes or more, but here
+one: for the index hints of `algorithms`, of which ASCII has too few.
+"""
+
+import tensorflow as tf
+
+from lex_fire.data import lazy, vocabularies
+
+seqio = lazy.seqio()
+_FIRST, _SIZE = vocabularies.FIRST_BYTE, vocabularies.LATIN1.size
+
+
+class Latin1Vocabulary(seqio.Vocabulary):
+  """The 256 characters of ISO 8859-1, where seqio.ByteVocabulary has the 256 bytes."""
+
+  bos_id = None
+  eos_id = vocabularies.LATIN1.eos_id
+  unk_id = 2
+  _base_vocab_size = _SIZE
+
+  def _encode(self, s):
+    ids = (_FIRST + ord(character) for character in s)
+    return [made if made < _SIZE else self.unk_id for made in ids]
+
+  def _decode(self, ids):
+    return ''.join(chr(made - _FIRST) for made in ids if made >= _FIRST)
+
+  def _encode_tf(self, s):
+    ids = tf.strings.unicode_decode(s, 'UTF-8') + _FIRST
+    return tf.where(ids < _SIZE, ids, self.unk_id)
+
+  def _decode_tf(self, ids):
+    kept = tf.ragged.boolean_mask(ids, ids >= _FIRST)
+    return tf.strings.unicode_encode(kept - _FIRST, 'UTF-8')
+
+  def __eq__(self, other):
+    return isinstance(other, Latin1Vocabulary) and self.extra_ids == other.extra_ids
