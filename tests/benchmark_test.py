@@ -161,8 +161,8 @@ def test_a_report_says_what_was_asked_and_of_whom(workdir, model, tmp_path):
     'split': 'test',
     'length': None,
     'implementations': [
-      {'implementation': 'reference', 'reason': f'{queries} x 64 logits are at most 16384 on cpu'}
-      for queries in (64, 1)  # of a prompt's chunk, and of a step
+      {'implementation': 'reference', 'reason': f'{size} x 64 logits are at most 16384 on cpu'}
+      for size in ('2 x 64', '1')  # of a chunk of two prompts, and of a step
     ],
     'questions': 10,
     'questions_cut': 0,

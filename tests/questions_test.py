@@ -5,7 +5,7 @@ import itertools
 import pytest
 
 from lex_fire import errors
-from lex_fire.data import algorithm_tasks, algorithms, questions, reading, tasks
+from lex_fire.data import algorithm_tasks, algorithms, questions, reading, tasks, vocabularies
 from lex_fire.data.spec import Spec
 
 seqio = pytest.importorskip('seqio')
@@ -64,16 +64,21 @@ def test_a_split_has_as_many_parts_as_its_count_asks_for(count, parts):
   assert reading.num_documents(task, 'train') == count
 
 
-@pytest.mark.parametrize('hints', [False, True])
+@pytest.mark.parametrize(
+  'hints, length, vocabulary',
+  [(False, 5, 'bytes'), (True, 5, 'bytes'), (False, 18, 'latin1'), (True, 18, 'latin1')],
+)
 @pytest.mark.parametrize('name', algorithms.ALGORITHMS)
-def test_the_limit_of_answers_is_the_length_of_the_longest(name, hints):
-  question = tasks.QUESTIONS[name](Spec(f'{name}:{SMALL},hints={str(hints).lower()}'))
+def test_the_limit_of_answers_is_the_length_of_the_longest(name, hints, length, vocabulary):
+  asked = f'count=40,held_out=10,seed=3,length={length},hints={str(hints).lower()}'
+  question = tasks.QUESTIONS[name](Spec(f'{name}:{asked}', vocabulary))
 
   made = [
-    *algorithms.examples(name, 'test', length=5, count=20, seed=3, hints=hints),
-    *algorithms.examples(name, 'train', length=5, count=20, seed=3, hints=hints),
+    *algorithms.examples(name, 'test', length=length, count=20, seed=3, hints=hints),
+    *algorithms.examples(name, 'train', length=length, count=20, seed=3, hints=hints),
   ]
-  assert question.answer_bytes == max(len(example.references[0].encode()) for example in made)
+  encode = vocabularies.load(vocabulary).encode
+  assert question.answer_bytes == max(len(encode(example.references[0])) for example in made)
   assert {question.facts} == {tuple(example.facts) for example in made}
 
 
@@ -87,11 +92,13 @@ def test_options_left_out_are_the_same_task():
 @pytest.mark.parametrize(
   'name, message',
   [
-    ('parity:size=3', "task 'parity:size=3' has no option 'size=3'; known: length, hints, count"),
+    ('parity:size=3', "task 'parity:size=3' has no option 'size=3'; known: length, hints, lengths"),
     ('parity:length=1', 'length=1 has no half to evaluate'),
     ('parity:count=0', 'count=0 is no number of examples'),
     ('parity:held_out=-2', 'count=-2 is no number of examples'),
-    ('parity:length=100,hints=true', 'the 676 index hints are too few'),
+    ('parity:length=100,hints=true', 'the 184 index hints are too few'),
+    ('parity:length=8,hints=true', 'the 64 index hints of .* use data.vocabulary=latin1'),
+    ('parity:lengths=short', "unknown lengths='short'; known: uniform, log_uniform"),
   ],
 )
 def test_wrong_options_are_refused_before_anything_is_read(name, message):

@@ -104,7 +104,7 @@ def _cut(block, pieces, queries, keys) -> tuple[Queries, Keys]:
   key_BKGC, value_BKGC, key_position_BK, key_segment_BK = keys
   num_queries, num_keys = query_BQHC.shape[1], key_BKGC.shape[1]
   query_piece, key_piece = num_queries // pieces, num_keys // pieces
-  query_block, key_block = min(block, query_piece), min(block, key_piece)
+  query_block, key_block = _even(query_piece, block), _even(key_piece, block)
   if query_segment_BQ is None and (query_piece % query_block or key_piece % key_block):
     query_segment_BQ = jnp.zeros((1, num_queries), jnp.int32)
     key_segment_BK = jnp.zeros((1, num_keys), jnp.int32)
@@ -123,6 +123,14 @@ def _cut(block, pieces, queries, keys) -> tuple[Queries, Keys]:
       None if key_segment_BK is None else of_key(key_segment_BK, fill=plan.PAD_KEY),
     ),
   )
+
+
+def _even(length: int, most: int) -> int:
+  """Returns the size of the fewest blocks of at most so many tokens, all about equally large.
+
+  Of 130 tokens 65 and 65, and not 128 and 2: what fills a block up costs as much as tokens.
+  """
+  return -(-length // -(-length // most))
 
 
 def _heads_first(x_IBLHC):
