@@ -730,6 +730,16 @@ def test_auto_counts_rows_whose_biases_are_of_their_own_positions(platform):
   assert chosen(platform, 1, side**2, rows=2).implementation == 'reference'
 
 
+@pytest.mark.parametrize('most', [1, 7, 128])
+def test_tiles_are_as_few_as_can_be_and_filled_but_for_a_token_each_at_most(most):
+  for length in range(1, 600):
+    size = chunked._even(length, most)
+    count = -(-length // size)
+
+    assert size <= most and count == -(-length // most)
+    assert 0 <= count * size - length < count
+
+
 def test_attention_takes_what_is_chosen_for_its_rows(monkeypatch):
   taken = []
   for name in ('reference', 'chunked'):
