@@ -35,13 +35,12 @@ def get_config(arg: str = '') -> config_dict.ConfigDict:
   task = ','.join(
     [f'{args["task"]}:length={args["length"]}', f'hints={args["hints"]},lengths={args["lengths"]}']
   )
-  vocabulary = (vocabularies.LATIN1 if args['hints'] == 'true' else vocabularies.BYTES).name
   if args['task'] not in algorithms.ALGORITHMS:
     known = ', '.join(algorithms.ALGORITHMS)
     raise errors.UserError(f'unknown task={args["task"]!r}; known: {known}')
-  what = spec.Spec(task, vocabulary)
-  asked = algorithm_tasks.options(what)
-  algorithm_tasks.question(what)  # refuses what is wrong
+  asked = algorithm_tasks.options(spec.Spec(task))
+  vocabulary = (vocabularies.LATIN1 if asked['hints'] else vocabularies.BYTES).name
+  algorithm_tasks.question(spec.Spec(task, vocabulary))  # refuses what is wrong
   length = _row(args['task'], asked['length'], asked['hints'])
   longest = round(length * max(algorithms.MULTIPLES))
   if args['randomized'] not in ('true', 'false'):
