@@ -32,9 +32,9 @@ def get_config(arg: str = '') -> config_dict.ConfigDict:
     **{'task': 'addition', 'length': '20', 'hints': 'false', 'lengths': 'uniform'},
     **{'randomized': 'false', 'encoding': 'fire', 'size': 'tiny'},
   )
-  task = ','.join(
-    [f'{args["task"]}:length={args["length"]}', f'hints={args["hints"]},lengths={args["lengths"]}']
-  )
+  task = f'{args["task"]}:length={args["length"]},hints={args["hints"]}'
+  if args['lengths'] != 'uniform':  # a default that runs of before have not in their names
+    task += f',lengths={args["lengths"]}'
   if args['task'] not in algorithms.ALGORITHMS:
     known = ', '.join(algorithms.ALGORITHMS)
     raise errors.UserError(f'unknown task={args["task"]!r}; known: {known}')

@@ -28,7 +28,6 @@ from lex_fire.data import text as text_lib
 
 HERE = pathlib.Path(__file__).parent
 ROWS = 10  # that share positions, where they are drawn
-_SUMS = 200_000  # to learn from
 ENCODINGS = ('fire', 'rope', 'alibi', 'kerple_log', 't5', 'nope')
 
 
@@ -39,40 +38,59 @@ class Scale(NamedTuple):
     digits: of the longest numbers in training.
     sections: changes to the config of configs/algorithms.py.
     questions: of each length.
+    task: more options of the task.
   """
 
   digits: int
   sections: dict[str, dict[str, Any]]
   questions: int
+  task: str = ''
 
 
+_TINY = {
+  **{'num_layers': 3, 'd_model': 64, 'num_heads': 4, 'num_kv_heads': 4, 'head_dim': 16},
+  **{'d_ff': 172},
+}
+# A model finds the rule in short sums, suddenly, at a step in which chance has a part: so there are
+# more of them, a row has as many sums as have room, and the rate stays high.
+_SHORT_ONES = ',lengths=log_uniform,count=200000'
 SCALES = {
-  'laptop': Scale(  # 0.2M parameters, minutes on a core
-    20,
+  # 0.2M parameters, minutes on a core.
+  'laptop': Scale(
+    4,
     {
-      'model': {
-        **{'num_layers': 3, 'd_model': 64, 'num_heads': 4, 'num_kv_heads': 4, 'head_dim': 16},
-        **{'d_ff': 172},
-      },
-      'data': {'batch_size': 16},
-      # The rule is found suddenly, at a step in which chance has a part: so the rate stays high.
+      'model': _TINY,
+      'data': {'batch_size': 32},
       'optimizer': {'learning_rate': 2e-3, 'final_fraction': 0.5},
-      'train': {'steps': 5000, 'checkpoint_every': 1000},
+      'train': {'steps': 6000, 'checkpoint_every': 1000},
     },
     questions=100,
   ),
-  'gpu': Scale(  # 4.8M parameters, for one accelerator
+  'twenty': Scale(
+    20,
+    {
+      'model': _TINY,
+      'data': {'batch_size': 32, 'isolate_documents': True},
+      'optimizer': {'learning_rate': 2e-3, 'final_fraction': 0.5},
+      'train': {'steps': 4000, 'checkpoint_every': 500},
+    },
+    questions=100,
+    task=_SHORT_ONES,
+  ),
+  # 4.8M parameters, for one accelerator.
+  'gpu': Scale(
     20,
     {
       'model': {
         **{'num_layers': 6, 'd_model': 256, 'num_heads': 8, 'num_kv_heads': 8, 'head_dim': 32},
         **{'d_ff': 688, 'dtype': 'bfloat16'},
       },
-      'data': {'batch_size': 512},
+      'data': {'batch_size': 512, 'isolate_documents': True},
       'optimizer': {'learning_rate': 1e-3, 'warmup_steps': 300},
       'train': {'steps': 10_000, 'checkpoint_every': 1000},
     },
     questions=200,
+    task=_SHORT_ONES,
   ),
 }
 
@@ -96,16 +114,12 @@ VARIANTS = {
 
 
 def config(scale: Scale, variant: Variant, seed: int) -> config_lib.Config:
-  """Returns the config of a run, with a seed of parameters and of the questions' order.
-
-  A model finds the rule in short sums, of which there are therefore more, and a row has as many
-  sums as have room.
-  """
+  """Returns the config of a run, with a seed of parameters and of the questions' order."""
   values = algorithms_config.get_config(
-    f'task=addition,length={scale.digits},hints=true,lengths=log_uniform,'
-    f'encoding={variant.encoding},randomized={str(variant.randomized).lower()}'
+    f'task=addition,length={scale.digits},hints=true,encoding={variant.encoding},'
+    f'randomized={str(variant.randomized).lower()}'
   ).to_dict()
-  values['data'] |= {'task': f'{values["data"]["task"]},count={_SUMS}', 'isolate_documents': True}
+  values['data']['task'] += scale.task
   for section, changes in scale.sections.items():
     values[section] |= changes
   values['train']['seed'] = seed
