@@ -39,8 +39,9 @@ def get_config(arg: str = '') -> config_dict.ConfigDict:
     known = ', '.join(algorithms.ALGORITHMS)
     raise errors.UserError(f'unknown task={args["task"]!r}; known: {known}')
   asked = algorithm_tasks.options(spec.Spec(task))
-  vocabulary = (vocabularies.LATIN1 if asked['hints'] else vocabularies.BYTES).name
-  algorithm_tasks.question(spec.Spec(task, vocabulary))  # refuses what is wrong
+  ring = algorithm_tasks.ring(spec.Spec(task), asked)
+  vocabulary = vocabularies.BYTES if ring.isascii() else vocabularies.LATIN
+  algorithm_tasks.question(spec.Spec(task, vocabulary.name))  # refuses what is wrong
   length = _row(args['task'], asked['length'], asked['hints'])
   longest = round(length * max(algorithms.MULTIPLES))
   if args['randomized'] not in ('true', 'false'):
@@ -51,9 +52,12 @@ def get_config(arg: str = '') -> config_dict.ConfigDict:
       args['size'],
       args['encoding'],
       encoding=presets.reaching(args['encoding'], longest),
-      model={'activation': 'swiglu', 'd_ff': 344, 'norm': 'rmsnorm'},
+      model={
+        **{'activation': 'swiglu', 'd_ff': 344, 'norm': 'rmsnorm'},
+        'vocab_size': vocabulary.size,
+      },
       data={
-        **{'task': task, 'vocabulary': vocabulary, 'length': length, 'batch_size': 64},
+        **{'task': task, 'vocabulary': vocabulary.name, 'length': length, 'batch_size': 64},
         'position_range': position_range,
       },
       optimizer={'learning_rate': 2e-3, 'warmup_steps': 100, 'encoding_rate': 10.0},

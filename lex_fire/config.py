@@ -130,7 +130,7 @@ class DataConfig:
   """What is trained on: a seqio Task's `train` split, prepared once; `validation` judges."""
 
   task: str = 'stdlib'  # a key of data.tasks.TASKS with options, or a registered seqio Task
-  vocabulary: str = 'bytes'  # or latin1, t5, or the path of a SentencePiece model
+  vocabulary: str = 'bytes'  # or latin, t5, or the path of a SentencePiece model
   train_files: str = ''  # glob of files, plain or compressed, for tasks text and jsonl
   validation_files: str = ''  # likewise
   tfds_directory: str = ''  # where TensorFlow Datasets are; '': where TFDS itself looks

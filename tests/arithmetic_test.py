@@ -62,7 +62,7 @@ def test_rows_are_questions_with_their_answers_at_every_multiple(scale):
     for tokens_L in of_length.tokens_WL:
       assert tokens_L[0] == tokens_L[-1] == codec(config).eos_id
       question, answer = (
-        bytes((part_L - 3).tolist()).decode('latin1')
+        ''.join(chr(token - 3) for token in part_L)
         for part_L in np.split(tokens_L[1:-1], [of_length.answer - 1])
       )
       assert question.endswith('=' + reading.SEPARATOR)

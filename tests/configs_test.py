@@ -70,7 +70,7 @@ FINETUNING = {'size': presets.PRESETS, 'vocabulary': ('t5', 'bytes')}
 ARGUMENTS = {
   'algorithms': {
     'task': algorithms.ALGORITHMS,
-    'length': ('5', '20'),
+    'length': ('5', '40'),
     'hints': ('true', 'false'),
     'lengths': algorithms.LENGTHS,
     'randomized': ('true', 'false'),
@@ -231,7 +231,7 @@ def test_config_files_refuse_an_unknown_argument():
   [
     ('algorithms', 'length=abc', 'option length=abc .* must be of type int'),
     ('algorithms', 'length=-4,hints=true', 'length=-4 has no half to evaluate; use at least 2'),
-    ('algorithms', 'length=22,hints=true', 'length=22 is evaluated up to 176, for which the 176'),
+    ('algorithms', 'length=61,hints=true', 'length=61 is evaluated up to 488, for which the 486'),
     ('algorithms', 'randomized=maybe', "randomized='maybe' must be true or false"),
     ('algorithms', 'hints=maybe', 'option hints=maybe .* must be of type bool'),
     ('algorithms', 'task=divide', "unknown task='divide'; known: copy, "),

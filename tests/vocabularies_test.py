@@ -44,40 +44,40 @@ def test_bytes_are_known_without_a_model():
   assert vocabularies.facts(vocabularies.load('bytes')) == vocabularies.BYTES
 
 
-def test_a_character_of_latin_1_is_a_token_in_python_and_in_tensorflow():
+def test_a_character_of_latin_is_a_token_in_python_and_in_tensorflow():
   import tensorflow as tf
 
-  latin1, text = vocabularies.load('latin1'), 'Año 1 ÿ\n'
-  ids = [byte + 3 for byte in text.encode('latin1')]
+  latin, text = vocabularies.load('latin'), 'Año 1 ÿ łɏ\n'
+  ids = [3 + ord(character) for character in text]
 
-  assert vocabularies.facts(latin1) == vocabularies.facts_of('latin1') == vocabularies.LATIN1
-  assert vocabularies.LATIN1 != vocabularies.BYTES and latin1 != vocabularies.load('bytes')
-  assert latin1.vocab_size == vocabularies.LATIN1.size
-  assert latin1.encode(text) == latin1.encode_tf(tf.constant(text)).numpy().tolist() == ids
-  ended = [*ids, latin1.eos_id, *ids]
-  assert latin1.decode(ended) == latin1.decode_tf(tf.constant(ended)).numpy().decode() == text
+  assert vocabularies.facts(latin) == vocabularies.facts_of('latin') == vocabularies.LATIN
+  assert vocabularies.LATIN != vocabularies.BYTES and latin != vocabularies.load('bytes')
+  assert latin.vocab_size == vocabularies.LATIN.size
+  assert latin.encode(text) == latin.encode_tf(tf.constant(text)).numpy().tolist() == ids
+  ended = [*ids, latin.eos_id, *ids]
+  assert latin.decode(ended) == latin.decode_tf(tf.constant(ended)).numpy().decode() == text
 
 
-def test_another_character_is_unknown_to_latin_1_and_shown_as_nothing():
+def test_another_character_is_unknown_to_latin_and_shown_as_nothing():
   import tensorflow as tf
 
-  latin1 = vocabularies.load('latin1')
+  latin = vocabularies.load('latin')
 
-  unknown = latin1.encode('1€2')
-  assert unknown == latin1.encode_tf(tf.constant('1€2')).numpy().tolist()
-  assert unknown[1] == latin1.unk_id
-  assert latin1.decode(unknown) == '12'
+  unknown = latin.encode('1€2')
+  assert unknown == latin.encode_tf(tf.constant('1€2')).numpy().tolist()
+  assert unknown[1] == latin.unk_id
+  assert latin.decode(unknown) == '12'
 
 
 @pytest.mark.parametrize('task', ['text', 'addition:length=18,hints=true,count=40'])
-def test_a_task_is_prepared_in_latin_1(task, what, tmp_path):
-  spec = what._replace(name=task, vocabulary='latin1') if task == 'text' else Spec(task, 'latin1')
+def test_a_task_is_prepared_in_latin(task, what, tmp_path):
+  spec = what._replace(name=task, vocabulary='latin') if task == 'text' else Spec(task, 'latin')
 
   found = stream.read(prepare.prepare(spec, 'train', tmp_path / 'prepared'))
 
-  vocabulary = vocabularies.load('latin1')
+  vocabulary = vocabularies.load('latin')
   documents = list(reading.documents(tasks.get_task(spec), 'train'))
-  assert found.manifest['vocabulary']['name'] == 'latin1'
+  assert found.manifest['vocabulary']['name'] == 'latin'
   tokens_L = np.concatenate(found.parts)
   assert tokens_L.tolist() == np.concatenate([made.tokens_L for made in documents]).tolist()
   assert vocabulary.unk_id not in tokens_L
@@ -106,7 +106,7 @@ def test_models_of_one_size_have_different_facts(model, what, tmp_path):
 
 
 def test_a_path_without_a_model_is_refused_with_the_known(tmp_path):
-  message = f"in vocabulary '{tmp_path}/none': .*; use bytes, latin1, t5 or the path"
+  message = f"in vocabulary '{tmp_path}/none': .*; use bytes, latin, t5 or the path"
   with pytest.raises(errors.UserError, match=message):
     vocabularies.load(f'{tmp_path}/none')
 

@@ -32,7 +32,7 @@ def question(spec: Spec) -> questions.Question:
   longest = _examples(spec.base, asked, 'test', 0, len(algorithms.MULTIPLES))
   # All answers of a length are equally long, and of these examples one has the largest. Where a
   # character is no token, a hint may take two bytes.
-  size = 1 if _ring(spec, asked).isascii() or spec.vocabulary == vocabularies.LATIN1.name else 2
+  size = 1 if ring(spec, asked).isascii() or spec.vocabulary == vocabularies.LATIN.name else 2
   answer_bytes = size * max(len(example.references[0]) for example in longest)
   return questions.Question((scores.accuracy,), answer_bytes, ('length',), 'test')
 
@@ -70,16 +70,16 @@ def _asked(spec: Spec) -> tuple[dict[str, int], dict[str, Any]]:
   counts = {split: train if split == 'train' else held_out for split in examples_lib.SPLITS}
   for split, count in counts.items():
     _examples(spec.base, made, split, 0, count)  # refuses what is wrong; makes none yet
-  ring = _ring(spec, made)
-  if spec.vocabulary == vocabularies.BYTES.name and not ring.isascii():
+  hints = ring(spec, made)
+  if spec.vocabulary == vocabularies.BYTES.name and not hints.isascii():
     raise errors.UserError(
-      f'the {len(ring)} index hints of {spec.name!r} are not of one byte each; use '
-      f'data.vocabulary={vocabularies.LATIN1.name}, a shorter length, or no hints'
+      f'the {len(hints)} index hints of {spec.name!r} are not of one byte each; use '
+      f'data.vocabulary={vocabularies.LATIN.name}, a shorter length, or no hints'
     )
   return counts, made
 
 
-def _ring(spec: Spec, asked: dict[str, Any]) -> str:
+def ring(spec: Spec, asked: dict[str, Any]) -> str:
   """Returns the index hints of all that is asked; '': there are none."""
   return algorithms.ALGORITHMS[spec.base].markers(asked['length']) if asked['hints'] else ''
 

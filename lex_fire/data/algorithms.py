@@ -15,7 +15,7 @@ Digits of one place share a marker in both numbers and their sum; a parity bears
 Markers follow one another from a random first one, as in both papers, so that the many markers of a
 long question are all known from short ones. Departure: the order is a ring, from its first to its
 last and round again, so that no marker is more frequent than another. A marker is one token, as in
-the papers, of the vocabulary `latin1` or, if there are few enough, of bytes.
+the papers, of the vocabulary `latin` or, if there are few enough, of bytes.
 
 A question of a length that has at least MIN_TO_SPLIT of them belongs to one split by a hash of it
 without its hints. Shorter ones are too few to hold any out: they may stand in every split.
@@ -37,10 +37,10 @@ MIN_TO_SPLIT = 1000
 LENGTHS = ('uniform', 'log_uniform')  # how those of questions of training are drawn
 VERSION = 5  # of what is made of an address; prepared streams of another are others
 _SIGNS = '+='  # of questions
+_LATIN = range(0xA1, 0x250)  # above ASCII, of the vocabulary `latin`
 _MARKS = ''.join(mark for mark in string.punctuation if mark not in _SIGNS)
-# The printed characters of Latin-1: those of ASCII first, of which a byte is the token too.
-_LATIN = ''.join(chr(code) for code in range(0xA1, 0x100) if code != 0xAD)  # a soft hyphen
-_PRINTED = string.ascii_uppercase + _MARKS + _LATIN + string.ascii_lowercase + string.digits
+# Printed characters that no question has: those of ASCII first, of which a byte is the token too.
+_MARKERS = string.ascii_uppercase + _MARKS + ''.join(filter(str.isprintable, map(chr, _LATIN)))
 
 Placed = Iterable[tuple[int, str]]  # symbols, each with the place whose marker it bears
 
@@ -107,14 +107,13 @@ class Algorithm:
     Raises:
       errors.UserError: if there are fewer characters than places.
     """
-    pool = ''.join(mark for mark in _PRINTED if mark not in self.alphabet)
-    if self.places(length) > len(pool):
-      most = (len(pool) - self.carries) // round(max(MULTIPLES))
+    if self.places(length) > len(_MARKERS):
+      most = (len(_MARKERS) - self.carries) // round(max(MULTIPLES))
       raise errors.UserError(
-        f'{length=} is evaluated up to {round(max(MULTIPLES) * length)}, for which the {len(pool)} '
-        f'index hints are too few; use at most {most}, or no hints'
+        f'{length=} is evaluated up to {round(max(MULTIPLES) * length)}, for which the '
+        f'{len(_MARKERS)} index hints are too few; use at most {most}, or no hints'
       )
-    return pool[: self.places(length)]
+    return _MARKERS[: self.places(length)]
 
 
 def _copy(symbols: str) -> Placed:

@@ -80,7 +80,7 @@ def _tokenized(task: seqio.Task, texts: Iterator[bytes]) -> Iterator[stream.Docu
   for text in texts:
     if name == vocabularies.BYTES.name:
       tokens_L = np.frombuffer(text, np.uint8) + np.int32(vocabularies.FIRST_BYTE)
-    elif name == vocabularies.LATIN1.name:
+    elif name == vocabularies.LATIN.name:
       tokens_L = np.array(vocabulary.encode(text.decode()), np.int32)
     else:
       tokens_L = np.array(vocabulary.tokenizer.EncodeAsIds(text), np.int32)

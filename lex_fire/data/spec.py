@@ -16,7 +16,7 @@ class Spec(NamedTuple):
 
   Attributes:
     name: of the Task, as NAME or NAME:OPTION=VALUE,OPTION=VALUE.
-    vocabulary: 'bytes', 'latin1', 't5', or the path of a SentencePiece model.
+    vocabulary: 'bytes', 'latin', 't5', or the path of a SentencePiece model.
     files: {split: glob} for Tasks over the user's own files, None for any other.
     tfds_directory: where TensorFlow Datasets are; '': where TFDS itself looks.
   """

@@ -24,7 +24,7 @@ class Vocabulary:
   """The facts of a vocabulary; equal facts mean the same vocabulary.
 
   Attributes:
-    name: 'bytes', 'latin1', or 'sentencepiece-' and a hash of the model.
+    name: 'bytes', 'latin', or 'sentencepiece-' and a hash of the model.
     size: number of token ids.
     eos_id: the token that ends each document.
   """
@@ -35,7 +35,7 @@ class Vocabulary:
 
 
 BYTES = Vocabulary(name='bytes', size=FIRST_BYTE + 256, eos_id=1)
-LATIN1 = Vocabulary(name='latin1', size=BYTES.size, eos_id=BYTES.eos_id)
+LATIN = Vocabulary(name='latin', size=FIRST_BYTE + 0x250, eos_id=BYTES.eos_id)
 
 
 @functools.lru_cache(maxsize=8)
@@ -43,7 +43,7 @@ def load(name: str) -> seqio.Vocabulary:
   """Returns the vocabulary of a name.
 
   Args:
-    name: 'bytes', 'latin1', a key of PUBLISHED, or the path of a SentencePiece model.
+    name: 'bytes', 'latin', a key of PUBLISHED, or the path of a SentencePiece model.
 
   Raises:
     errors.UserError: if no model can be read there, or it has no EOS.
@@ -51,15 +51,15 @@ def load(name: str) -> seqio.Vocabulary:
   seqio = lazy.seqio()
   if name == BYTES.name:
     return seqio.ByteVocabulary()
-  if name == LATIN1.name:
-    return _latin1()
+  if name == LATIN.name:
+    return _latin()
   path = PUBLISHED.get(name, name)
   vocabulary = seqio.SentencePieceVocabulary(path)
   try:
     eos_id = vocabulary.eos_id
   except Exception as error:  # the file system's, TensorFlow's and SentencePiece's are of all kinds
     reason = ' '.join(str(error).split())[:150] or type(error).__name__
-    known = ', '.join((BYTES.name, LATIN1.name, *PUBLISHED))
+    known = ', '.join((BYTES.name, LATIN.name, *PUBLISHED))
     raise errors.UserError(
       f'no SentencePiece model in vocabulary {path!r}: {reason}; use {known} or the path of a model'
     ) from error
@@ -71,10 +71,10 @@ def load(name: str) -> seqio.Vocabulary:
   return vocabulary
 
 
-def _latin1() -> seqio.Vocabulary:
-  from lex_fire.data import latin1  # which imports seqio
+def _latin() -> seqio.Vocabulary:
+  from lex_fire.data import latin  # which imports seqio
 
-  return latin1.Latin1Vocabulary()
+  return latin.LatinVocabulary()
 
 
 def facts(vocabulary: seqio.Vocabulary) -> Vocabulary:
@@ -87,8 +87,8 @@ def facts(vocabulary: seqio.Vocabulary) -> Vocabulary:
   made: Any = vocabulary
   if isinstance(made, seqio.ByteVocabulary):
     name = BYTES.name
-  elif made == _latin1():
-    name = LATIN1.name
+  elif made == _latin():
+    name = LATIN.name
   elif isinstance(made, seqio.SentencePieceVocabulary):
     name = f'sentencepiece-{hashlib.sha256(made.sp_model).hexdigest()[:16]}'
   else:

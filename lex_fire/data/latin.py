@@ -1,7 +1,8 @@
-"""A vocabulary of characters: each of ISO 8859-1 (Latin-1) is a token, and any other is unknown.
+"""A vocabulary of characters: each of Unicode's first four blocks is a token, others are unknown.
 
-Of ASCII its ids are those of bytes. Above it a character of UTF-8 is two bytes or more, but here
-one: for the index hints of `algorithms`, of which ASCII has too few.
+These are Basic Latin (ASCII), Latin-1 Supplement, Latin Extended-A and B, up to U+024F. Of ASCII
+the ids are those of bytes. Above it a character of UTF-8 is two bytes or more, but here one: for
+the index hints of `algorithms`, of which ASCII has too few.
 """
 
 import tensorflow as tf
@@ -9,14 +10,14 @@ import tensorflow as tf
 from lex_fire.data import lazy, vocabularies
 
 seqio = lazy.seqio()
-_FIRST, _SIZE = vocabularies.FIRST_BYTE, vocabularies.LATIN1.size
+_FIRST, _SIZE = vocabularies.FIRST_BYTE, vocabularies.LATIN.size
 
 
-class Latin1Vocabulary(seqio.Vocabulary):
-  """The 256 characters of ISO 8859-1, where seqio.ByteVocabulary has the 256 bytes."""
+class LatinVocabulary(seqio.Vocabulary):
+  """The first 592 characters of Unicode, where seqio.ByteVocabulary has the 256 bytes."""
 
   bos_id = None
-  eos_id = vocabularies.LATIN1.eos_id
+  eos_id = vocabularies.LATIN.eos_id
   unk_id = 2
   _base_vocab_size = _SIZE
 
@@ -36,4 +37,4 @@ class Latin1Vocabulary(seqio.Vocabulary):
     return tf.strings.unicode_encode(kept - _FIRST, 'UTF-8')
 
   def __eq__(self, other):
-    return isinstance(other, Latin1Vocabulary) and self.extra_ids == other.extra_ids
+    return isinstance(other, LatinVocabulary) and self.extra_ids == other.extra_ids
