@@ -5,10 +5,10 @@
     python -m lex_fire.evaluate --workdir=runs/addition/fire --tasks=addition
 
 Arguments: task (a key of lex_fire.data.algorithms.ALGORITHMS), length (of the longest question in
-training, in symbols), hints (true: each symbol follows a marker of its place), lengths (uniform, or
-log_uniform: short questions more often), randomized (true: positions are drawn from as many as
-eight rows of training have, which `evaluate --tasks` has no answers for; experiments/arithmetic
-asks such runs), encoding, size.
+training, in symbols), hints (true: each symbol follows a marker of its place), randomized (true:
+positions are drawn from as many as eight rows of training have, which `evaluate --tasks` has no
+answers for; experiments/arithmetic asks such runs), encoding, size. Long sums are learned from
+--config.data.task='addition:length=20,hints=true,lengths=log_uniform,zeros=0.5'.
 """
 
 from ml_collections import config_dict
@@ -29,12 +29,10 @@ def get_config(arg: str = '') -> config_dict.ConfigDict:
   """Returns the config of an algorithm."""
   args = arguments.parse(
     arg,
-    **{'task': 'addition', 'length': '20', 'hints': 'false', 'lengths': 'uniform'},
-    **{'randomized': 'false', 'encoding': 'fire', 'size': 'tiny'},
+    **{'task': 'addition', 'length': '20', 'hints': 'false', 'randomized': 'false'},
+    **{'encoding': 'fire', 'size': 'tiny'},
   )
   task = f'{args["task"]}:length={args["length"]},hints={args["hints"]}'
-  if args['lengths'] != 'uniform':  # a default that runs of before have not in their names
-    task += f',lengths={args["lengths"]}'
   if args['task'] not in algorithms.ALGORITHMS:
     known = ', '.join(algorithms.ALGORITHMS)
     raise errors.UserError(f'unknown task={args["task"]!r}; known: {known}')

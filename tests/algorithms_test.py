@@ -164,6 +164,22 @@ def test_short_questions_come_more_often_where_lengths_are_log_uniform(name):
   assert make(name, 'test', lengths='log_uniform') == make(name, 'test')
 
 
+def test_digits_of_the_second_number_are_zeros_in_training_and_what_they_may_be_in_tests():
+  for split in examples_lib.SPLITS:
+    made = make('addition', split, length=20, count=400, zeros=0.5, hints=True)
+    for place, share in enumerate((0.1, 0.1 if split == 'test' else 0.55)):
+      digits = ''.join(bare(example.inputs)[:-1].split('+')[place] for example in made)
+      assert digits.count('0') / len(digits) == pytest.approx(share, abs=0.03)
+    for example in made:
+      assert bare(example.references[0]) == solve('addition', bare(example.inputs))
+
+
+@pytest.mark.parametrize(('name', 'zeros'), [('addition', 1.0), ('addition', -0.1), ('copy', 0.5)])
+def test_zeros_of_no_share_or_of_no_second_number_are_refused(name, zeros):
+  with pytest.raises(errors.UserError, match=f'zeros={zeros} must be from 0 to below 1 for a sum'):
+    make(name, zeros=zeros)
+
+
 def test_unknown_lengths_are_refused_with_the_known():
   with pytest.raises(errors.UserError, match="lengths='short'; known: uniform, log_uniform"):
     make('copy', lengths='short')

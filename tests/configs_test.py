@@ -72,7 +72,6 @@ ARGUMENTS = {
     'task': algorithms.ALGORITHMS,
     'length': ('5', '40'),
     'hints': ('true', 'false'),
-    'lengths': algorithms.LENGTHS,
     'randomized': ('true', 'false'),
   },
   'c4': PRETRAINING,

@@ -2,9 +2,9 @@
 
     addition:length=20,hints=true,count=50000,seed=0
 
-Options: `length`, the longest in training, `hints`, `lengths` and `seed` as algorithms.examples has
-them; `count`, the examples of split train; `held_out`, those of validation and of test each. Test
-takes algorithms.MULTIPLES of the length in turn.
+Options: `length`, the longest in training, `hints`, `lengths`, `zeros` and `seed` as
+algorithms.examples has them; `count`, the examples of split train; `held_out`, those of validation
+and of test each. Test takes algorithms.MULTIPLES of the length in turn.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ def options(spec: Spec) -> dict[str, Any]:
     errors.UserError: for one that is unknown or of another type.
   """
   return spec.options(
-    length=20, hints=False, lengths='uniform', count=50_000, held_out=1000, seed=0
+    length=20, hints=False, lengths='uniform', zeros=0.0, count=50_000, held_out=1000, seed=0
   )
 
 

@@ -24,6 +24,7 @@ without its hints. Shorter ones are too few to hold any out: they may stand in e
 from __future__ import annotations
 
 import dataclasses
+import functools
 import string
 from collections.abc import Callable, Iterable, Iterator
 
@@ -62,7 +63,7 @@ class Algorithm:
   carries: int = 0
 
   def __call__(
-    self, generator: np.random.Generator, length: int, ring: str = ''
+    self, generator: np.random.Generator, length: int, ring: str = '', zeros: float = 0.0
   ) -> tuple[str, str]:
     """Draws a question; returns it and its answer.
 
@@ -70,9 +71,12 @@ class Algorithm:
       generator: draws the same symbols with any ring.
       length: symbols of an operand.
       ring: the markers in their order, at least one a place; '': no hints.
+      zeros: share of the symbols of a second operand that are then the first of the alphabet.
     """
     first = int(generator.random() * len(ring))
     drawn = generator.integers(len(self.alphabet), size=(self.operands, length))
+    if zeros:
+      drawn[1:] *= generator.random(size=drawn[1:].shape) >= zeros
     operands = [''.join(self.alphabet[index] for index in row) for row in drawn]
 
     def write(symbols: Placed) -> str:
@@ -158,6 +162,7 @@ def examples(
   seed: int,
   hints: bool = False,
   lengths: str = 'uniform',
+  zeros: float = 0.0,
   start: int = 0,
 ) -> Iterator[examples_lib.Example]:
   """Makes `count` examples of a split, from number `start` on.
@@ -175,23 +180,35 @@ def examples(
     hints: whether each symbol follows its marker.
     lengths: 'uniform', all equally likely, or 'log_uniform', short ones more often: the logarithm
       of (length + 1) is the share of questions up to a length, but for a factor.
+    zeros: share of the digits of a second number that are made 0 in 'train' and 'validation': where
+      one is, the first number's tells that of the sum, without which no digit tells anything.
     start: index of the first example, >= 0.
 
   Returns:
     Examples with one answer each and the fact 'length', in symbols of an operand.
 
   Raises:
-    errors.UserError: if the name, split or lengths are unknown, count is less than 1 or length less
-      than 2, or there are too few markers for the longest questions.
+    errors.UserError: if the name, split or lengths are unknown, count is less than 1, length less
+      than 2 or zeros out of range or of no second number, or there are too few markers for the
+      longest questions.
   """
   examples_lib.check(ALGORITHMS, name, split, count)
   if length < 2:
     raise errors.UserError(f'{length=} has no half to evaluate; use at least 2')
   if lengths not in LENGTHS:
     raise errors.UserError(f'unknown {lengths=}; known: {", ".join(LENGTHS)}')
-  ring = ALGORITHMS[name].markers(length) if hints else ''
+  most = 1 if ALGORITHMS[name].operands > 1 else 0
+  if zeros and not 0 <= zeros < most:
+    raise errors.UserError(
+      f'{zeros=} must be from 0 to below 1 for a sum, and 0 for what has no second number'
+    )
+  draw = functools.partial(
+    ALGORITHMS[name],
+    ring=ALGORITHMS[name].markers(length) if hints else '',
+    zeros=0.0 if split == 'test' else zeros,
+  )
   sizes = _sizes(split, length, lengths)
-  return (_example(name, split, sizes, seed, ring, index) for index in range(start, start + count))
+  return (_example(name, split, sizes, seed, draw, index) for index in range(start, start + count))
 
 
 def _sizes(split: str, length: int, lengths: str) -> Callable[[int, np.random.Generator], int]:
@@ -203,13 +220,13 @@ def _sizes(split: str, length: int, lengths: str) -> Callable[[int, np.random.Ge
   return lambda _, generator: min(length, int((length + 1) ** generator.random()))
 
 
-def _example(name, split, sizes, seed, ring, index) -> examples_lib.Example:
+def _example(name, split, sizes, seed, draw, index) -> examples_lib.Example:
   """Draws the example of an address, again and again until its question is of the split."""
   algorithm = ALGORITHMS[name]
   generator = examples_lib.generator('algorithms', name, split, seed, index)
   size = sizes(index, generator)
   while True:
-    inputs, answer = algorithm(generator, size, ring)
+    inputs, answer = draw(generator, size)
     home = examples_lib.split_of(name + algorithm.bare(inputs))
     if home == split or not algorithm.can_split(size):
       return examples_lib.Example(f'{name}_{split}_{index}', inputs, (answer,), {'length': size})
