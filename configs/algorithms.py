@@ -7,8 +7,8 @@
 Arguments: task (a key of lex_fire.data.algorithms.ALGORITHMS), length (of the longest question in
 training, in symbols), hints (true: each symbol follows a marker of its place), randomized (true:
 positions are drawn from as many as eight rows of training have, which `evaluate --tasks` has no
-answers for; experiments/arithmetic asks such runs), encoding, size. Long sums are learned from
---config.data.task='addition:length=20,hints=true,lengths=log_uniform,zeros=0.5'.
+answers for; experiments/arithmetic asks such runs), encoding, size; lengths and zeros, options of
+the task that make long sums easier to learn (lex_fire/data/algorithms.py).
 """
 
 from ml_collections import config_dict
@@ -29,10 +29,11 @@ def get_config(arg: str = '') -> config_dict.ConfigDict:
   """Returns the config of an algorithm."""
   args = arguments.parse(
     arg,
-    **{'task': 'addition', 'length': '20', 'hints': 'false', 'randomized': 'false'},
-    **{'encoding': 'fire', 'size': 'tiny'},
+    **{'task': 'addition', 'length': '20', 'hints': 'false', 'lengths': '', 'zeros': ''},
+    **{'randomized': 'false', 'encoding': 'fire', 'size': 'tiny'},
   )
-  task = f'{args["task"]}:length={args["length"]},hints={args["hints"]}'
+  given = (name for name in ('length', 'hints', 'lengths', 'zeros') if args[name])
+  task = f'{args["task"]}:{",".join(f"{name}={args[name]}" for name in given)}'
   if args['task'] not in algorithms.ALGORITHMS:
     known = ', '.join(algorithms.ALGORITHMS)
     raise errors.UserError(f'unknown task={args["task"]!r}; known: {known}')

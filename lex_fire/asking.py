@@ -158,7 +158,7 @@ def _of_task(asked, config, codec, name, length) -> Questions:
   max_tokens = common.answer_bytes + 1  # and EOS
   # Of numbers and made-up words each byte may be a token, and so of what nobody knows.
   is_prose = what.base in {**scrolls.TASKS, **glue.TASKS}
-  if is_prose and codec.vocabulary != vocabularies.BYTES:
+  if is_prose and codec.vocabulary not in (vocabularies.BYTES, vocabularies.LATIN):
     max_tokens = min(max_tokens, common.answer_bytes // _BYTES_PER_PIECE + 16)
   return Questions(name, asked.split or common.split, length, common, max_tokens, [])
 

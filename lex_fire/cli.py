@@ -1,6 +1,5 @@
 """How a command starts and ends: flags, one sentence for a user's mistake, and an exit status."""
 
-import errno
 import os
 import runpy
 import sys
@@ -13,9 +12,6 @@ from absl import app, flags, logging
 from lex_fire import config as config_lib
 from lex_fire import errors, hosts
 from lex_fire.data import lazy
-
-# What a file system says of a path that a user gave, wherever it is opened.
-_OF_PATHS = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENAMETOOLONG, errno.ENOTDIR, errno.ELOOP}
 
 
 def fail(message: object) -> None:
@@ -69,8 +65,8 @@ def run(main: Callable[[], None], interrupted: str = 'interrupted') -> None:
           'data.batch_size (or train.accumulation), shorter lengths, a smaller model; `train '
           '--dry_run` and `compile` say what fits'
         )
-      if isinstance(error, OSError) and error.errno in _OF_PATHS:
-        fail(f'{error.strerror}: {error.filename!r}; give another path, or the right to use it')
+      if sentence := errors.of_path(error):
+        fail(sentence)
       if not hosts.have_met():
         raise
       lost = hosts.lost(error) if isinstance(error, jax.errors.JaxRuntimeError) else None

@@ -111,7 +111,7 @@ def _file_name(runs: Sequence[str], request: config_lib.EvaluateConfig, about: s
 
 
 def _how(request: config_lib.EvaluateConfig, own: config_lib.EvaluateConfig) -> str:
-  """Says which tokens are scored, and how, so that no evaluation replaces the files of another.
+  """Says which tokens are scored, and how, so that other numbers do not replace these in files.
 
   Args:
     request: what is evaluated.
@@ -125,7 +125,8 @@ def _how(request: config_lib.EvaluateConfig, own: config_lib.EvaluateConfig) -> 
   for field, name in _NAMED.items():
     value = getattr(request, field)
     if value != getattr(own, field):
-      parts.append('-'.join(map(str, [name, *(value if isinstance(value, tuple) else [value])])))
+      texts = map(str, [name, *(value if isinstance(value, tuple) else [value])])
+      parts.append(benchmark.file_name('-'.join(texts)))
   return '_'.join(parts)
 
 

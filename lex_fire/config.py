@@ -145,6 +145,7 @@ class DataConfig:
 
   def __post_init__(self):
     _at_least(1, **{'data.length': self.length, 'data.batch_size': self.batch_size})
+    _at_least(0, **{'data.position_range': self.position_range})
     _check(0 < self.mask_rate < 1, 'above 0 and below 1', **{'data.mask_rate': self.mask_rate})
     if self.position_range and self.position_range < self.length:
       raise errors.UserError(
@@ -259,6 +260,7 @@ class EvaluateConfig:
         f'evaluate.lengths={self.lengths} must be one or more different whole numbers above 0'
       )
     for length in self.lengths:
+      _at_least(1, **{'evaluate.lengths': length})
       ring.check_length(length, self.sequence, 'evaluate.lengths')
     for name in ('masks', 'encodings'):
       texts = getattr(self, name)

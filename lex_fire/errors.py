@@ -1,5 +1,10 @@
 """The one exception for a mistake in what a user gave."""
 
+import errno
+
+# What a file system says of a path that a user gave, wherever it is opened.
+_OF_PATHS = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENAMETOOLONG, errno.ENOTDIR, errno.ELOOP}
+
 
 class UserError(ValueError):
   """A mistake in the user's input.
@@ -9,3 +14,10 @@ class UserError(ValueError):
   Commands print the message alone and exit with status 2 (`lex_fire.cli`); in a notebook it is an
   ordinary ValueError. Anything else that is raised is a defect of lex_fire and keeps its traceback.
   """
+
+
+def of_path(error: Exception) -> str | None:
+  """Returns what is wrong with a user's path and what to do; None for an error of another kind."""
+  if not isinstance(error, OSError) or error.errno not in _OF_PATHS or error.filename is None:
+    return None
+  return f'{error.strerror}: {str(error.filename)!r}; give another path, or the right to use it'

@@ -72,6 +72,7 @@ ARGUMENTS = {
     'task': algorithms.ALGORITHMS,
     'length': ('5', '40'),
     'hints': ('true', 'false'),
+    'lengths': algorithms.LENGTHS,
     'randomized': ('true', 'false'),
   },
   'c4': PRETRAINING,

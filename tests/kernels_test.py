@@ -731,13 +731,14 @@ def test_auto_counts_rows_whose_biases_are_of_their_own_positions(platform):
 
 
 @pytest.mark.parametrize('most', [1, 7, 128])
-def test_tiles_are_as_few_as_can_be_and_filled_but_for_a_token_each_at_most(most):
+def test_tiles_are_as_few_as_can_be_and_filled_but_for_eight_tokens_each_at_most(most):
   for length in range(1, 600):
     size = chunked._even(length, most)
     count = -(-length // size)
 
-    assert size <= most and count == -(-length // most)
-    assert 0 <= count * size - length < count
+    assert size <= min(length, most) and count == -(-length // most)
+    assert 0 <= count * size - length < 8 * count
+    assert count == 1 or size in (most, *range(0, most, 8))
 
 
 def test_attention_takes_what_is_chosen_for_its_rows(monkeypatch):

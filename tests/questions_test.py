@@ -97,7 +97,10 @@ def test_options_left_out_are_the_same_task():
     ('parity:count=0', 'count=0 is no number of examples'),
     ('parity:held_out=-2', 'count=-2 is no number of examples'),
     ('parity:length=100,hints=true', 'the 486 index hints are too few'),
-    ('parity:length=8,hints=true', 'the 64 index hints of .* use data.vocabulary=latin'),
+    (
+      'parity:length=8,hints=true',
+      "the 64 index hints of .* 'bytes'; use 'latin'",
+    ),
     ('parity:lengths=short', "unknown lengths='short'; known: uniform, log_uniform"),
   ],
 )

@@ -30,11 +30,10 @@ def question(spec: Spec) -> questions.Question:
   """
   _, asked = _asked(spec)
   longest = _examples(spec.base, asked, 'test', 0, len(algorithms.MULTIPLES))
-  # All answers of a length are equally long, and of these examples one has the largest. Where a
-  # character is no token, a hint may take two bytes.
-  size = 1 if ring(spec, asked).isascii() or spec.vocabulary == vocabularies.LATIN.name else 2
-  answer_bytes = size * max(len(example.references[0]) for example in longest)
-  return questions.Question((scores.accuracy,), answer_bytes, ('length',), 'test')
+  # All answers of a length are equally long, and of these examples one has the largest. A character
+  # is a byte, or a token of the vocabulary `latin`.
+  answer = max(len(example.references[0]) for example in longest)
+  return questions.Question((scores.accuracy,), answer, ('length',), 'test')
 
 
 def task(spec: Spec) -> seqio.Task:
@@ -71,10 +70,10 @@ def _asked(spec: Spec) -> tuple[dict[str, int], dict[str, Any]]:
   for split, count in counts.items():
     _examples(spec.base, made, split, 0, count)  # refuses what is wrong; makes none yet
   hints = ring(spec, made)
-  if spec.vocabulary == vocabularies.BYTES.name and not hints.isascii():
+  if spec.vocabulary != vocabularies.LATIN.name and not hints.isascii():
     raise errors.UserError(
-      f'the {len(hints)} index hints of {spec.name!r} are not of one byte each; use '
-      f'data.vocabulary={vocabularies.LATIN.name}, a shorter length, or no hints'
+      f'the {len(hints)} index hints of {spec.name!r} are no tokens of vocabulary '
+      f'{spec.vocabulary!r}; use {vocabularies.LATIN.name!r}, a shorter length, or no hints'
     )
   return counts, made
 

@@ -5,8 +5,8 @@ in Transformers" (arXiv:2305.19466): copy, reverse, sort, parity and addition. A
 symbols and '=', one byte each: 'dacb=', '0110=', '957+301='. Numbers stand with their least
 significant digit first, as in Zhou et al. 2024, "Transformers Can Achieve Length Generalization But
 Not Robustly" (arXiv:2402.09371, on data formats): the order in which carries arise. All digits are
-drawn alike, so that numbers may have leading zeros (at their ends, here), and a sum has one
-digit more than its numbers, be it 0.
+drawn alike, but for `zeros` in training, so that numbers may have leading zeros (at their ends,
+here), and a sum has one digit more than its numbers, be it 0.
 
 Index hints (Zhou et al. 2023, "What Algorithms can Transformers Learn?", arXiv:2310.16028; again
 arXiv:2402.09371) put a marker before each symbol. A symbol of the answer bears the marker of the
@@ -178,10 +178,10 @@ def examples(
     count: number of examples.
     seed: of all that is drawn, a whole number.
     hints: whether each symbol follows its marker.
-    lengths: 'uniform', all equally likely, or 'log_uniform', short ones more often: the logarithm
-      of (length + 1) is the share of questions up to a length, but for a factor.
-    zeros: share of the digits of a second number that are made 0 in 'train' and 'validation': where
-      one is, the first number's tells that of the sum, without which no digit tells anything.
+    lengths: 'uniform', all equally likely, or 'log_uniform', short ones more often: up to n symbols
+      have log(n + 1) / log(length + 1) of the questions.
+    zeros: share of the digits of a second number that are made 0 in 'train' and 'validation'. Where
+      none is, a digit of one number tells nothing of the sum's; over a 0 it tells all but a carry.
     start: index of the first example, >= 0.
 
   Returns:

@@ -5,6 +5,7 @@ the ids are those of bytes. Above it a character of UTF-8 is two bytes or more, 
 the index hints of `algorithms`, of which ASCII has too few.
 """
 
+import numpy as np
 import tensorflow as tf
 
 from lex_fire.data import lazy, vocabularies
@@ -22,8 +23,8 @@ class LatinVocabulary(seqio.Vocabulary):
   _base_vocab_size = _SIZE
 
   def _encode(self, s):
-    ids = (_FIRST + ord(character) for character in s)
-    return [made if made < _SIZE else self.unk_id for made in ids]
+    ids = np.frombuffer(s.encode('utf-32-le'), np.uint32).astype(np.int64) + _FIRST
+    return np.where(ids < _SIZE, ids, self.unk_id).tolist()
 
   def _decode(self, ids):
     return ''.join(chr(made - _FIRST) for made in ids if made >= _FIRST)

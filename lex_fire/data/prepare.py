@@ -195,7 +195,9 @@ def define_parser(module: str, description: str | None) -> argparse.ArgumentPars
   parser = argparse.ArgumentParser(f'python -m {module}', description=description)
   parser.formatter_class = argparse.RawDescriptionHelpFormatter
   spec.define_arguments(parser)
-  parser.add_argument('--vocabulary', default='bytes', help='bytes, t5, or a SentencePiece model')
+  parser.add_argument(
+    '--vocabulary', default='bytes', help='bytes, latin, t5, or a SentencePiece model'
+  )
   parser.add_argument('--directory', required=True, help='where all streams are kept')
   return parser
 
@@ -210,6 +212,11 @@ def status_of(command: Callable[[], None]) -> int:
   except KeyboardInterrupt:
     print('interrupted; the same command goes on with the parts that are missing', file=sys.stderr)
     return 130
+  except OSError as error:
+    if (sentence := errors.of_path(error)) is None:
+      raise
+    print(f'error: {sentence}', file=sys.stderr)
+    return 2
   return 0
 
 

@@ -43,7 +43,8 @@ class Question(NamedTuple):
 
   Attributes:
     metrics: by which answers are judged.
-    answer_bytes: the most that an answer takes in UTF-8, where it may be cut when it is generated.
+    answer_bytes: the most that an answer takes in UTF-8, or in tokens if these are its characters;
+      there it may be cut when it is generated.
     facts: names of what scores are broken down by.
     split: to be asked, unless another is named.
     of_groups: each makes one more metric of the groups that answers belong to; questions are one

@@ -81,7 +81,7 @@ def _tokenized(task: seqio.Task, texts: Iterator[bytes]) -> Iterator[stream.Docu
     if name == vocabularies.BYTES.name:
       tokens_L = np.frombuffer(text, np.uint8) + np.int32(vocabularies.FIRST_BYTE)
     elif name == vocabularies.LATIN.name:
-      tokens_L = np.array(vocabulary.encode(text.decode()), np.int32)
+      tokens_L = np.array(vocabulary.encode(text.decode(errors='replace')), np.int32)
     else:
       tokens_L = np.array(vocabulary.tokenizer.EncodeAsIds(text), np.int32)
     yield stream.Document(np.append(tokens_L, np.int32(vocabulary.eos_id)), len(text))

@@ -89,7 +89,7 @@ class _BytesDecoder:
 
 
 class _PiecesDecoder:
-  """A Decoder of SentencePiece tokens, whose text depends on those before: only the first is bare.
+  """A Decoder of any tokens. SentencePiece's text depends on those before: only the first is bare.
 
   It decodes the last few tokens again and shows what is new. Tokens may be bytes: up to 3 at the
   end, U+FFFD so far, can be a character in the making and are held back.

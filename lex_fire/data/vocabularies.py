@@ -94,7 +94,7 @@ def facts(vocabulary: seqio.Vocabulary) -> Vocabulary:
   else:
     raise errors.UserError(
       f'a {type(vocabulary).__name__} is no vocabulary that can be told from another;'
-      ' use a ByteVocabulary or a SentencePieceVocabulary'
+      ' use a ByteVocabulary, a LatinVocabulary or a SentencePieceVocabulary'
     )
   return Vocabulary(name=name, size=made.vocab_size, eos_id=made.eos_id)
 

@@ -32,8 +32,9 @@ IMPLEMENTATIONS: dict[str, Callable[..., jax.Array]] = {
 _OF_LIBRARIES = {kernel.name: platform for platform, kernel in library.KERNELS.items()}
 PLATFORM = {'mosaic_tpu': 'tpu', 'mosaic_gpu': 'gpu', **_OF_LIBRARIES}
 
-# Up to this many dense logits a head and row, 'auto' does not cut them in tiles: on CPU tiles that
-# fit the cache win early, an accelerator prefers few large products.
+# Up to this many dense logits a head and row (or of all rows, see `_of_size`), 'auto' does not cut
+# them in tiles: on CPU tiles that fit the cache win early, an accelerator prefers few large
+# products.
 MAX_DENSE_LOGITS = {'cpu': 128 * 128, 'gpu': 2048 * 2048, 'tpu': 2048 * 2048}
 _FEW_QUERIES = 16  # of a row, fewer than which tiles are no faster than the bias of each logit
 
@@ -126,13 +127,13 @@ def _of_size(
   here: str, encoding: base.Encoding, sizes: tuple[int, int, int], reason: str
 ) -> Choice:
   """Chooses by how many logits there are, of sizes (rows, queries, keys)."""
-  # A bias that depends on more than the distance costs more than the logit it is added to, and rows
-  # with positions of their own need one each.
+  # A bias that depends on more than the distance costs more time and memory than the logit that it
+  # is added to, and rows with positions of their own need one each.
   of_distance = encoding.bias is None or encoding.shift_invariant
-  if of_distance or sizes[1] < _FEW_QUERIES or sizes[0] == 1:
-    sizes = sizes[1:]
-  what, most = f'{" x ".join(map(str, sizes))} logits', MAX_DENSE_LOGITS[here]
-  if math.prod(sizes) <= most:
+  together = not of_distance and sizes[1] >= _FEW_QUERIES and sizes[0] > 1
+  counted = sizes if together else sizes[1:]
+  what, most = f'{" x ".join(map(str, counted))} logits', MAX_DENSE_LOGITS[here]
+  if math.prod(counted) <= most:
     return Choice('reference', f'{what} are at most {most} on {here}{reason}')
   return Choice('chunked', f'{what} are over {most} on {here}{reason}')
 
@@ -204,7 +205,8 @@ def attention(
   if num_heads % num_kv_heads:
     raise errors.UserError(f'{num_kv_heads=} must divide {num_heads=}')
   counted = library.is_counted(query_position_BQ, key_position_BK, query_segment_BQ, key_segment_BK)
-  own = max(len(x) for x in (query_position_BQ, key_position_BK, (0,)) if x is not None)
+  given = (position for position in (query_position_BQ, key_position_BK) if position is not None)
+  own = max(map(len, given), default=1)
   name = choose(
     *(implementation, encoding, mask, query_BQHC, key_BKGC, sequence_axis, counted),
     rows=max(1, own // row_devices),
