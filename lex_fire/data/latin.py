@@ -5,37 +5,56 @@ the ids are those of bytes. Above it a character of UTF-8 is two bytes or more, 
 the index hints of `algorithms`, of which ASCII has too few.
 """
 
+from __future__ import annotations
+
+import functools
+from typing import TYPE_CHECKING
+
 import numpy as np
-import tensorflow as tf
 
 from lex_fire.data import lazy, vocabularies
 
-seqio = lazy.seqio()
+if TYPE_CHECKING:
+  import seqio
+
 _FIRST, _SIZE = vocabularies.FIRST_BYTE, vocabularies.LATIN.size
+_UNKNOWN = 2
 
 
-class LatinVocabulary(seqio.Vocabulary):
-  """The first 592 characters of Unicode, where seqio.ByteVocabulary has the 256 bytes."""
+@functools.cache
+def vocabulary() -> seqio.Vocabulary:
+  """Returns the vocabulary."""
+  return _vocabulary_class()()
 
-  bos_id = None
-  eos_id = vocabularies.LATIN.eos_id
-  unk_id = 2
-  _base_vocab_size = _SIZE
 
-  def _encode(self, s):
-    ids = np.frombuffer(s.encode('utf-32-le'), np.uint32).astype(np.int64) + _FIRST
-    return np.where(ids < _SIZE, ids, self.unk_id).tolist()
+def _vocabulary_class():
+  seqio = lazy.seqio()
+  import tensorflow as tf
 
-  def _decode(self, ids):
-    return ''.join(chr(made - _FIRST) for made in ids if made >= _FIRST)
+  class LatinVocabulary(seqio.Vocabulary):
+    """The first 592 characters of Unicode, where seqio.ByteVocabulary has the 256 bytes."""
 
-  def _encode_tf(self, s):
-    ids = tf.strings.unicode_decode(s, 'UTF-8') + _FIRST
-    return tf.where(ids < _SIZE, ids, self.unk_id)
+    bos_id = None
+    eos_id = vocabularies.LATIN.eos_id
+    unk_id = _UNKNOWN
+    _base_vocab_size = _SIZE
 
-  def _decode_tf(self, ids):
-    kept = tf.ragged.boolean_mask(ids, ids >= _FIRST)
-    return tf.strings.unicode_encode(kept - _FIRST, 'UTF-8')
+    def _encode(self, s):
+      ids = np.frombuffer(s.encode('utf-32-le'), np.uint32).astype(np.int64) + _FIRST
+      return np.where(ids < _SIZE, ids, _UNKNOWN).tolist()
 
-  def __eq__(self, other):
-    return isinstance(other, LatinVocabulary) and self.extra_ids == other.extra_ids
+    def _decode(self, ids):
+      return ''.join(chr(made - _FIRST) for made in ids if made >= _FIRST)
+
+    def _encode_tf(self, s):
+      ids = tf.strings.unicode_decode(s, 'UTF-8') + _FIRST
+      return tf.where(ids < _SIZE, ids, _UNKNOWN)
+
+    def _decode_tf(self, ids):
+      kept = tf.ragged.boolean_mask(ids, ids >= _FIRST)
+      return tf.strings.unicode_encode(kept - _FIRST, 'UTF-8')
+
+    def __eq__(self, other):
+      return isinstance(other, LatinVocabulary) and self.extra_ids == other.extra_ids
+
+  return LatinVocabulary

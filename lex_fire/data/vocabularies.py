@@ -72,9 +72,9 @@ def load(name: str) -> seqio.Vocabulary:
 
 
 def _latin() -> seqio.Vocabulary:
-  from lex_fire.data import latin  # which imports seqio
+  from lex_fire.data import latin  # which imports this
 
-  return latin.LatinVocabulary()
+  return latin.vocabulary()
 
 
 def facts(vocabulary: seqio.Vocabulary) -> Vocabulary:
