@@ -145,12 +145,12 @@ class DataConfig:
 
   def __post_init__(self):
     _at_least(1, **{'data.length': self.length, 'data.batch_size': self.batch_size})
-    _at_least(0, **{'data.position_range': self.position_range})
     _check(0 < self.mask_rate < 1, 'above 0 and below 1', **{'data.mask_rate': self.mask_rate})
     if self.position_range and self.position_range < self.length:
       raise errors.UserError(
         f'data.position_range={self.position_range} must be 0 or at least data.length={self.length}'
       )
+    _at_least(0, **{'data.position_range': self.position_range})
 
   def spec(self, *splits: str) -> spec_lib.Spec:
     """Returns what names the Task, with no files but those of the splits.

@@ -144,7 +144,7 @@ def test_an_answer_ends_before_its_eos(model, by_one):
 
 def test_the_rows_of_a_batch_are_a_power_of_two_within_the_budget():
   for length in (1, 100, 1000, 3000, 32_768, 10**6):
-    rows = answers._rows(length)
+    rows = answers.rows_at_once(length, 10**9)
     assert rows in 2 ** np.arange(16)
     assert rows == 1 or rows * length <= answers.TOKENS_PER_BATCH < 2 * rows * length
 
