@@ -205,7 +205,7 @@ def refuses(message):
     ('model', {'attention': 'dense'}, "unknown model.attention='dense'; known: auto, reference"),
     ('train', {'seed': -1}, 'train.seed=-1 must be from 0 to'),
     ('train', {'seed': 2**32}, 'train.seed=4294967296 must be from 0 to'),
-    ('data', {'position_range': 2**31}, 'data.position_range=2147483648 must be at most 2147483647'),
+    ('data', {'position_range': 2**31}, 'data.position_range=2147483648 must be at most'),
     ('evaluate', {'lengths': (2**31,)}, 'evaluate.lengths=2147483648 must be at most 2147483647'),
     ('evaluate', {'lengths': ()}, 'evaluate.lengths=() must be one or more different'),
     ('evaluate', {'lengths': (8, 8)}, 'evaluate.lengths=(8, 8) must be one or more different'),
