@@ -302,7 +302,7 @@ def test_runs_of_other_tasks_are_compared_on_documents_that_are_named(
 
   (path,) = out.glob('*.json')
   assert path.name.startswith('fire_other_text-')
-  assert path.name.endswith('_windows_stride-8.json')
+  assert '_windows_stride-8_' in path.name
   reports = json.loads(path.read_text())['runs']
   assert [(one['run'], one['task'], one['train_task'], one['stride']) for one in reports] == [
     *(('fire', 'text', 'text', 8), ('other', 'text', 'stdlib', 8))
