@@ -17,11 +17,9 @@ from lex_fire import arguments, errors, presets
 from lex_fire.data import algorithm_tasks, algorithms, examples, reading, spec, vocabularies
 
 
-def _row(task: str, length: int, hints: bool) -> int:
+def _row(task: str, length: int, ring: str) -> int:
   """Returns the tokens, here characters, of the longest question in training and its answer."""
-  algorithm = algorithms.ALGORITHMS[task]
-  ring = algorithm.markers(length) if hints else ''
-  inputs, answer = algorithm(examples.generator('a row'), length, ring)
+  inputs, answer = algorithms.ALGORITHMS[task](examples.generator('a row'), length, ring)
   return len(inputs) + len(reading.SEPARATOR) + len(answer) + 1  # and EOS
 
 
@@ -41,7 +39,7 @@ def get_config(arg: str = '') -> config_dict.ConfigDict:
   ring = algorithm_tasks.ring(spec.Spec(task), asked)
   vocabulary = vocabularies.BYTES if ring.isascii() else vocabularies.LATIN
   algorithm_tasks.question(spec.Spec(task, vocabulary.name))  # refuses what is wrong
-  length = _row(args['task'], asked['length'], asked['hints'])
+  length = _row(args['task'], asked['length'], ring)
   longest = round(length * max(algorithms.MULTIPLES))
   if args['randomized'] not in ('true', 'false'):
     raise errors.UserError(f'randomized={args["randomized"]!r} must be true or false')

@@ -1,4 +1,4 @@
-"""The one exception for a mistake in what a user gave."""
+"""The one exception for a mistake in what a user gave, and what a file system says of one."""
 
 import errno
 

@@ -34,6 +34,23 @@ def _compiled_programs_last_as_long_as_their_file():
   jax.clear_caches()
 
 
+@pytest.fixture
+def taken(monkeypatch):
+  """Returns a list that gets the name of each implementation by which attention is computed."""
+  from lex_fire import kernels
+
+  names = []
+  for name in ('reference', 'chunked'):
+    kept = kernels.IMPLEMENTATIONS[name]
+
+    def noted(*arrays, name=name, kept=kept, **options):
+      names.append(name)
+      return kept(*arrays, **options)
+
+    monkeypatch.setitem(kernels.IMPLEMENTATIONS, name, noted)
+  return names
+
+
 @pytest.fixture(scope='session')
 def corpus(tmp_path_factory):
   """Returns the data fields of a config that name the files of a tiny corpus."""

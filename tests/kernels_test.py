@@ -741,32 +741,19 @@ def test_tiles_are_as_few_as_can_be_and_filled_but_for_eight_tokens_each_at_most
     assert count == 1 or size in (most, *range(0, most, 8))
 
 
-def test_attention_takes_what_is_chosen_for_its_rows(monkeypatch):
-  taken = []
-  for name in ('reference', 'chunked'):
-    kept = kernels.IMPLEMENTATIONS[name]
-
-    def note(*args, name=name, kept=kept, **options):
-      taken.append(name)
-      return kept(*args, **options)
-
-    monkeypatch.setitem(kernels.IMPLEMENTATIONS, name, note)
+@pytest.mark.parametrize(
+  ('rows', 'devices', 'name'), [(1, 1, 'reference'), (4, 1, 'chunked'), (4, 4, 'reference')]
+)
+def test_attention_takes_what_is_chosen_for_the_rows_of_a_device(rows, devices, name, taken):
   encoding = encodings.get('fire')
   params = encoding.init(jax.random.key(0), num_heads=1, head_dim=2, d_model=2)
-  x_BLHC = jnp.zeros((4, 128, 1, 2))
+  x_BLHC, position_BL = jnp.zeros((4, 128, 1, 2)), jnp.zeros((rows, 128), jnp.int32)
+  attend = functools.partial(kernels.attention, encoding=encoding, row_devices=devices)
+  positions = {'query_position_BQ': position_BL, 'key_position_BK': position_BL}
 
-  for position_BL, devices in ((None, 1), (jnp.zeros((4, 128), jnp.int32), 1)) + (
-    (jnp.zeros((4, 128), jnp.int32), 4),
-  ):
-    jax.eval_shape(
-      functools.partial(kernels.attention, encoding=encoding, row_devices=devices),
-      *(x_BLHC, x_BLHC, x_BLHC),
-      params=params,
-      query_position_BQ=position_BL,
-      key_position_BK=position_BL,
-    )
+  jax.eval_shape(attend, x_BLHC, x_BLHC, x_BLHC, params=params, **positions)
 
-  assert taken == ['reference', 'chunked', 'reference']
+  assert taken == [name]
 
 
 def test_auto_takes_the_kernel_of_a_platform_where_it_can_and_else_says_why_not():

@@ -51,6 +51,8 @@ _TINY = {
   **{'num_layers': 3, 'd_model': 64, 'num_heads': 4, 'num_kv_heads': 4, 'head_dim': 16},
   **{'d_ff': 172},
 }
+# The rule is found suddenly, at a step in which chance has a part: so the rate stays high.
+_HIGH_RATE = {'learning_rate': 2e-3, 'final_fraction': 0.5}
 # Of a sum's digit that of one number tells nothing while the other's may be any. Half of the second
 # number's are 0, then, so that a model learns to find digits by their markers first; and short sums
 # come more often, as many to a row as have room.
@@ -62,8 +64,7 @@ SCALES = {
     {
       'model': _TINY,
       'data': {'batch_size': 32},
-      # The rule is found suddenly, at a step in which chance has a part: so the rate stays high.
-      'optimizer': {'learning_rate': 2e-3, 'final_fraction': 0.5},
+      'optimizer': _HIGH_RATE,
       'train': {'steps': 6000, 'checkpoint_every': 1000},
     },
     questions=100,
@@ -73,7 +74,7 @@ SCALES = {
     {
       'model': _TINY,
       'data': {'batch_size': 16, 'isolate_documents': True},
-      'optimizer': {'learning_rate': 2e-3, 'final_fraction': 0.5},
+      'optimizer': _HIGH_RATE,
       'train': {'steps': 3000, 'checkpoint_every': 500},
     },
     questions=100,

@@ -37,11 +37,14 @@ MULTIPLES = (0.5, 1, 2, 5, 8)  # of the longest length in training: the lengths 
 MIN_TO_SPLIT = 1000
 LENGTHS = ('uniform', 'log_uniform')  # how those of questions of training are drawn
 VERSION = 5  # of what is made of an address; prepared streams of another are others
-_SIGNS = '+='  # of questions
-_LATIN = range(0xA1, 0x250)  # above ASCII, of the vocabulary `latin`
-_MARKS = ''.join(mark for mark in string.punctuation if mark not in _SIGNS)
-# Printed characters that no question has: those of ASCII first, of which a byte is the token too.
-_MARKERS = string.ascii_uppercase + _MARKS + ''.join(filter(str.isprintable, map(chr, _LATIN)))
+# Printed characters of the vocabulary `latin` that no question has: those of ASCII first, each of
+# which is a byte too.
+_MARKERS = ''.join(
+  character
+  for character in (*string.ascii_uppercase, *string.punctuation, *map(chr, range(0xA1, 0x250)))
+  if character.isprintable() and character not in '+='
+)
+_NO_MARKERS = str.maketrans('', '', _MARKERS)
 
 Placed = Iterable[tuple[int, str]]  # symbols, each with the place whose marker it bears
 
@@ -91,14 +94,6 @@ class Algorithm:
     """Says whether there are enough questions of a length to hold some out."""
     return len(self.alphabet) ** (self.operands * length) >= MIN_TO_SPLIT
 
-  def bare(self, inputs: str) -> str:
-    """Returns a question without its markers."""
-    return ''.join(symbol for symbol in inputs if symbol in self.alphabet + _SIGNS)
-
-  def places(self, length: int) -> int:
-    """Returns how many places the longest question has that training up to a length leads to."""
-    return round(max(MULTIPLES) * length) + self.carries
-
   def markers(self, length: int) -> str:
     """Returns the ring of markers for training up to a length.
 
@@ -111,13 +106,14 @@ class Algorithm:
     Raises:
       errors.UserError: if there are fewer characters than places.
     """
-    if self.places(length) > len(_MARKERS):
+    longest = round(max(MULTIPLES) * length)
+    if longest + self.carries > len(_MARKERS):
       most = (len(_MARKERS) - self.carries) // round(max(MULTIPLES))
       raise errors.UserError(
-        f'{length=} is evaluated up to {round(max(MULTIPLES) * length)}, for which the '
-        f'{len(_MARKERS)} index hints are too few; use at most {most}, or no hints'
+        f'{length=} is evaluated up to {longest}, for which the {len(_MARKERS)} index hints are '
+        f'too few; use at most {most}, or no hints'
       )
-    return _MARKERS[: self.places(length)]
+    return _MARKERS[: longest + self.carries]
 
 
 def _copy(symbols: str) -> Placed:
@@ -197,8 +193,7 @@ def examples(
     raise errors.UserError(f'{length=} has no half to evaluate; use at least 2')
   if lengths not in LENGTHS:
     raise errors.UserError(f'unknown {lengths=}; known: {", ".join(LENGTHS)}')
-  most = 1 if ALGORITHMS[name].operands > 1 else 0
-  if zeros and not 0 <= zeros < most:
+  if zeros and not (0 < zeros < 1 and ALGORITHMS[name].operands > 1):
     raise errors.UserError(
       f'{zeros=} must be from 0 to below 1 for a sum, and 0 for what has no second number'
     )
@@ -227,6 +222,6 @@ def _example(name, split, sizes, seed, draw, index) -> examples_lib.Example:
   size = sizes(index, generator)
   while True:
     inputs, answer = draw(generator, size)
-    home = examples_lib.split_of(name + algorithm.bare(inputs))
+    home = examples_lib.split_of(name + inputs.translate(_NO_MARKERS))
     if home == split or not algorithm.can_split(size):
       return examples_lib.Example(f'{name}_{split}_{index}', inputs, (answer,), {'length': size})

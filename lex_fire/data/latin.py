@@ -23,11 +23,7 @@ _UNKNOWN = 2
 
 @functools.cache
 def vocabulary() -> seqio.Vocabulary:
-  """Returns the vocabulary."""
-  return _vocabulary_class()()
-
-
-def _vocabulary_class():
+  """Returns the vocabulary, of a class that is made as TensorFlow is imported."""
   seqio = lazy.seqio()
   import tensorflow as tf
 
@@ -57,4 +53,4 @@ def _vocabulary_class():
     def __eq__(self, other):
       return isinstance(other, LatinVocabulary) and self.extra_ids == other.extra_ids
 
-  return LatinVocabulary
+  return LatinVocabulary()
