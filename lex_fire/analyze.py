@@ -382,9 +382,10 @@ def _of_encodings():
 
 def _of_runs():
   """Analyzes the runs of the flags."""
-  asked = command.asked('analysis_')
-  progress = command.Progress(asked.num_cases, documents.windows(asked.configs[0]))
   query_positions = cli.whole_numbers('query_positions')
+  more = [command.named('positions', query_positions)] if query_positions else []
+  asked = command.asked('analysis_', more=more)
+  progress = command.Progress(asked.num_cases, documents.windows(asked.configs[0]))
   drawn, reports = [], []
   for workdir, run in zip(asked.workdirs, asked.runs, strict=True):
     more_drawn, more_reports = analyze(workdir, asked.request, query_positions, progress, run)

@@ -78,7 +78,8 @@ def main() -> None:
   progress = Progress(expected)
   kept = what.directory / what.name
   reports = [report for plan in plans for report in benchmark.run(plan, kept, progress)]
-  paths = write(reports, what.directory, what.name)
+  # Other lengths add to the same answers, but their scores replace no others.
+  paths = write(reports, what.directory, '_'.join([what.name, *what.otherwise]))
   reporting.say(report_lib.checkpoints(reports))
   for entries in zip(*(report['tasks'] for report in reports), strict=True):
     chosen = (kernels.Choice(**x) for entry in entries for x in entry['implementations'])

@@ -12,7 +12,7 @@ import re
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 from absl import flags
@@ -101,8 +101,8 @@ def _check_alike(workdirs, configs, fields) -> None:
 
 
 def _file_name(runs: Sequence[str], request: config_lib.EvaluateConfig, about: str) -> str:
-  """Names files after what they compare, and what is not as trained."""
-  parts = list(runs) if len(runs) > 1 else []
+  """Names files after runs and what is not as trained."""
+  parts = list(runs)
   if request.checkpoint != config_lib.LATEST:
     parts.append(f'checkpoint-{request.checkpoint}')
   for texts in (request.encodings, request.masks):
@@ -122,12 +122,22 @@ def _how(request: config_lib.EvaluateConfig, own: config_lib.EvaluateConfig) -> 
   documents += [request.files] if request.files else []
   parts = [benchmark.file_name(' '.join(documents))] if documents else []
   parts += [request.protocol, *([f'stride-{request.stride}'] if request.stride else [])]
-  for field, name in _NAMED.items():
-    value = getattr(request, field)
-    if value != getattr(own, field):
-      texts = map(str, [name, *(value if isinstance(value, tuple) else [value])])
-      parts.append(benchmark.file_name('-'.join(texts)))
-  return '_'.join(parts)
+  return '_'.join([*parts, *_otherwise(request, own)])
+
+
+def _otherwise(request: config_lib.EvaluateConfig, own: config_lib.EvaluateConfig) -> list[str]:
+  """Returns what of _NAMED is asked for otherwise than by the config, as parts of a file's name."""
+  return [
+    named(name, value)
+    for field, name in _NAMED.items()
+    if (value := getattr(request, field)) != getattr(own, field)
+  ]
+
+
+def named(name: str, value: Any) -> str:
+  """Returns a part of a file's name that tells a value, or a sequence of them."""
+  values = value if isinstance(value, Sequence) and not isinstance(value, str) else [value]
+  return benchmark.file_name('-'.join(map(str, [name, *values])), 50)
 
 
 def output_directory(directory: pathlib.Path, name: str) -> pathlib.Path:
@@ -169,6 +179,8 @@ class Asked(NamedTuple):
     num_cases: of all runs together.
     directory: of the files, which can be written.
     name: of the files.
+    otherwise: what of lengths and so on is not as the first run's config has it, as parts of a
+      name; none if the flags give the name.
   """
 
   workdirs: list[pathlib.Path]
@@ -178,15 +190,22 @@ class Asked(NamedTuple):
   num_cases: int
   directory: pathlib.Path
   name: str
+  otherwise: list[str]
 
 
-def asked(prefix: str = '', about: str | None = None, alike: Sequence[str] | None = None) -> Asked:
+def asked(
+  prefix: str = '',
+  about: str | None = None,
+  alike: Sequence[str] | None = None,
+  more: Sequence[str] = (),
+) -> Asked:
   """Reads the flags, and the configs of the runs, and refuses what cannot be done.
 
   Args:
     prefix: of the files' name, unless the flags give it.
     about: which ends that name; by default what `_how` says.
     alike: fields in which the runs' configs must agree; by default those of `same_tokens`.
+    more: parts of that name, after all others.
 
   Raises:
     errors.UserError: for a mistake in the flags.
@@ -203,10 +222,13 @@ def asked(prefix: str = '', about: str | None = None, alike: Sequence[str] | Non
   configs = [dataclasses.replace(config, evaluate=request) for config in configs]
   num_cases = sum(len(comparison.cases(config)) for config in configs)
   runs = comparison.names(workdirs)
-  name = flags.FLAGS.name or prefix + _file_name(runs, request, about or _how(request, own))
+  about = '_'.join([about or _how(request, own), *more])
+  beside_its_run = len(runs) == 1 and not flags.FLAGS.output
+  name = flags.FLAGS.name or prefix + _file_name(() if beside_its_run else runs, request, about)
   directory = storage.path(flags.FLAGS.output or _default_directory(workdirs))
   output_directory(directory, name)
-  return Asked(workdirs, runs, configs, request, num_cases, directory, name)
+  otherwise = [] if flags.FLAGS.name else _otherwise(request, own)
+  return Asked(workdirs, runs, configs, request, num_cases, directory, name, otherwise)
 
 
 def _default_directory(workdirs: Sequence[pathlib.Path]) -> str:

@@ -298,6 +298,10 @@ GOOD = {
     '--output=OUT/curves',
   ],
   'runs': ['--workdir=RUN,OTHER', '--lengths=32', '--max_tokens=96', '--output=OUT/runs'],
+  'one': [
+    *('--workdir=RUN', '--lengths=32', '--max_tokens=96', '--query_positions=5,9'),
+    '--output=OUT/one',
+  ],
 }
 
 
@@ -352,3 +356,15 @@ def test_the_command_compares_runs(results):
   for metric, title in analyze.METRICS.items():
     assert f'{title}\n{analyze.table(written["runs"], metric)}' in stdout
   assert 'attention at 32: reference, 32 x 32 logits are at most 16384 on cpu\n' in stdout
+
+
+def test_files_of_a_run_elsewhere_tell_it_and_the_positions_asked_for(results):
+  status, _, stderr = results[0]['one']
+
+  assert status == 0, stderr
+  names = {path.name for path in (results[1] / 'one').iterdir()}
+  name = 'analysis_fire_same_tokens_lengths-32_tokens-96_positions-5-9'
+  ends = ('.json', '_heads.png', '_scores.png', '_biases_fire.png')
+  assert names == {f'{name}{end}' for end in ends}
+  (drawn,) = json.loads((results[1] / 'one' / f'{name}.json').read_text())['encodings']
+  assert [of_one['query_position'] for of_one in drawn['biases']] == [5, 9]
