@@ -115,13 +115,13 @@ def _truncate(path: pathlib.Path, last_step: int) -> None:
   if not path.exists():
     return
   kept = []
-  for line in path.read_text().splitlines():
+  for line in path.read_bytes().splitlines():
     try:
       if json.loads(line)['step'] <= last_step:
-        kept.append(line + '\n')
+        kept.append(line + b'\n')
     except ValueError:
       break
-  storage.write(path, ''.join(kept))
+  storage.write(path, b''.join(kept))
 
 
 class Pace:

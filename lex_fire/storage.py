@@ -26,17 +26,24 @@ if _has_client():
   os.environ.setdefault('EPATH_USE_TF', '0')
 
 
+def _of_this_machine(text: str | os.PathLike[str]) -> pathlib.Path:
+  try:
+    return pathlib.Path(text).expanduser()
+  except RuntimeError as error:  # ~NAME
+    raise errors.UserError(f'{os.fspath(text)!r}: there is no such user, so no home') from error
+
+
 def path(text: str | os.PathLike[str]) -> pathlib.Path:
   """Returns the path of a directory or a file, or what has the methods of one, in a bucket.
 
   Raises:
     errors.UserError: if it is in a bucket, and what reads buckets is not installed; or of another
-      kind of storage.
+      kind of storage; or in the home of a user that is not there.
   """
   text = os.fspath(text)
   scheme, is_url, _ = text.partition('://')
   if not is_url:
-    return pathlib.Path(text).expanduser()
+    return _of_this_machine(text)
   if scheme != 'gs':
     raise errors.UserError(f'{text!r} must be a directory, or gs://BUCKET/... of Google Cloud')
   if not _has_client():
@@ -50,11 +57,11 @@ def local(text: str | os.PathLike[str], name: str) -> pathlib.Path:
   """Returns the path of what has to be a directory; `name` says what it is of.
 
   Raises:
-    errors.UserError: if it is in a bucket.
+    errors.UserError: if it is in a bucket, or in the home of a user that is not there.
   """
   if '://' in os.fspath(text):
     raise errors.UserError(f'{name}={os.fspath(text)!r} must be a directory of this machine')
-  return pathlib.Path(text).expanduser()
+  return _of_this_machine(text)
 
 
 def is_bucket(where: str | os.PathLike[str]) -> bool:

@@ -137,11 +137,13 @@ def test_a_run_from_the_start_drops_all_lines(tmp_path):
   assert read_steps(tmp_path) == [1]
 
 
-@pytest.mark.parametrize('torn', ['{"step": 2, "lo', '{"step": 2', '{', '{"step": 3, "loss": 7.0}'])
+@pytest.mark.parametrize(
+  'torn', [b'{"step": 2, "lo', b'{"step": 2', b'{', b'{"step": 3, "loss": 7.0}', b'\xff\x00']
+)
 def test_a_line_that_a_kill_cut_short_is_dropped_and_the_next_one_starts_a_line(tmp_path, torn):
   """Cut before its newline, a line may also be whole."""
   write_run(tmp_path, 0, [1, 2])
-  with (tmp_path / 'metrics.jsonl').open('a') as file:
+  with (tmp_path / 'metrics.jsonl').open('ab') as file:
     file.write(torn)
 
   write_run(tmp_path, 2, [3, 4])

@@ -126,6 +126,12 @@ def test_another_kind_of_storage_is_refused():
     storage.path('s3://bucket/run')
 
 
+@pytest.mark.parametrize('read', [storage.path, functools.partial(storage.local, name='--runs')])
+def test_a_home_of_nobody_is_refused(read):
+  with pytest.raises(errors.UserError, match="'~no-such-user/run': there is no such user"):
+    read('~no-such-user/run')
+
+
 def test_what_has_to_be_a_directory_is_none_in_a_bucket(corpus):
   config = tiny.config({**corpus, 'directory': 'gs://bucket/prepared'})
 
