@@ -5,16 +5,18 @@
 
 C4 must have been made in TFDS_DIR (tensorflow.org/datasets/catalog/c4); its stream of tokens is
 prepared when a run first needs it, or before by `python -m lex_fire.data.prepare --task=c4
---vocabulary=t5 --split=train --tfds_directory=TFDS_DIR --directory=STREAMS_DIR`.
+--vocabulary=t5 --split=train --tfds_directory=TFDS_DIR --directory=STREAMS_DIR`, and that of
+`--split=validation` likewise.
 
 Published: Li et al. 2023, sections 1 and 4.1, 125M parameters: 314,572,800,000 tokens, on unknown
 hardware; FIRE loses least at every length, and leads the best baseline by 2.28 of perplexity, at a
 size and a length that are not known here. Li et al. 2023, sections 1 and 4.1, 350M parameters:
 314,572,800,000 tokens, on unknown hardware; FIRE loses least at every length.
 
-`python -m lex_fire.evaluate --workdir=DIR` judges at those lengths, 512 to 8192. A training step of
-`size=base` with FIRE takes 2.82 of 15.75 GiB of each of 16 chips of TPU v5e, by the compiler's
-account, if four of them share the parameters: --config.mesh.fsdp=4 (experiments/compile_table).
+`python -m lex_fire.evaluate --workdir=DIR` judges at the paper's lengths, 512 to 8192. A
+training step of `size=base` with FIRE takes 2.82 of 15.75 GiB of each of 16 chips of TPU v5e, by
+the compiler's account, in groups of four that share one copy of the parameters:
+--config.mesh.fsdp=4 (experiments/compile_table).
 
 Arguments: size (a preset of lex_fire.presets), encoding, vocabulary (t5, bytes, or the path of a
 SentencePiece model), mesh (of presets.MESHES: any, chip, host, 8-gpus, v5e-256, v5p-512 or

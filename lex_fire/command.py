@@ -291,7 +291,7 @@ def define_flags() -> None:
     'in the place of the one trained with, NAME or NAME:OPTION=VALUE,OPTION=VALUE; repeat the flag '
     'to compare several, as_trained among them; options that are not given stay as trained where '
     'both have them (base_period and pairing of a rotation), and train_length is that of the run '
-    "(default: the run's config)",
+    "(default: the run's config); of analyze without --workdir: those to draw, NAME,NAME",
   )
   known = ', '.join(('auto', *kernels.IMPLEMENTATIONS))
   flags.DEFINE_string('attention', None, f"one of {known} (default: the run's config)")
@@ -300,17 +300,23 @@ def define_flags() -> None:
   flags.DEFINE_integer(
     'stride',
     None,
-    'targets by which a window moves on, of which it scores that many and the first window of a '
-    "document all; divides every length; 0: windows end to end (default: the run's config)",
+    'by how many tokens a window moves on: it scores its last that many, the first of a document '
+    'all (not of analyze); divides every length; 0: windows end to end (default: the '
+    "run's config)",
   )
   flags.DEFINE_integer('max_tokens', None, "scored at each length (default: the run's config)")
   flags.DEFINE_integer(
     'sequence',
     None,
     'devices that share the tokens of each window, for lengths that one cannot hold; twice as many '
-    "divide every length (default: the run's config)",
+    "divide every length (not of analyze; default: the run's config)",
   )
-  flags.DEFINE_string('output', None, 'a directory (default: evaluations/ where the runs are)')
+  flags.DEFINE_string(
+    'output',
+    None,
+    'a directory (default: evaluations/ in the workdir, or of several runs in the deepest '
+    'directory that has all)',
+  )
   flags.DEFINE_string('name', None, 'of the files there (default: what is compared, and how)')
   flags.DEFINE_string(
     'documents',

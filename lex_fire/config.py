@@ -131,7 +131,7 @@ class DataConfig:
 
   task: str = 'stdlib'  # a key of data.tasks.TASKS with options, or a registered seqio Task
   vocabulary: str = 'bytes'  # or latin, t5, or the path of a SentencePiece model
-  train_files: str = ''  # glob of files, plain or compressed, for tasks text and jsonl
+  train_files: str = ''  # glob of files, plain or compressed: text, jsonl, needles
   validation_files: str = ''  # likewise
   tfds_directory: str = ''  # where TensorFlow Datasets are; '': where TFDS itself looks
   directory: str = '~/.cache/lex_fire'  # where prepared streams are kept; each is made once

@@ -4,7 +4,7 @@
       --mask=causal,blockwise --encoding=as_trained --encoding=yarn:scale=16
 
 Everything is read from the workdirs: config, checkpoint and, by the config, the Task's documents;
-or --documents names others.
+or --documents names others. With --tasks=passkey,scrolls_qmsum it asks questions instead.
 """
 
 import csv

@@ -81,7 +81,9 @@ def define_arguments(parser: argparse.ArgumentParser) -> None:
   )
   parser.add_argument('--tfds_directory', default='', help='where TensorFlow Datasets are')
   for split in SPLITS_OF_FILES:
-    parser.add_argument(f'--{split}_files', help=f'for text and jsonl: glob of split {split!r}')
+    parser.add_argument(
+      f'--{split}_files', help=f'of text and jsonl, and around needles: glob of split {split!r}'
+    )
   parser.add_argument('--split', required=True, help='train or validation, or another of the Task')
 
 
