@@ -103,6 +103,7 @@ class Questions(NamedTuple):
     task: its name.
     split: of the Task.
     length: [tokens], of prompt and answer; None: the questions have lengths of their own.
+    files: a glob of the text around them; '': none is named.
     common: what they have in common.
     max_tokens: of an answer, its EOS among them.
     prompts: the questions, the longest first.
@@ -111,6 +112,7 @@ class Questions(NamedTuple):
   task: str
   split: str
   length: int | None
+  files: str
   common: questions.Question
   max_tokens: int
   prompts: list[answers.Prompt]
@@ -160,7 +162,9 @@ def _of_task(asked, config, codec, name, length) -> Questions:
   is_prose = what.base in {**scrolls.TASKS, **glue.TASKS}
   if is_prose and codec.vocabulary not in (vocabularies.BYTES, vocabularies.LATIN):
     max_tokens = min(max_tokens, common.answer_bytes // _BYTES_PER_PIECE + 16)
-  return Questions(name, asked.split or common.split, length, common, max_tokens, [])
+  split = asked.split or common.split
+  files = asked.files if what.base in needles.NEEDLES else ''
+  return Questions(name, split, length, files, common, max_tokens, [])
 
 
 def _spec(asked, config, name, length, split) -> spec.Spec:

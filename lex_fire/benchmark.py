@@ -88,7 +88,8 @@ def plan(
     if key not in read:
       read[key] = asking.read(asked, of_run.config, of_run.codec)
     made[index] = of_run._replace(questions=read[key])
-    longest = max(len(q.prompts[0].tokens_L) + q.max_tokens for q in read[key])
+    # The last token of an answer is not read.
+    longest = max(len(q.prompts[0].tokens_L) + q.max_tokens - 1 for q in read[key])
     for case in of_run.cases:
       model.check_length(case.transformer.encoding, longest)
   return made
@@ -172,9 +173,14 @@ def check_same(plans: Sequence[Plan]) -> None:
 def _ask(of_run, case, report, params, directory, progress, asked) -> Report:
   """Returns what a report says of a Task at a length."""
   about = f'{report_lib.series(report)} {case.mask_name} {_named(asked)}'
-  if (name := of_run.config.evaluate.checkpoint) != config_lib.LATEST:
-    about += f' checkpoint {name}'
-  path = directory / f'{file_name(f"{about} {asked.split}")}.jsonl'
+  request = of_run.config.evaluate
+  if request.checkpoint != config_lib.LATEST:
+    about += f' checkpoint {request.checkpoint}'
+  # All that answers depend on and that can be asked otherwise, so that no others begin their file.
+  how = '' if request.attention == config_lib.AS_TRAINED else f'attention {request.attention}'
+  path = (
+    directory / f'{file_name(" ".join(filter(None, [about, how, asked.split, asked.files])))}.jsonl'
+  )
   kept = answers.Kept(path, _identity(of_run, case, report, _digest(params), asked), asked.prompts)
   answer = functools.partial(
     answers.answers, case.transformer, params, codec=of_run.codec, max_tokens=asked.max_tokens
@@ -186,6 +192,7 @@ def _ask(of_run, case, report, params, directory, progress, asked) -> Report:
   return {
     'task': asked.task,
     'split': asked.split,
+    'files': asked.files or None,
     'length': asked.length,
     # Of the longest question.
     'implementations': [x._asdict() for x in generate.choices(case.transformer, longest, at_once)],

@@ -61,11 +61,12 @@ def main() -> None:
   for name in _OF_LOSSES:
     if f[name].value is not None:
       raise errors.UserError(f'--{name}={f[name].value} is of losses, not of --tasks; leave it out')
+  f.stride, f.sequence = 0, 1  # those of the run's config are of losses too
   asked = asking.Asked(
     asking.names(f.tasks), f.split or '', f.max_examples, f.files or '', f.tfds_directory or ''
   )
   first = f'first {asked.max_examples}' if asked.max_examples else ''
-  about = ' '.join(filter(None, [*asked.tasks, asked.split, first]))
+  about = ' '.join(filter(None, [*asked.tasks, asked.split, asked.files, first]))
   what = command.asked(about=benchmark.file_name(about), alike=())
   storage.local(what.directory, '--output')  # answers are appended as they come
   plans = benchmark.plan(what.workdirs, asked, what.request, what.runs)

@@ -9,6 +9,7 @@ from typing import Any
 
 import jax
 import orbax.checkpoint as ocp
+from absl import logging
 from orbax.checkpoint.checkpoint_managers import preservation_policy
 
 from lex_fire import config as config_lib
@@ -45,6 +46,17 @@ def _reading_losses(directory: pathlib.Path) -> Iterator[None]:
     raise
 
 
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+  """Keeps Orbax from warning of each option that reading leaves without a use."""
+  verbosity = logging.get_verbosity()
+  logging.set_verbosity(logging.ERROR)
+  try:
+    yield
+  finally:
+    logging.set_verbosity(verbosity)
+
+
 class Checkpoints:
   """The checkpoints of a workdir; each has parameters and optimizer state as items of their own."""
 
@@ -77,7 +89,7 @@ class Checkpoints:
     directory = storage.absolute(storage.path(workdir)) / 'checkpoints'
     if directory.exists() and not directory.is_dir():
       raise errors.UserError(f'{str(directory)!r} must be a directory; move that file away')
-    with _reading_losses(directory):
+    with _reading_losses(directory), _quiet() if read_only else contextlib.nullcontext():
       self._manager = ocp.CheckpointManager(
         directory,
         # best_fn makes Orbax write the metrics, without which the policy forgets them at a restart,
@@ -87,6 +99,7 @@ class Checkpoints:
           best_fn=_loss if keep_best else None,
           best_mode='min',
           read_only=read_only,
+          cleanup_tmp_directories=not read_only,  # what a save has begun that a kill ended
         ),
         item_names=('params', 'optimizer'),
       )
@@ -407,7 +420,7 @@ def restore_params(
     errors.UserError: if the workdir has no such checkpoint, it is damaged or of another model, or
       another process has found another.
   """
-  with contextlib.closing(Checkpoints(workdir)) as checkpoints:
+  with contextlib.closing(Checkpoints(workdir, read_only=True)) as checkpoints:
     step = checkpoints.named(name)
     hosts.check_same('a checkpoint', {name: step})  # a run may be adding some, and deleting others
     if step is None:

@@ -103,7 +103,7 @@ def _prefill(transformer, params, state, tokens_BL, start, length_B):
 @functools.partial(jax.jit, static_argnums=(0, 1), donate_argnums=3)
 def _step(transformer, sampling, params, state, seed, eos_id):
   """Draws a token of each row and feeds it; returns the new state, and the tokens."""
-  token_B = sampling_lib.sample(state.logits_BV, sampling, seed, state.position_B)
+  token_B, shown_B = _drawn(sampling, state, seed)
   logits_BLV, cache = _apply(
     transformer,
     params,
@@ -112,10 +112,22 @@ def _step(transformer, sampling, params, state, seed, eos_id):
     state.position_B[:, None],
     jnp.ones((token_B.shape[0], 1), jnp.int32),
   )
-  shown_B = jnp.where(state.ended_B, NO_TOKEN, token_B)
   ended_B = state.ended_B | (token_B == eos_id)
   state = State(cache, logits_BLV[:, 0], state.position_B + 1, ended_B)
-  return sharding.constrain_tree(state), sharding.constrain(shown_B, '')
+  return sharding.constrain_tree(state), shown_B
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _last(sampling, state, seed):
+  """Returns a token of each row that nothing follows, so that it is not fed."""
+  return _drawn(sampling, state, seed)[1]
+
+
+def _drawn(sampling, state, seed):
+  """Returns a token of each row, and what is shown of it."""
+  token_B = sampling_lib.sample(state.logits_BV, sampling, seed, state.position_B)
+  shown_B = jnp.where(state.ended_B, NO_TOKEN, token_B)
+  return token_B, sharding.constrain(shown_B, '')
 
 
 def cache_slots(mask: kernels.Mask, length: int, chunk: int = PREFILL_CHUNK) -> int:
@@ -165,7 +177,7 @@ def stream(
   A row's tokens are, to rounding, those that it would have alone in the same row of a batch, and
   those that the whole text so far would give without a cache (if the encoding is not
   `prefix_stable`, with keys as they stood when their layer's input was computed). Under one mask,
-  each batch size and number of slots compiles two programs, whatever the lengths. The devices of
+  each batch size and number of slots compiles three programs, whatever the lengths. The devices of
   the mesh of `jax.set_mesh`, if any, share the rows, and the tokens come out on all hosts.
 
   Args:
@@ -188,11 +200,13 @@ def stream(
   """
   rows = [np.asarray(prompt) for prompt in prompts]
   _check(transformer, rows, max_tokens, seed, chunk)
+  chunk = min(chunk, transformer.encoding.max_length or chunk)
   slots = cache_slots(_mask(transformer), max(row.size for row in rows) + max_tokens, chunk)
   transformer, params = _of_steps(transformer, params)
   return _stream(
     functools.partial(_prefilled, transformer, params, rows, slots, chunk),
     functools.partial(_step, transformer, sampling, params),
+    functools.partial(_last, sampling),
     max_tokens,
     np.uint32(seed),
     NO_TOKEN if eos_id is None else eos_id,
@@ -234,12 +248,17 @@ def _check(transformer, rows, max_tokens, seed, chunk):
         f'prompt {number} of {len(rows)} has tokens {row.min()} to {row.max()}, not all from 0 to '
         f'{vocab_size - 1} as the model; encode it with the vocabulary of its Task'
       )
-  for name, value in {'max_tokens': max_tokens, 'chunk': chunk}.items():
-    if not isinstance(value, int) or value < 1:
-      raise errors.UserError(f'{name}={value} must be a whole number of at least 1')
+  _check_positive(max_tokens=max_tokens, chunk=chunk)
   if not 0 <= seed < 2**32:
     raise errors.UserError(f'{seed=} must be at least 0 and below 2**32')
-  model.check_length(transformer.encoding, max(row.size for row in rows) + max_tokens)
+  # The last token is not fed, and needs no position.
+  model.check_length(transformer.encoding, max(row.size for row in rows) + max_tokens - 1)
+
+
+def _check_positive(**numbers):
+  for name, value in numbers.items():
+    if not isinstance(value, int) or value < 1:
+      raise errors.UserError(f'{name}={value} must be a whole number of at least 1')
 
 
 def _prefilled(transformer, params, rows, slots, chunk) -> State:
@@ -255,17 +274,20 @@ def _prefilled(transformer, params, rows, slots, chunk) -> State:
   return state
 
 
-def _stream(prefilled, step, max_tokens, seed, eos_id):
+def _stream(prefilled, step, last, max_tokens, seed, eos_id):
   """Runs one step ahead of what it yields, so that the device does not wait for who reads."""
-  state, tokens_B = step(prefilled(), seed, eos_id)
+  state, ahead = prefilled(), []
   for left in reversed(range(max_tokens)):
-    shown_B = tokens_B
     if left:
       state, tokens_B = step(state, seed, eos_id)
-    shown_B = np.asarray(shown_B)
-    yield shown_B
-    if np.isin(shown_B, (eos_id, NO_TOKEN)).all():
-      return
+    else:
+      tokens_B = last(state, seed)
+    ahead.append(tokens_B)
+    if len(ahead) > 1:
+      yield (shown_B := np.asarray(ahead.pop(0)))
+      if np.isin(shown_B, (eos_id, NO_TOKEN)).all():
+        return
+  yield np.asarray(ahead.pop())
 
 
 def generate(
@@ -416,6 +438,7 @@ def main() -> None:
   config = checkpoint.read_config(workdir)
   codec = text_lib.codec(config.data.spec())
   rows = [codec.encode(text) for text in texts]
+  _check_positive(max_tokens=f.max_tokens)
   longest = max(row.size for row in rows) + f.max_tokens
   config = _asked(config, longest)
   (case,) = comparison.cases(config)

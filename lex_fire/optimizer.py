@@ -1,5 +1,7 @@
 """AdamW: linear warmup, cosine decay, clipped by global norm, weight decay on matrices only."""
 
+from typing import Any, cast
+
 import jax
 import optax
 
@@ -29,6 +31,15 @@ def make(config: config_lib.Config) -> optax.GradientTransformation:
     optax.masked(optax.scale(c.encoding_rate), encoding_weights),
     optax.scale_by_learning_rate(schedule(config)),
   )
+
+
+def count(state: optax.OptState) -> int:
+  """Returns how many steps the state of `make`'s optimizer has taken; one that is skipped is none.
+
+  By it goes the learning rate.
+  """
+  *_, of_rate = cast(tuple[Any, ...], state)
+  return int(of_rate.count)
 
 
 def decays(params):

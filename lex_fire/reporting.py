@@ -1,8 +1,10 @@
 """What a run tells of itself as it goes: a line, metrics.jsonl and TensorBoard."""
 
+import functools
 import math
 import pathlib
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import numpy as np
@@ -10,6 +12,8 @@ import numpy as np
 from lex_fire import config as config_lib
 from lex_fire import errors, feed, metrics, optimizer, replay, timing
 from lex_fire.data import stream
+
+_RATES = 2**16  # learning rates that are computed at once
 
 
 def say(line: str) -> None:
@@ -27,17 +31,32 @@ class Reporter:
     spent: what the run's time goes to.
   """
 
-  def __init__(self, config: config_lib.Config, workdir: pathlib.Path, first_step: int, manifest):
-    """Opens the logs; `manifest` says how many bytes a token stands for."""
+  def __init__(
+    self,
+    config: config_lib.Config,
+    workdir: pathlib.Path,
+    first_step: int,
+    skipped: int,
+    manifest: dict[str, Any],
+  ):
+    """Opens the logs.
+
+    Args:
+      config: of the run.
+      workdir: of the run.
+      first_step: steps so far.
+      skipped: of these, as their loss was not finite.
+      manifest: says how many bytes a token stands for.
+    """
     self._recent = replay.Recent(workdir, config.train.log_every + 1)
     self._unseen: list[tuple[int, dict[str, jax.Array]]] = []
-    self._skipped = 0
+    self._skipped = skipped
     self._config, self._writer = config, metrics.Writer(workdir, first_step)
     tokens = config.data.batch_size * config.data.length
     self._pace = metrics.Pace(first_step, config.train.steps, tokens)
     self._flops = metrics.train_flops_per_token(config.model, config.data.length)
-    # All at once: asked of devices that compute a step, each would wait for its end.
-    self._rates = np.asarray(optimizer.schedule(config)(np.arange(config.train.steps)))
+    # Many at once: asked of devices that compute a step, each would wait for its end.
+    self._rates = functools.lru_cache(maxsize=1)(functools.partial(_rates, config))
     self.spent = timing.Spent()
     # Of questions only the answers are scored, which code no text.
     self._codes_text = config.model.causal and not stream.is_of_questions(manifest)
@@ -107,7 +126,7 @@ class Reporter:
     rate, seconds_left = self._pace.measure(done)
     values |= self._bits_per_byte('', values['loss'])
     values |= {
-      'learning_rate': float(self._rates[done - 1]),
+      'learning_rate': self._rate(done - 1 - self._skipped),
       'tokens_per_second': rate,
       'model_flops_per_second': rate * self._flops,
     }
@@ -117,6 +136,11 @@ class Reporter:
     values |= {f'{name}_share': share for name, share in self.spent.shares().items()}
     self._writer.write(done, values)
     self._print(done, values, seconds_left)
+
+  def _rate(self, step):
+    """Returns the learning rate of a step that comes after so many that were not skipped."""
+    block, index = divmod(step, _RATES)
+    return float(self._rates(block)[index])
 
   def _bits_per_byte(self, prefix: str, nats: float) -> dict[str, float]:
     """Returns {name: bits} for a loss per token; {} for that of some tokens, which code no text."""
@@ -161,6 +185,10 @@ class Reporter:
     """Reports what is pending, and writes it."""
     self.flush()
     self.write()
+
+
+def _rates(config: config_lib.Config, block: int) -> np.ndarray:
+  return np.asarray(optimizer.schedule(config)(np.arange(block * _RATES, (block + 1) * _RATES)))
 
 
 def _is_finite(values: dict[str, float]) -> bool:

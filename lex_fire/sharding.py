@@ -140,17 +140,30 @@ def spec(
   for index, letter in enumerate(letters, start=len(shape) - len(letters)):
     axes = tuple(axis for axis in RULES.get(letter, ()) if axis in free)
     ways = math.prod(mesh_shape[axis] for axis in axes)
-    if ways == 1 or shape[index] == 1:
+    if ways == 1 or shape[index] == 1:  # which broadcasts
       continue
-    if shape[index] % ways:
-      split = ' x '.join(f'{axis}={mesh_shape[axis]}' for axis in axes)
-      raise errors.UserError(
-        f'{name} has {letter}={shape[index]}, which mesh axes {split} do not divide; '
-        'use a multiple or a smaller mesh'
-      )
+    _check_divides(letter, shape[index], axes, mesh_shape, name)
     parts[index] = axes
     free -= set(axes)
   return PartitionSpec(*parts)
+
+
+def check_rows(rows: int, mesh: Mesh, name: str) -> None:
+  """Refuses rows that are computed at once if the mesh does not divide them, one row too.
+
+  Raises:
+    errors.UserError: if it does not.
+  """
+  _check_divides('B', rows, RULES['B'], dict(mesh.shape), name)
+
+
+def _check_divides(letter, size, axes, mesh_shape, name):
+  if size % math.prod(mesh_shape[axis] for axis in axes):
+    split = ' x '.join(f'{axis}={mesh_shape[axis]}' for axis in axes)
+    raise errors.UserError(
+      f'{name} has {letter}={size}, which mesh axes {split} do not divide; '
+      'use a multiple or a smaller mesh'
+    )
 
 
 def of_tree(tree, mesh: Mesh):

@@ -13,6 +13,7 @@ from collections.abc import Iterator, Sequence
 from typing import cast
 
 from lex_fire import errors
+from lex_fire.data import files
 
 _BUCKETS = 'gs://'
 
@@ -109,12 +110,7 @@ def write(where: pathlib.Path, content: bytes | str) -> None:
     with _network():
       where.write_bytes(data)
     return
-  temporary = where.with_name(f'.{where.stem}.{os.getpid()}{where.suffix}')
-  try:
-    temporary.write_bytes(data)
-    os.replace(temporary, where)
-  finally:
-    temporary.unlink(missing_ok=True)
+  files.write_whole(where, lambda path: path.write_bytes(data))
 
 
 def move(where: pathlib.Path, target: pathlib.Path) -> None:

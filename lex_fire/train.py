@@ -161,7 +161,7 @@ class Program:
     self.mesh = mesh
     ring.zigzag(config.data.length, mesh.shape['sequence'], 'data.length')  # refuses other lengths
     rows = config.data.batch_size // config.train.accumulation
-    sharding.spec('B', (rows,), dict(mesh.shape), 'data.batch_size / train.accumulation')
+    sharding.check_rows(rows, mesh, 'data.batch_size / train.accumulation')
     abstract = jax.eval_shape(functools.partial(init, config))
     shardings = sharding.of_tree(abstract, mesh)
     self.abstract_state = jax.tree.map(
@@ -202,13 +202,14 @@ class Program:
     rows, length = batch['inputs_BL'].shape
     shared_by = self.mesh.shape['sequence']
     order_L = ring.zigzag(length, shared_by, 'the batch')
+    alone = batch['segment_ids_BL'] is not None
     if shared_by > 1 and batch['position_BL'] is None:
       batch = {**batch, 'position_BL': np.arange(length, dtype=np.int32)[None]}
 
     def put_leaf(name, x):
       if x is None:
         return None
-      shared = x.shape[0] != rows  # a leading 1: the same for all rows of all processes
+      shared = name == 'position_BL' and not alone  # the same for all rows of all processes
       shape = (x.shape[0] if shared else rows * self.share[1], *x.shape[1:])
       layout = self.layout(name, shape)
       return jax.make_array_from_process_local_data(layout, x[:, order_L], shape)
@@ -287,7 +288,6 @@ def train(
     checkpoint.claim_workdir(workdir, config)
     checkpoint.claim_data(workdir, data.hashes)
     hosts.wait('the workdir')
-    # What a save has begun is swept away as checkpoints are opened.
     checkpoints = checkpoint.Checkpoints(workdir, *keep)
     stack.enter_context(contextlib.closing(checkpoints))
     found = {'config': (workdir / 'config.json').exists(), 'steps': checkpoints.steps()}
@@ -297,7 +297,8 @@ def train(
     if first:
       data.restore_place(workdir, first)
     _announce(config, program, workdir, first)
-    reporter = reporting.Reporter(config, workdir, first, data.validation_manifest)
+    learned = optimizer.count(state['optimizer'])
+    reporter = reporting.Reporter(config, workdir, first, first - learned, data.validation_manifest)
     profile = profiling.Profile(workdir, profiled, first)
     with contextlib.closing(reporter), contextlib.closing(profile):
       state = _loop(config, workdir, program, data, checkpoints, reporter, profile, state, first)

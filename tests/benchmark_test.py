@@ -159,6 +159,7 @@ def test_a_report_says_what_was_asked_and_of_whom(workdir, model, tmp_path):
   assert {key: entry[key] for key in entry if key not in ('scores', 'by')} == {
     'task': COPY,
     'split': 'test',
+    'files': None,
     'length': None,
     'implementations': [
       {'implementation': 'reference', 'reason': f'{size} x 64 logits are at most 16384 on cpu'}
@@ -311,7 +312,7 @@ def test_questions_longer_than_an_encodings_positions_are_refused(workdir, tmp_p
   (other / 'config.json').write_text(json.dumps(values))
 
   # 16 letters, '=', the separator, EOS before and the answer with its EOS
-  with pytest.raises(errors.UserError, match='length=45 is past the 32 positions'):
+  with pytest.raises(errors.UserError, match='length=44 is past the 32 positions'):
     run(other, tmp_path)
 
 
@@ -504,6 +505,35 @@ def test_flags_of_the_other_kind_of_evaluation_are_refused(
 ):
   with pytest.raises(errors.UserError, match=message):
     evaluate_command(workdir, **arguments)
+
+
+def test_what_the_config_says_of_losses_alone_is_no_matter(
+  evaluate_command, workdir, model, tmp_path
+):
+  model(right)
+  other = tiny.as_if(workdir, tmp_path / 'other', evaluate={'stride': 16, 'sequence': 4})
+
+  evaluate_command(other, tasks=COPY, lengths='300')
+
+
+def test_answers_among_other_text_or_by_other_attention_have_files_of_their_own(
+  evaluate_command, workdir, corpus, model, tmp_path
+):
+  model(right)
+  needle = {'tasks': 'passkey:held_out=2,depths=2', 'lengths': '200', 'split': 'validation'}
+  for more in ({}, {'files': corpus['validation_files']}, {'attention': 'chunked'}):
+    evaluate_command(workdir, **needle, **more)
+
+  out = tmp_path / 'out'
+  reports = {
+    path: json.loads(path.read_text())['runs'][0]['tasks'][0] for path in out.glob('*.json')
+  }
+  assert len(reports) == 3
+  assert sorted(str(one['files']) for one in reports.values()) == sorted(
+    ['None', 'None', corpus['validation_files']]
+  )
+  kept = list(out.rglob('*.jsonl'))
+  assert len({path.name for path in kept}) == len(kept) == 3
 
 
 def test_progress_tells_the_time_left_by_the_length_of_questions(monkeypatch, capsys):

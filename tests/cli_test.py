@@ -152,7 +152,7 @@ GENERATE_MISTAKES = {
     ['--workdir=CLAIMED', '--prompt_file=EMPTY/broken.txt.gz'],
     'not UTF-8 at byte 1',
   ),
-  'no tokens': ([*GENERATE, '--max_tokens=0'], 'max_tokens=0 must be a whole number of at least 1'),
+  'no tokens': ([*GENERATE, '--max_tokens=-9'], 'max_tokens=-9 must be a whole number of at least'),
   'temperature': ([*GENERATE, '--temperature=nan'], 'temperature=nan must be 0'),
   'top_k': ([*GENERATE, '--top_k=0'], 'top_k=0 must be a whole number of at least 1'),
   'top_p': ([*GENERATE, '--top_p=0'], 'top_p=0.0 must be above 0'),

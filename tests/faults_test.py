@@ -21,7 +21,7 @@ import numpy as np
 import pytest
 import tiny
 
-from lex_fire import checkpoint, errors, feed, lock, train
+from lex_fire import checkpoint, errors, feed, lock, optimizer, train
 
 STEPS = 12  # of a tiny run, with a checkpoint after each fourth
 
@@ -424,6 +424,13 @@ def test_a_step_that_is_skipped_changes_nothing(corpus, poisoned, tmp_path, caps
   config = tiny.config(corpus, train={'non_finite': 'skip', 'log_every': 4})
 
   skipped = train.train(config, tmp_path)
+
+  # The rate goes by the steps that were taken, after a resume too.
+  rate = optimizer.schedule(config)
+  rows = map(json.loads, (tmp_path / 'metrics.jsonl').read_text().splitlines())
+  logged = {row['step']: row['learning_rate'] for row in rows if 'learning_rate' in row}
+  assert logged == pytest.approx({step: float(rate(step - 1 - (step > 6))) for step in (4, 8, 12)})
+  assert optimizer.count(skipped['optimizer']) == STEPS - 1
 
   assert 'at step 6: skipped (1 so far); ' in capsys.readouterr().out
   program = train.Program(config, train.sharding.make_mesh())

@@ -382,8 +382,20 @@ def test_what_cannot_be_continued_is_refused_before_any_work(rows, options, mess
 
 
 def test_a_text_longer_than_a_learned_table_is_refused_before_any_work():
+  """Of a text the last token is not read."""
+  generate.stream(*make('learned'), [[1] * 12], max_tokens=MAX_TOKENS + 1)
   with pytest.raises(errors.UserError, match=f'length={LENGTH + 1} is past the {LENGTH} positions'):
-    generate.stream(*make('learned'), [[1] * 12], max_tokens=MAX_TOKENS + 1)
+    generate.stream(*make('learned'), [[1] * 12], max_tokens=MAX_TOKENS + 2)
+
+
+def test_a_text_may_end_a_token_after_a_learned_table():
+  transformer, params = make('learned')
+  (prompt,) = prompts((LENGTH - 2,))
+
+  (found,) = generate.generate(transformer, params, [prompt], max_tokens=3, sampling=GREEDY)
+
+  whole_BLV = transformer.apply({'params': params}, np.concatenate([prompt, found])[None, :LENGTH])
+  np.testing.assert_array_equal(whole_BLV.argmax(axis=-1)[0, LENGTH - 3 :], found)
 
 
 def test_a_bidirectional_model_is_refused():

@@ -7,7 +7,7 @@ import tiny
 
 from lex_fire import asking, benchmark, errors
 from lex_fire import config as config_lib
-from lex_fire.data import prepare, questions, reading, tasks
+from lex_fire.data import lazy, prepare, questions, reading, tasks
 from lex_fire.data.spec import Spec
 
 seqio = pytest.importorskip('seqio')
@@ -177,6 +177,12 @@ def test_a_command_imports_the_module_of_a_task(tmp_path, monkeypatch):
 
   assert status == 2  # but it has found and read the Task
   assert "model.vocab_size=3 is less than the 259 ids of task 'next_letter'" in err
+
+
+@pytest.mark.parametrize('name', ['', '.tasks'])
+def test_what_is_no_name_of_a_module_is_refused(name):
+  with pytest.raises(errors.UserError, match=f"--module_import='{name}' must be the whole name of"):
+    lazy.import_modules([name])
 
 
 def test_a_module_that_cannot_be_imported_is_refused(tmp_path, capsys):

@@ -148,6 +148,18 @@ def test_a_decay_is_exact_where_tiles_are_smaller_than_a_chunk_and_do_not_divide
   check_alike(found, expected(parameters(encoding), *arrays()))
 
 
+def test_a_learned_bias_without_a_table_is_that_of_one_device():
+  """As FIRE's is with layers that make too many segments."""
+  encoding = encodings.get('fire')._replace(table=None)
+
+  found = on_ring(encoding, kernels.Mask(), FOUR, ring.zigzag(LENGTH, 4, 'a row'))
+
+  expected = gradients(attend(encoding, kernels.Mask(), 'reference'))
+  check_alike(found, expected(parameters(encoding), *arrays()))
+  with pytest.raises(errors.UserError, match="'fire' has a bias and, .*no table,.*mesh.tensor=1"):
+    on_ring(encoding, kernels.Mask(), MIXED, ring.zigzag(LENGTH, 2, 'a row'))
+
+
 @pytest.mark.parametrize('name', ['fire', 'dynamic_ntk'])
 def test_tokens_may_lie_in_any_order(name):
   """Only their positions say where they are."""

@@ -177,6 +177,32 @@ def test_a_dimension_that_the_mesh_does_not_divide_is_refused(letters, shape, me
     sharding.spec(letters, shape, MESH_SHAPE, 'w_in')
 
 
+@pytest.mark.parametrize(('batch_size', 'accumulation'), [(4, 2), (4, 4), (1, 1)])
+def test_rows_computed_at_once_that_the_mesh_does_not_divide_are_refused(batch_size, accumulation):
+  """One row too, which else each device would compute for itself."""
+  config = run_config(batch_size=batch_size, accumulation=accumulation)
+
+  message = f'train.accumulation has B={batch_size // accumulation}, which mesh axes replica=4 x fs'
+  with pytest.raises(errors.UserError, match=message):
+    train.Program(config, make_mesh(4, 1))
+
+
+@pytest.mark.parametrize('packed', [False, True])
+def test_a_process_of_one_row_shares_positions_as_one_of_more_does(packed, monkeypatch):
+  program = train.Program(run_config(), make_mesh(2, 1, 2))
+  row = {name: x if x is None else x[:1] for name, x in make_batch(packed).items()}
+  asked = []
+  monkeypatch.setattr(
+    train.jax, 'make_array_from_process_local_data', lambda _, x, shape: asked.append(shape)
+  )
+  program.share = 0, 4  # of four processes, each of which has a row
+
+  program.put(row)
+
+  lengths = [shape[0] for shape in asked]
+  assert lengths == ([4] * 5 if packed else [4, 4, 4, 1])
+
+
 def test_the_suffix_of_a_name_is_its_shape():
   names = ['query_DHC', 'w_out_WH', 'scale_D', 'loss_weights_BL', 'mask_B1QK', 'step', 'c', 'D']
 

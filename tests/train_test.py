@@ -111,6 +111,31 @@ def test_latest_and_best_checkpoints_are_kept(data, tmp_path):
     checkpoint.restore_params(tmp_path, state['params'], '3')
 
 
+def test_what_a_save_has_begun_is_swept_away_by_who_writes_and_seen_by_none_who_reads(
+  whole, tmp_path
+):
+  workdir = shutil.copytree(whole[0], tmp_path / 'run')
+  begun = shutil.copytree(
+    workdir / 'checkpoints' / '12', workdir / 'checkpoints' / '13.orbax-checkpoint-tmp'
+  )
+
+  checkpoint.Checkpoints(workdir, read_only=True).close()
+  assert begun.exists()
+  checkpoints = checkpoint.Checkpoints(workdir)
+  checkpoints.save(14, whole[1], 1.0)
+  checkpoints.close()
+  assert not begun.exists()
+
+
+def test_who_reads_a_run_without_a_checkpoint_makes_none(whole, data, tmp_path):
+  shutil.copy(whole[0] / 'config.json', tmp_path)
+
+  with pytest.raises(errors.UserError, match='no checkpoint in '):
+    checkpoint.restore_params(tmp_path, whole[1]['params'])
+
+  assert [path.name for path in tmp_path.iterdir()] == ['config.json']
+
+
 def test_of_checkpoints_without_a_loss_none_is_the_best(data, tmp_path):
   config = tiny.config(data)
   checkpoints = checkpoint.Checkpoints(tmp_path)

@@ -42,6 +42,8 @@ def import_modules(names: Iterable[str]) -> None:
     errors.UserError: if one cannot be imported.
   """
   for name in names:
+    if not name or name.startswith('.'):
+      raise errors.UserError(f'--module_import={name!r} must be the whole name of a module')
     seqio()  # first, and in its way
     try:
       importlib.import_module(name)

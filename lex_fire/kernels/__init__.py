@@ -236,9 +236,21 @@ def attention(
 
 
 def _on_each_device(split, attend, arrays, encoding, params):
+  num_heads = arrays['query_BQHC'].shape[2]
   if encoding.table is None:
-    return split(lambda _, **own: attend(**own, params={}, encoding=encoding), {}, arrays)
+    # As leaves, which have no names by which they would be divided.
+    leaves, tree = jax.tree.flatten(params if encoding.bias is not None else {})
+
+    def attend_own(leaves, **own):
+      if encoding.bias is not None and own['query_BQHC'].shape[2] != num_heads:
+        raise errors.UserError(
+          f'encoding {encoding.name!r} has a bias and, with these options, no table, so devices '
+          "cannot share a row's tokens and its heads too; use mesh.tensor=1"
+        )
+      return attend(**own, params=tree.unflatten(leaves), encoding=encoding)
+
+    return split(attend_own, leaves, arrays)
   # Of all heads, for a device does not know which of them are its own.
-  table = encoding.table(params, arrays['query_BQHC'].shape[2])
+  table = encoding.table(params, num_heads)
   given = piecewise.tabulated(encoding)
   return split(lambda table, **own: attend(**own, params=table, encoding=given), table, arrays)
