@@ -13,6 +13,8 @@ from ml_collections import config_dict
 from lex_fire import arguments, presets
 
 LENGTHS = (512, 1024, 2048, 4096, 8192, 16384)  # evaluated [tokens]
+# Options that were found to be better than an encoding's defaults.
+BETTER = {'fire': {'hidden_layers': 2}}
 
 
 def get_config(arg: str = '') -> config_dict.ConfigDict:
@@ -22,6 +24,7 @@ def get_config(arg: str = '') -> config_dict.ConfigDict:
     presets.laptop(
       encoding,
       LENGTHS,
+      encoding=BETTER.get(encoding, {}),
       optimizer={'learning_rate': 2e-3, 'warmup_steps': 100},
       train={'steps': 1500, 'checkpoint_every': 500},
     )

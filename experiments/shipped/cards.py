@@ -1,12 +1,13 @@
 """Model cards of the weights that ship: data, command, commit, results and limits of each.
 
-`experiments.shipped.run` writes them, from each run's config, shipped.json and TRAINED.
+`experiments.shipped.run` writes them, from each run's config, shipped.json and _TRAINED.
 """
 
 import json
 import math
 import pathlib
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import jax
 
@@ -14,7 +15,25 @@ from lex_fire import report as report_lib
 from lex_fire import zoo
 
 HERE = pathlib.Path(__file__).parent
-TRAINED = 'ebc6457'  # the commit at which the runs were trained
+
+
+class Trained(NamedTuple):
+  """How a run was trained.
+
+  Attributes:
+    commit: at which.
+    flags: what its config did not have yet.
+  """
+
+  commit: str
+  flags: tuple[str, ...] = ()
+
+
+_BEFORE = Trained('ebc6457')
+_TRAINED = {
+  'fire': Trained('6df3486', ('--config.encoding.hidden_layers=2',)),
+  **{'xpos': _BEFORE, 'alibi': _BEFORE, 'rope': _BEFORE},
+}
 MASKS = ('causal', 'blockwise')
 _CARD = """\
 # {name}
@@ -31,7 +50,7 @@ package, for tests, notebooks and demonstrations.
   bytes, {tokens:,} in all. The config is `{name}.json`, the weights in half precision `{name}.npz`.
 
       python -m lex_fire.train --config=configs/zoo.py:encoding={encoding} \\
-        --workdir=runs/shipped/{encoding}
+        --workdir=runs/shipped/{encoding}{flags}
 
 - **Results**: nats per byte of {scored:,} held-out bytes of {documents} files, the same at every
   length, under the causal mask and in LeX's blocks (`experiments/shipped`):
@@ -53,6 +72,7 @@ def card(name: str, reports: Sequence[report_lib.Report]) -> str:
     reports: of its run, by `evaluate`, one for each of MASKS.
   """
   run, (_, params) = zoo.config(name), zoo.load(name)
+  trained = _TRAINED[run.encoding.name]
   tokens = run.train.steps * run.data.batch_size * run.data.length
   rows = reports[0]['lengths']
   lines = [f'{"length":<10}' + ''.join(f'{row["length"]:>8}' for row in rows)]
@@ -65,7 +85,8 @@ def card(name: str, reports: Sequence[report_lib.Report]) -> str:
     encoding=run.encoding.name,
     length=run.data.length,
     longest=rows[-1]['length'],
-    commit=TRAINED,
+    commit=trained.commit,
+    flags=''.join(f' {flag}' for flag in trained.flags),
     seed=run.train.seed,
     steps=run.train.steps,
     rows=run.data.batch_size,

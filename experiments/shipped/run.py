@@ -1,9 +1,10 @@
 """Trains the models that ship, evaluates them at up to 32 times their length, writes their cards.
 
-    python -m experiments.shipped.run --runs=runs/shipped
+    python -m experiments.shipped.run --runs=runs/shipped [--encodings=fire,xpos,alibi,rope]
 
-A run that is there is not trained again, so that the command can be interrupted. Writes
-lex_fire/weights/NAME.{npz,json,md}, and shipped.{json,csv,png} beside this file.
+A run that is there is not trained again, so that the command can be interrupted; of those that are
+not asked for, weights and results stay. Writes lex_fire/weights/NAME.{npz,json,md}, and
+shipped.{json,csv,png} beside this file.
 """
 
 import dataclasses
@@ -17,7 +18,7 @@ from absl import flags
 from configs import zoo as zoo_config
 from experiments import sweep
 from experiments.shipped import cards
-from lex_fire import checkpoint, cli, command, documents, evaluate, storage, train, zoo
+from lex_fire import checkpoint, cli, command, documents, errors, evaluate, storage, train, zoo
 from lex_fire import config as config_lib
 from lex_fire import report as report_lib
 
@@ -52,10 +53,17 @@ def ship(encoding: str, runs: pathlib.Path) -> None:
 
 def main() -> None:
   """The command."""
-  runs = storage.local(flags.FLAGS.runs, '--runs')
-  reports = [report for encoding in ENCODINGS for report in reports_of(encoding, runs)]
-  evaluate.write(reports, HERE, 'shipped')
+  runs, asked = storage.local(flags.FLAGS.runs, '--runs'), flags.FLAGS.encodings
+  for encoding in asked:
+    if encoding not in ENCODINGS:
+      raise errors.UserError(f'--encodings={encoding} ships not; known: {", ".join(ENCODINGS)}')
+  there = json.loads((HERE / 'shipped.json').read_text())['runs']
+  reports = []
   for encoding in ENCODINGS:
+    kept = [report for report in there if report['run'] == encoding]
+    reports += reports_of(encoding, runs) if encoding in asked else kept
+  evaluate.write(reports, HERE, 'shipped')
+  for encoding in asked:
     ship(encoding, runs)
   cards.write()
   print(report_lib.table(reports))
@@ -63,4 +71,5 @@ def main() -> None:
 
 if __name__ == '__main__':
   flags.DEFINE_string('runs', 'runs/shipped', 'where the runs are kept')
+  flags.DEFINE_list('encodings', list(ENCODINGS), 'to train, evaluate and ship')
   cli.run(main)
