@@ -176,11 +176,10 @@ def _ask(of_run, case, report, params, directory, progress, asked) -> Report:
   request = of_run.config.evaluate
   if request.checkpoint != config_lib.LATEST:
     about += f' checkpoint {request.checkpoint}'
-  # All that answers depend on and that can be asked otherwise, so that no others begin their file.
+  # So that answers among other text, or by other attention, do not begin the file of these anew.
   how = '' if request.attention == config_lib.AS_TRAINED else f'attention {request.attention}'
-  path = (
-    directory / f'{file_name(" ".join(filter(None, [about, how, asked.split, asked.files])))}.jsonl'
-  )
+  text = ' '.join(filter(None, [about, how, asked.split, asked.files]))
+  path = directory / f'{file_name(text)}.jsonl'
   kept = answers.Kept(path, _identity(of_run, case, report, _digest(params), asked), asked.prompts)
   answer = functools.partial(
     answers.answers, case.transformer, params, codec=of_run.codec, max_tokens=asked.max_tokens
@@ -217,11 +216,14 @@ def named(task: str, length: int | None) -> str:
 
 
 def file_name(text: str, most: int = 100) -> str:
-  """Returns a text as a part of a file's name; of a long one the end becomes a hash."""
+  """Returns a text as a part of a file's name; of a long one the end becomes a hash.
+
+  A glob has a hash too, as others differ from it by what no name may have.
+  """
   short = re.sub(r'[^\w.=,-]+', '-', text)
-  if len(short) <= most:
+  if len(short) <= most and not set(text) & set('*?['):
     return short
-  return f'{short[: most - 9]}-{hashlib.sha256(short.encode()).hexdigest()[:8]}'
+  return f'{short[: most - 9]}-{hashlib.sha256(text.encode()).hexdigest()[:8]}'
 
 
 def _identity(of_run, case, report, parameters, asked) -> Report:

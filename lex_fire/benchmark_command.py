@@ -23,6 +23,7 @@ from lex_fire import (
   submission,
 )
 from lex_fire import benchmark_plots as plots
+from lex_fire import config as config_lib
 from lex_fire import report as report_lib
 from lex_fire.data import tasks
 
@@ -80,7 +81,7 @@ def main() -> None:
   kept = what.directory / what.name
   reports = [report for plan in plans for report in benchmark.run(plan, kept, progress)]
   # Other lengths add to the same answers, but their scores replace no others.
-  paths = write(reports, what.directory, '_'.join([what.name, *what.otherwise]))
+  paths = write(reports, what.directory, what.scores_name)
   reporting.say(report_lib.checkpoints(reports))
   for entries in zip(*(report['tasks'] for report in reports), strict=True):
     chosen = (kernels.Choice(**x) for entry in entries for x in entry['implementations'])
@@ -89,11 +90,13 @@ def main() -> None:
   reporting.say(plots.table(reports))
   reporting.say(f'written: {", ".join(map(str, paths))}, and answers in {kept}')
   if asked.max_examples is None and jax.process_index() == 0:  # which has the answers
-    _hand_in(reports, kept)
+    how = what.request.attention
+    folder = 'submission' if how == config_lib.AS_TRAINED else f'submission-{how}'
+    _hand_in(reports, kept, kept / folder)
 
 
-def _hand_in(reports, kept):
-  for file in submission.write(reports, kept, kept / 'submission'):
+def _hand_in(reports, kept, directory):
+  for file in submission.write(reports, kept, directory):
     print(f'to hand in: {file.path}' + (f'\n{file.note}' if file.note else ''))
 
 

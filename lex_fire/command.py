@@ -39,6 +39,7 @@ _FIELDS = (
   *('documents', 'split', 'files', 'tfds_directory', 'checkpoint'),
 )
 
+_MOST = 150  # characters of a name, beside which there are those of a task and of an ending
 # Fields of which files tell where they are not those of the run's config, by what names.
 _NAMED = {'lengths': 'lengths', 'max_tokens': 'tokens', 'attention': 'attention'}
 
@@ -107,7 +108,12 @@ def _file_name(runs: Sequence[str], request: config_lib.EvaluateConfig, about: s
     parts.append(f'checkpoint-{request.checkpoint}')
   for texts in (request.encodings, request.masks):
     parts += texts if set(texts) != {config_lib.AS_TRAINED} else ()
-  return '_'.join(re.sub(r'[^\w.]+', '-', part) for part in (*parts, about))
+  parts = [re.sub(r'[^\w.]+', '-', part).strip('-') for part in parts]
+  return _short([*parts, about])
+
+
+def _short(parts):
+  return benchmark.file_name('_'.join(parts), _MOST)
 
 
 def _how(request: config_lib.EvaluateConfig, own: config_lib.EvaluateConfig) -> str:
@@ -179,8 +185,8 @@ class Asked(NamedTuple):
     num_cases: of all runs together.
     directory: of the files, which can be written.
     name: of the files.
-    otherwise: what of lengths and so on is not as the first run's config has it, as parts of a
-      name; none if the flags give the name.
+    scores_name: the same, but if the flags give it, with what of lengths and attention is not as
+      the first run's config has it, where `about` does not say so.
   """
 
   workdirs: list[pathlib.Path]
@@ -190,7 +196,7 @@ class Asked(NamedTuple):
   num_cases: int
   directory: pathlib.Path
   name: str
-  otherwise: list[str]
+  scores_name: str
 
 
 def asked(
@@ -223,12 +229,14 @@ def asked(
   num_cases = sum(len(comparison.cases(config)) for config in configs)
   runs = comparison.names(workdirs)
   about = '_'.join([about or _how(request, own), *more])
-  beside_its_run = len(runs) == 1 and not flags.FLAGS.output
-  name = flags.FLAGS.name or prefix + _file_name(() if beside_its_run else runs, request, about)
+  of_runs = runs
+  if len(runs) == 1:  # of which other ones may have the same last name
+    of_runs = [str(workdirs[0])] if flags.FLAGS.output else []
+  name = flags.FLAGS.name or prefix + _file_name(of_runs, request, about)
   directory = storage.path(flags.FLAGS.output or _default_directory(workdirs))
   output_directory(directory, name)
-  otherwise = [] if flags.FLAGS.name else _otherwise(request, own)
-  return Asked(workdirs, runs, configs, request, num_cases, directory, name, otherwise)
+  scores_name = flags.FLAGS.name or _short([name, *_otherwise(request, own)])
+  return Asked(workdirs, runs, configs, request, num_cases, directory, name, scores_name)
 
 
 def _default_directory(workdirs: Sequence[pathlib.Path]) -> str:

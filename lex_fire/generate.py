@@ -103,7 +103,7 @@ def _prefill(transformer, params, state, tokens_BL, start, length_B):
 @functools.partial(jax.jit, static_argnums=(0, 1), donate_argnums=3)
 def _step(transformer, sampling, params, state, seed, eos_id):
   """Draws a token of each row and feeds it; returns the new state, and the tokens."""
-  token_B, shown_B = _drawn(sampling, state, seed)
+  token_B, shown_B = _drawn(sampling, seed, state.logits_BV, state.position_B, state.ended_B)
   logits_BLV, cache = _apply(
     transformer,
     params,
@@ -118,16 +118,10 @@ def _step(transformer, sampling, params, state, seed, eos_id):
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _last(sampling, state, seed):
-  """Returns a token of each row that nothing follows, so that it is not fed."""
-  return _drawn(sampling, state, seed)[1]
-
-
-def _drawn(sampling, state, seed):
+def _drawn(sampling, seed, logits_BV, position_B, ended_B):
   """Returns a token of each row, and what is shown of it."""
-  token_B = sampling_lib.sample(state.logits_BV, sampling, seed, state.position_B)
-  shown_B = jnp.where(state.ended_B, NO_TOKEN, token_B)
-  return token_B, sharding.constrain(shown_B, '')
+  token_B = sampling_lib.sample(logits_BV, sampling, seed, position_B)
+  return token_B, sharding.constrain(jnp.where(ended_B, NO_TOKEN, token_B), '')
 
 
 def cache_slots(mask: kernels.Mask, length: int, chunk: int = PREFILL_CHUNK) -> int:
@@ -154,6 +148,7 @@ def choices(
     rows: of a batch.
     chunk: tokens that come at once.
   """
+  chunk = _chunk(transformer, chunk)
   slots = cache_slots(_mask(transformer), length, chunk)
   return [
     attention.choice(transformer, queries, slots, counted=False, rows=rows)
@@ -200,13 +195,13 @@ def stream(
   """
   rows = [np.asarray(prompt) for prompt in prompts]
   _check(transformer, rows, max_tokens, seed, chunk)
-  chunk = min(chunk, transformer.encoding.max_length or chunk)
+  chunk = _chunk(transformer, chunk)
   slots = cache_slots(_mask(transformer), max(row.size for row in rows) + max_tokens, chunk)
   transformer, params = _of_steps(transformer, params)
   return _stream(
     functools.partial(_prefilled, transformer, params, rows, slots, chunk),
     functools.partial(_step, transformer, sampling, params),
-    functools.partial(_last, sampling),
+    functools.partial(_drawn, sampling, np.uint32(seed)),
     max_tokens,
     np.uint32(seed),
     NO_TOKEN if eos_id is None else eos_id,
@@ -226,6 +221,11 @@ def _of_steps(transformer, params):
 
 def _mask(transformer):
   return transformer.mask or kernels.Mask(causal=transformer.config.causal)
+
+
+def _chunk(transformer, chunk):
+  """Returns how many tokens come at once of a model that may have fewer positions."""
+  return min(chunk, transformer.encoding.max_length or chunk)
 
 
 def _check(transformer, rows, max_tokens, seed, chunk):
@@ -274,14 +274,13 @@ def _prefilled(transformer, params, rows, slots, chunk) -> State:
   return state
 
 
-def _stream(prefilled, step, last, max_tokens, seed, eos_id):
+def _stream(prefilled, step, drawn, max_tokens, seed, eos_id):
   """Runs one step ahead of what it yields, so that the device does not wait for who reads."""
   state, ahead = prefilled(), []
+  drawn(*state[1:])  # compiled now, so that no text waits for that before its end
   for left in reversed(range(max_tokens)):
-    if left:
-      state, tokens_B = step(state, seed, eos_id)
-    else:
-      tokens_B = last(state, seed)
+    # What nothing follows is not fed.
+    state, tokens_B = step(state, seed, eos_id) if left else (state, drawn(*state[1:])[1])
     ahead.append(tokens_B)
     if len(ahead) > 1:
       yield (shown_B := np.asarray(ahead.pop(0)))
@@ -440,7 +439,7 @@ def main() -> None:
   rows = [codec.encode(text) for text in texts]
   _check_positive(max_tokens=f.max_tokens)
   longest = max(row.size for row in rows) + f.max_tokens
-  config = _asked(config, longest)
+  config = _asked(config, longest - 1)  # as the last token is not read
   (case,) = comparison.cases(config)
   transformer = case.transformer
   _check(transformer, rows, f.max_tokens, f.seed, PREFILL_CHUNK)  # before a checkpoint is read
@@ -449,7 +448,7 @@ def main() -> None:
   meter = Meter(len(rows) * f.max_tokens)
   tokens = stream(transformer, params, rows, eos_id=codec.eos_id, **options)
   _write(codec, rows, meter.watch(tokens, progress=len(rows) > 1))
-  slots = cache_slots(_mask(transformer), longest)
+  slots = cache_slots(_mask(transformer), longest, _chunk(transformer, PREFILL_CHUNK))
   cache = jax.eval_shape(lambda: model.empty_cache(transformer.config, len(rows), slots))
   size = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(cache))
   _note(f'checkpoint: step {step}')

@@ -57,6 +57,7 @@ class Reporter:
     self._flops = metrics.train_flops_per_token(config.model, config.data.length)
     # Many at once: asked of devices that compute a step, each would wait for its end.
     self._rates = functools.lru_cache(maxsize=1)(functools.partial(_rates, config))
+    self._rate(first_step - skipped)  # before the first step
     self.spent = timing.Spent()
     # Of questions only the answers are scored, which code no text.
     self._codes_text = config.model.causal and not stream.is_of_questions(manifest)

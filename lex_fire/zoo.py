@@ -17,7 +17,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lex_fire import checkpoint, encodings, errors, model, optimizer, presets, storage, train
+from lex_fire import (
+  checkpoint,
+  encodings,
+  errors,
+  lock,
+  model,
+  optimizer,
+  presets,
+  storage,
+  train,
+)
 from lex_fire import config as config_lib
 
 WEIGHTS = pathlib.Path(__file__).parent / 'weights'
@@ -90,12 +100,14 @@ def unpack(name: str, workdir: str | pathlib.Path) -> None:
     workdir: a new one, or one that this made.
 
   Raises:
-    errors.UserError: as `load` does, or if the workdir has another run or cannot be written.
+    errors.UserError: as `load` does, or if the workdir has another run, is in use or cannot be
+      written.
   """
   run, (_, params) = config(name), load(name)
   workdir = storage.path(workdir)
   checkpoint.claim_workdir(workdir, run)
-  with contextlib.closing(checkpoint.Checkpoints(workdir, keep_best=0)) as checkpoints:
+  opened = checkpoint.Checkpoints
+  with lock.hold(workdir), contextlib.closing(opened(workdir, keep_best=0)) as checkpoints:
     if checkpoints.latest() is None:
       state = {'params': params, 'optimizer': optimizer.make(run).init(params)}
       checkpoints.save(run.train.steps, state, None)

@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import json
 import operator
+import re
 
 import jax
 import numpy as np
@@ -363,7 +364,8 @@ def test_files_of_a_run_elsewhere_tell_it_and_the_positions_asked_for(results):
 
   assert status == 0, stderr
   names = {path.name for path in (results[1] / 'one').iterdir()}
-  name = 'analysis_fire_same_tokens_lengths-32_tokens-96_positions-5-9'
+  (name,) = (path.stem for path in (results[1] / 'one').glob('*.json'))
+  assert re.fullmatch('analysis_.*-fire_same_tokens_lengths-32_tokens-96_positions-5-9', name)
   ends = ('.json', '_heads.png', '_scores.png', '_biases_fire.png')
   assert names == {f'{name}{end}' for end in ends}
   (drawn,) = json.loads((results[1] / 'one' / f'{name}.json').read_text())['encodings']

@@ -425,7 +425,7 @@ def test_a_step_that_is_skipped_changes_nothing(corpus, poisoned, tmp_path, caps
 
   skipped = train.train(config, tmp_path)
 
-  # The rate goes by the steps that were taken, after a resume too.
+  # The rate goes by the steps that were taken.
   rate = optimizer.schedule(config)
   rows = map(json.loads, (tmp_path / 'metrics.jsonl').read_text().splitlines())
   logged = {row['step']: row['learning_rate'] for row in rows if 'learning_rate' in row}
@@ -439,6 +439,25 @@ def test_a_step_that_is_skipped_changes_nothing(corpus, poisoned, tmp_path, caps
     state, _ = program.step(state, program.put(data.train_batch(index)))
   assert_equal_bits(skipped, state)
   assert (tmp_path / 'non_finite' / 'step-6' / 'batch-0.npz').exists()
+
+
+def test_a_resume_knows_how_many_steps_were_skipped(corpus, poisoned, tmp_path):
+  config = tiny.config(corpus, train={'non_finite': 'skip', 'log_every': 4, 'keep_latest': 2})
+  train.train(config, tmp_path)
+  logged = (tmp_path / 'metrics.jsonl').read_text()
+  shutil.rmtree(tmp_path / 'checkpoints' / str(STEPS))
+
+  train.train(config, tmp_path)
+
+  first, again = (
+    {
+      row['step']: row['learning_rate']
+      for row in map(json.loads, text.splitlines())
+      if 'loss' in row
+    }
+    for text in (logged, (tmp_path / 'metrics.jsonl').read_text())
+  )
+  assert again == first
 
 
 @pytest.mark.parametrize('non_finite', ['stop', 'skip'])

@@ -250,7 +250,7 @@ def layers() -> dict[str, list]:
 
 
 def table(results: dict) -> str:
-  """Returns FIRE's cycles over no encoding's, a line for each chip, kernel and model."""
+  """Returns FIRE's cycles over NoPE's, a line for each chip, kernel and model."""
   heads = ''.join(f'{length:>9}' for length in LENGTHS)
   lines = [f'{"":28}{heads}']
   tile = blocks(LENGTHS[0])

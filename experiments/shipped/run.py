@@ -1,6 +1,6 @@
 """Trains the models that ship, evaluates them at up to 32 times their length, writes their cards.
 
-    python -m experiments.shipped.run --runs=runs/shipped [--encodings=fire,xpos,alibi,rope]
+    python -m experiments.shipped.run --runs=runs/shipped [--encoding=fire --encoding=xpos ...]
 
 A run that is there is not trained again, so that the command can be interrupted; of those that are
 not asked for, weights and results stay. Writes lex_fire/weights/NAME.{npz,json,md}, and
@@ -18,7 +18,7 @@ from absl import flags
 from configs import zoo as zoo_config
 from experiments import sweep
 from experiments.shipped import cards
-from lex_fire import checkpoint, cli, command, documents, errors, evaluate, storage, train, zoo
+from lex_fire import checkpoint, cli, command, documents, evaluate, storage, train, zoo
 from lex_fire import config as config_lib
 from lex_fire import report as report_lib
 
@@ -53,10 +53,7 @@ def ship(encoding: str, runs: pathlib.Path) -> None:
 
 def main() -> None:
   """The command."""
-  runs, asked = storage.local(flags.FLAGS.runs, '--runs'), flags.FLAGS.encodings
-  for encoding in asked:
-    if encoding not in ENCODINGS:
-      raise errors.UserError(f'--encodings={encoding} ships not; known: {", ".join(ENCODINGS)}')
+  runs, asked = storage.local(flags.FLAGS.runs, '--runs'), flags.FLAGS.encoding
   there = json.loads((HERE / 'shipped.json').read_text())['runs']
   reports = []
   for encoding in ENCODINGS:
@@ -71,5 +68,5 @@ def main() -> None:
 
 if __name__ == '__main__':
   flags.DEFINE_string('runs', 'runs/shipped', 'where the runs are kept')
-  flags.DEFINE_list('encodings', list(ENCODINGS), 'to train, evaluate and ship')
+  flags.DEFINE_multi_enum('encoding', ENCODINGS, ENCODINGS, 'to train, evaluate and ship')
   cli.run(main)
