@@ -39,7 +39,7 @@ _FIELDS = (
   *('documents', 'split', 'files', 'tfds_directory', 'checkpoint'),
 )
 
-_MOST = 150  # characters of a name, beside which there are those of a task and of an ending
+_MOST = 140  # characters of a name, beside which there are those of a task and of an ending
 # Fields of which files tell where they are not those of the run's config, by what names.
 _NAMED = {'lengths': 'lengths', 'max_tokens': 'tokens', 'attention': 'attention'}
 

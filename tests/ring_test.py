@@ -156,7 +156,7 @@ def test_a_learned_bias_without_a_table_is_that_of_one_device():
 
   expected = gradients(attend(encoding, kernels.Mask(), 'reference'))
   check_alike(found, expected(parameters(encoding), *arrays()))
-  with pytest.raises(errors.UserError, match="'fire' has a bias and, .*no table,.*mesh.tensor=1"):
+  with pytest.raises(errors.UserError, match="'fire' has a bias and, .*no table, .*mesh.tensor=1"):
     on_ring(encoding, kernels.Mask(), MIXED, ring.zigzag(LENGTH, 2, 'a row'))
 
 

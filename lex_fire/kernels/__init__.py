@@ -242,14 +242,12 @@ def _on_each_device(split, attend, arrays, encoding, params):
     leaves, tree = jax.tree.flatten(params if encoding.bias is not None else {})
 
     def attend_own(leaves, **own):
-      # A kernel that wants a table says so itself.
-      out_BQHC = attend(**own, params=tree.unflatten(leaves), encoding=encoding)
       if encoding.bias is not None and own['query_BQHC'].shape[2] != num_heads:
         raise errors.UserError(
-          f'encoding {encoding.name!r} has a bias and, with these options, no table, so devices '
-          "cannot share a row's tokens and its heads too; use mesh.tensor=1"
+          f'encoding {encoding.name!r} has a bias and, with these options, no table, without which '
+          'devices cannot share its heads here; use options with a table, or mesh.tensor=1'
         )
-      return out_BQHC
+      return attend(**own, params=tree.unflatten(leaves), encoding=encoding)
 
     return split(attend_own, leaves, arrays)
   # Of all heads, for a device does not know which of them are its own.
