@@ -124,6 +124,7 @@ def test_what_length_generalization_tells_is_what_was_measured():
     ('fire_ablations', 'books_laptop', [sweep_results.LOSS]),
     ('qmsum', 'laptop', [sweep_results.ROUGE, sweep_results.ANSWER_LOSS]),
     ('arithmetic', 'laptop', [sweep_results.ACCURACY]),
+    ('arithmetic', 'twenty', [sweep_results.ACCURACY]),
   ],
 )
 def test_tables_of_sweeps_are_those_that_were_measured(name, file, shown):
