@@ -78,10 +78,9 @@ def main() -> None:
   devices = f'{jax.device_count()} {jax.devices()[0].device_kind}'
   reporting.say(f'{len(expected):,} answers are asked for, on {devices}')
   progress = Progress(expected)
-  kept = what.directory / what.name
+  kept = what.directory / what.common_name  # to which other lengths add
   reports = [report for plan in plans for report in benchmark.run(plan, kept, progress)]
-  # Other lengths add to the same answers, but their scores replace no others.
-  paths = write(reports, what.directory, what.scores_name)
+  paths = write(reports, what.directory, what.name)
   reporting.say(report_lib.checkpoints(reports))
   for entries in zip(*(report['tasks'] for report in reports), strict=True):
     chosen = (kernels.Choice(**x) for entry in entries for x in entry['implementations'])

@@ -116,23 +116,18 @@ def _short(parts):
   return benchmark.file_name('_'.join(parts), _MOST)
 
 
-def _how(request: config_lib.EvaluateConfig, own: config_lib.EvaluateConfig) -> str:
-  """Says which tokens are scored, and how, so that other numbers do not replace these in files.
-
-  Args:
-    request: what is evaluated.
-    own: what the config of the (first) run says.
-  """
+def _how(request: config_lib.EvaluateConfig) -> str:
+  """Says which tokens are scored, and how, so that other numbers do not replace these in files."""
   documents = [request.documents] if request.documents else []
   documents += [] if request.split == config_lib.EvaluateConfig.split else [request.split]
   documents += [request.files] if request.files else []
   parts = [benchmark.file_name(' '.join(documents))] if documents else []
   parts += [request.protocol, *([f'stride-{request.stride}'] if request.stride else [])]
-  return '_'.join([*parts, *_otherwise(request, own)])
+  return '_'.join(parts)
 
 
 def _otherwise(request: config_lib.EvaluateConfig, own: config_lib.EvaluateConfig) -> list[str]:
-  """Returns what of _NAMED is asked for otherwise than by the config, as parts of a file's name."""
+  """Returns what of _NAMED is not as the (first) run's config has it, as parts of a file's name."""
   return [
     named(name, value)
     for field, name in _NAMED.items()
@@ -185,8 +180,8 @@ class Asked(NamedTuple):
     num_cases: of all runs together.
     directory: of the files, which can be written.
     name: of the files.
-    scores_name: the same, but if the flags give it, with what of lengths and attention is not as
-      the first run's config has it, where `about` does not say so.
+    common_name: that name, but for what of _NAMED is not as the first run's config has it: of what
+      files of other lengths share.
   """
 
   workdirs: list[pathlib.Path]
@@ -196,7 +191,7 @@ class Asked(NamedTuple):
   num_cases: int
   directory: pathlib.Path
   name: str
-  scores_name: str
+  common_name: str
 
 
 def asked(
@@ -228,15 +223,15 @@ def asked(
   configs = [dataclasses.replace(config, evaluate=request) for config in configs]
   num_cases = sum(len(comparison.cases(config)) for config in configs)
   runs = comparison.names(workdirs)
-  about = '_'.join([about or _how(request, own), *more])
+  about = about or _how(request)
   of_runs = runs
   if len(runs) == 1:  # of which other ones may have the same last name
     of_runs = [str(workdirs[0])] if flags.FLAGS.output else []
-  name = flags.FLAGS.name or prefix + _file_name(of_runs, request, about)
+  common_name = flags.FLAGS.name or prefix + _file_name(of_runs, request, about)
+  name = flags.FLAGS.name or _short([common_name, *_otherwise(request, own), *more])
   directory = storage.path(flags.FLAGS.output or _default_directory(workdirs))
   output_directory(directory, name)
-  scores_name = flags.FLAGS.name or _short([name, *_otherwise(request, own)])
-  return Asked(workdirs, runs, configs, request, num_cases, directory, name, scores_name)
+  return Asked(workdirs, runs, configs, request, num_cases, directory, name, common_name)
 
 
 def _default_directory(workdirs: Sequence[pathlib.Path]) -> str:

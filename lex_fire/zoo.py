@@ -106,8 +106,10 @@ def unpack(name: str, workdir: str | pathlib.Path) -> None:
   run, (_, params) = config(name), load(name)
   workdir = storage.path(workdir)
   checkpoint.claim_workdir(workdir, run)
-  opened = checkpoint.Checkpoints
-  with lock.hold(workdir), contextlib.closing(opened(workdir, keep_best=0)) as checkpoints:
+  with (
+    lock.hold(workdir),
+    contextlib.closing(checkpoint.Checkpoints(workdir, keep_best=0)) as checkpoints,
+  ):
     if checkpoints.latest() is None:
       state = {'params': params, 'optimizer': optimizer.make(run).init(params)}
       checkpoints.save(run.train.steps, state, None)

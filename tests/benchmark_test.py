@@ -513,6 +513,8 @@ def test_what_the_config_says_of_losses_alone_is_no_matter(
 
   evaluate_command(other, tasks=COPY, lengths='300')
 
+  assert len(list((tmp_path / 'out').glob('*.json'))) == 1
+
 
 def test_answers_among_other_text_or_by_other_attention_have_files_of_their_own(
   evaluate_command, workdir, corpus, model, tmp_path

@@ -577,7 +577,8 @@ def test_runs_are_named_by_as_much_of_their_paths_as_tells_them_apart():
 def test_files_are_named_after_what_is_compared():
   def name(runs, **fields):
     asked = request(**fields)
-    return command._file_name(runs, asked, command._how(asked, request()))
+    common = command._file_name(runs, asked, command._how(asked))
+    return '_'.join([common, *command._otherwise(asked, request())])
 
   assert name(['fire', 'rope']) == 'fire_rope_same_tokens'
   assert name([]) == 'same_tokens'

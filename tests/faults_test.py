@@ -446,6 +446,7 @@ def test_a_resume_knows_how_many_steps_were_skipped(corpus, poisoned, tmp_path):
   train.train(config, tmp_path)
   logged = (tmp_path / 'metrics.jsonl').read_text()
   shutil.rmtree(tmp_path / 'checkpoints' / str(STEPS))
+  assert checkpoint.Checkpoints(tmp_path, read_only=True).steps()[-1] == 8  # past what was skipped
 
   train.train(config, tmp_path)
 
