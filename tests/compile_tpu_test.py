@@ -42,9 +42,8 @@ def test_memory_at_128k_is_that_of_a_few_arrays_as_large_as_the_queries(chip):
   assert at_128k(chip, 'fire').memory_analysis().temp_size_in_bytes < 5 * query_bytes
 
 
-@pytest.mark.parametrize(('name', 'is_splash'), [('fire', False), ('rope', True)])
-def test_gradients_of_a_model_over_four_chips_compile_with_the_kernel(name, is_splash):
-  """Which the compiler cannot divide by itself: each chip has its own rows."""
+def of_a_model(name, mesh, rows, length):
+  """Returns the program of a small model's gradients, in bfloat16, over the chips of a mesh."""
   config = config_lib.ModelConfig(
     num_layers=1,
     d_model=256,
@@ -56,8 +55,7 @@ def test_gradients_of_a_model_over_four_chips_compile_with_the_kernel(name, is_s
     dtype='bfloat16',
   )
   transformer = model.Transformer(config, encodings.get(name))
-  mesh = sharding.make_mesh(2, 2, devices=attention_tpu.devices('v5e'))
-  tokens_BL = jax.ShapeDtypeStruct((8, 512), jnp.int32)
+  tokens_BL = jax.ShapeDtypeStruct((rows, length), jnp.int32)
   abstract = jax.eval_shape(
     lambda: transformer.init(jax.random.key(0), jnp.zeros((1, 8), jnp.int32))
   )
@@ -72,12 +70,38 @@ def test_gradients_of_a_model_over_four_chips_compile_with_the_kernel(name, is_s
       arguments,
       sharding.of_tree(arguments, mesh),
     )
-    program = jax.jit(jax.grad(total)).lower(*(placed[name] for name in arguments)).compile()
+    return jax.jit(jax.grad(total)).lower(*(placed[name] for name in arguments)).compile()
 
-  calls = re.findall(r'custom-call\(.*tpu_custom_call', program.as_text())
-  assert ('splash_mha_fwd' in program.as_text()) == is_splash
-  assert len(calls) == 3  # forward, the gradient of queries and of the table, and that of keys
-  assert re.search(r'bf16\[2,4,512,128\]', program.as_text())  # a chip's share: 2 rows of 8
+
+def calls(text):
+  """Returns the calls of kernels in a program's text."""
+  return re.findall(r'custom-call\(.*tpu_custom_call', text)
+
+
+@pytest.mark.parametrize(('name', 'is_splash'), [('fire', False), ('rope', True)])
+def test_gradients_of_a_model_over_four_chips_compile_with_the_kernel(name, is_splash):
+  """Which the compiler cannot divide by itself: each chip has its own rows."""
+  mesh = sharding.make_mesh(2, 2, devices=attention_tpu.devices('v5e'))
+
+  text = of_a_model(name, mesh, 8, 512).as_text()
+
+  assert ('splash_mha_fwd' in text) == is_splash
+  assert (
+    len(calls(text)) == 3
+  )  # forward, the gradient of queries and of the table, and that of keys
+  assert re.search(r'bf16\[2,4,512,128\]', text)  # a chip's share: 2 rows of 8
+
+
+@pytest.mark.parametrize('name', ['fire', 'xpos'])
+def test_chips_that_share_the_tokens_of_a_row_compile_with_the_kernel(name):
+  """Keys go round, and no chip has those of a whole row."""
+  mesh = sharding.make_mesh(1, 1, 4, devices=attention_tpu.devices('v5e'))
+
+  text = of_a_model(name, mesh, 1, 4096).as_text()
+
+  assert len(calls(text)) == 3
+  assert re.search(r'bf16\[1,2,1024,128\].* collective-permute', text)
+  assert not re.search(r'bf16\[1,2,4096,128\]', text)
 
 
 @pytest.mark.parametrize(

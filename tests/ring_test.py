@@ -13,9 +13,9 @@ import pytest
 
 from lex_fire import attention, encodings, errors, kernels, model, sharding
 from lex_fire import config as config_lib
-from lex_fire.kernels import chunked, ring
+from lex_fire.kernels import chunked, mosaic_tpu_ring, ring
 
-LENGTH, HEADS, KV_HEADS, CHANNELS = 32, 4, 2, 8
+LENGTH, HEADS, KV_HEADS, CHANNELS = 64, 4, 2, 8
 FOUR, MIXED = (1, 1, 4, 1), (1, 2, 2, 2)  # sequence=4; fsdp=2, sequence=2, tensor=2
 # Each mask on one of the meshes, as either costs a compilation.
 MASKS = {
@@ -132,6 +132,41 @@ def test_the_ring_gives_the_values_and_gradients_of_one_device(name, mask_name):
 
   found = on_ring(encoding, mask, sizes, ring.zigzag(LENGTH, sizes[2], 'a row'))
 
+  check_alike(
+    found, gradients(attend(encoding, mask, 'reference'))(parameters(encoding), *arrays())
+  )
+
+
+@pytest.fixture
+def kernel_for_tpu(monkeypatch):
+  """Has attention go by the ring of the kernel for TPU, interpreted, in tiles of 8 x 16 tokens."""
+  chosen = kernels.Choice('mosaic_tpu_ring', 'as the test has it')
+  interpreted = functools.partial(mosaic_tpu_ring.attention, block=8, interpret=True)
+  monkeypatch.setattr(kernels, 'choose', lambda *_, **__: chosen)
+  monkeypatch.setitem(kernels.RINGS, 'mosaic_tpu_ring', interpreted)
+
+
+@pytest.mark.parametrize(
+  ('name', 'mask_name'),
+  [
+    ('nope', 'blockwise within a window'),
+    ('alibi', 'causal'),
+    ('fire', 'causal'),
+    ('fire', 'blockwise within a window'),
+    ('t5', 'bidirectional'),
+    ('xpos', 'causal'),
+    ('xpos', 'bidirectional'),
+  ],
+)
+def test_the_ring_of_the_kernel_for_tpu_gives_those_of_one_device(
+  name, mask_name, kernel_for_tpu, monkeypatch
+):
+  encoding = encodings.get(name, **OPTIONS.get(name, {}))
+  mask, sizes = MASKS[mask_name]
+
+  found = on_ring(encoding, mask, sizes, ring.zigzag(LENGTH, sizes[2], 'a row'))
+
+  monkeypatch.undo()
   check_alike(
     found, gradients(attend(encoding, mask, 'reference'))(parameters(encoding), *arrays())
   )
@@ -328,3 +363,38 @@ def test_attention_goes_by_the_ring_where_rows_are_cut_in_parts(sizes, length, e
   assert choice.implementation == expected
   assert off_any_mesh.implementation == 'reference'
   assert "mesh axis 'sequence' cuts rows in parts" in choice.reason or expected != 'ring'
+
+
+@pytest.mark.parametrize(
+  ('options', 'length', 'expected', 'reason'),
+  [
+    ({}, 512, 'mosaic_tpu_ring', 'with a kernel for TPU for what meets on a device'),
+    ({}, 504, 'ring', '(mosaic_tpu has tiles of 128 queries at least, not of 126)'),
+    ({'hidden_layers': 3}, 512, 'ring', "needs a table of the bias, which 'fire' has not)"),
+  ],
+)
+def test_a_tpu_takes_its_kernel_for_the_parts_of_rows_that_it_can(
+  options, length, expected, reason
+):
+  """By what a device holds: a row that is too long for one chip may be cut in parts that are not."""
+  transformer = model.Transformer(config_lib.ModelConfig(), encodings.get('fire', **options))
+
+  with jax.set_mesh(make_mesh(FOUR)), jax.default_device('tpu'):
+    choice = attention.choice(transformer, length, counted=True)
+
+  assert choice.implementation == expected
+  assert choice.reason.startswith("as mesh axis 'sequence' cuts rows in parts")
+  assert choice.reason.endswith(reason)
+
+
+def test_a_tpu_takes_its_kernel_for_parts_of_a_row_whose_whole_it_has_no_room_for():
+  transformer = model.Transformer(config_lib.ModelConfig(), encodings.get('fire'))
+  length = 2**20
+
+  with jax.default_device('tpu'):
+    whole = attention.choice(transformer, length, counted=True)
+    with jax.set_mesh(make_mesh(FOUR)):
+      parts = attention.choice(transformer, length, counted=True)
+
+  assert 'of scalar memory' in whole.reason
+  assert parts.implementation == 'mosaic_tpu_ring'

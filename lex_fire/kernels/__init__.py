@@ -10,7 +10,15 @@ import jax.numpy as jnp
 
 from lex_fire import errors
 from lex_fire.encodings import base, piecewise
-from lex_fire.kernels import chunked, library, mosaic_tpu, mosaic_tpu_size, reference, ring
+from lex_fire.kernels import (
+  chunked,
+  library,
+  mosaic_tpu,
+  mosaic_tpu_ring,
+  mosaic_tpu_size,
+  reference,
+  ring,
+)
 from lex_fire.kernels.mask import Mask
 
 
@@ -26,6 +34,13 @@ IMPLEMENTATIONS: dict[str, Callable[..., jax.Array]] = {
   'mosaic_tpu': mosaic_tpu.attention,
   'mosaic_gpu': _mosaic_gpu,
   **{kernel.name: kernel.attention for kernel in library.KERNELS.values()},
+}
+
+# Of rows that devices hold in parts. They are chosen, and not asked for, as there is no ring on one
+# device.
+RINGS: dict[str, Callable[..., jax.Array]] = {
+  'ring': ring.attention,
+  'mosaic_tpu_ring': mosaic_tpu_ring.attention,
 }
 
 # Kernels of one platform. The compiler cannot divide them over devices, as it does the others.
@@ -77,8 +92,8 @@ def choose(
     mask: which keys a query may see.
     query: an array query_BQHC, or its shape and dtype.
     key: likewise key_BKGC.
-    sequence_axis: the mesh axis over which rows are cut in parts, if they are. 'auto' is then
-      'ring', which is no key of IMPLEMENTATIONS, as there is none on one device.
+    sequence_axis: the mesh axis over which rows are cut in parts, if they are. 'auto' is then a key
+      of RINGS.
     counted: whether attention is given no positions and no segments, as `library` wants it.
     rows: how many have positions of their own on a device; 1: all share theirs.
 
@@ -105,7 +120,7 @@ def choose(
   if implementation in IMPLEMENTATIONS:
     return Choice(implementation, 'as asked')
   if sequence_axis is not None:
-    return Choice('ring', f'as mesh axis {sequence_axis!r} cuts rows in parts')
+    return _of_parts(here, encoding, query, key, sequence_axis)
   num_queries, num_keys, reason = query.shape[1], key.shape[1], None
   if here in library.KERNELS:
     kept = library.KERNELS[here]
@@ -113,14 +128,35 @@ def choose(
     if reason is None:
       return Choice(kept.name, f'{kept.whose}, where there is no bias and no decay')
   if here == 'tpu':
-    reason = mosaic_tpu_size.why_not(encoding, query, key)
-    if reason is None and num_queries < mosaic_tpu_size.LANES:
-      reason = (
-        f'mosaic_tpu has tiles of {mosaic_tpu_size.LANES} queries at least, not of {num_queries}'
-      )
+    reason = _why_not_on_tpu(encoding, query, key)
     if reason is None:
       return Choice('mosaic_tpu', 'a kernel for TPU that computes bias and decay in its tiles')
   return _of_size(here, encoding, (rows, num_queries, num_keys), f' ({reason})' if reason else '')
+
+
+def _why_not_on_tpu(encoding: base.Encoding, query: Any, key: Any) -> str | None:
+  reason = mosaic_tpu_size.why_not(encoding, query, key)
+  if reason is None and query.shape[1] < mosaic_tpu_size.LANES:
+    return (
+      f'mosaic_tpu has tiles of {mosaic_tpu_size.LANES} queries at least, not of {query.shape[1]}'
+    )
+  return reason
+
+
+def _of_parts(here: str, encoding: base.Encoding, query: Any, key: Any, axis: str) -> Choice:
+  """Chooses for rows of which a mesh axis gives each device a part."""
+  why = f'as mesh axis {axis!r} cuts rows in parts'
+  if here != 'tpu':
+    return Choice('ring', why)
+  devices = jax.sharding.get_abstract_mesh().shape.get(axis, 1)
+  own = (
+    jax.ShapeDtypeStruct((x.shape[0], x.shape[1] // devices, *x.shape[2:]), x.dtype)
+    for x in (query, key)
+  )
+  reason = _why_not_on_tpu(encoding, *own)
+  if reason is None:
+    return Choice('mosaic_tpu_ring', f'{why}, with a kernel for TPU for what meets on a device')
+  return Choice('ring', f'{why} ({reason})')
 
 
 def _of_size(
@@ -226,11 +262,11 @@ def attention(
     'query_segment_BQ': query_segment_BQ,
     'key_segment_BK': key_segment_BK,
   }
-  if name == 'ring' and sequence_axis is not None:
-    attend = functools.partial(ring.attention, mask=mask, axis=sequence_axis)
+  if name in RINGS:
+    attend = functools.partial(RINGS[name], mask=mask, axis=sequence_axis)
   else:
     attend = functools.partial(IMPLEMENTATIONS[name], mask=mask)
-  if name not in ('ring', *PLATFORM) or split is None:
+  if name not in (*RINGS, *PLATFORM) or split is None:
     return attend(**arrays, params=params, encoding=encoding)
   return _on_each_device(split, attend, arrays, encoding, params)
 

@@ -10,6 +10,7 @@ sum in the order of the grid: no [Q, K] array, and the same bits each run.
 """
 
 import functools
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -47,10 +48,29 @@ def attention(
   mask: mask_lib.Mask,
   block: int = BLOCK,
   interpret: bool = False,
+  pieces: int = 1,
+  make_flash: Callable[..., Any] | None = None,
 ) -> tuple[jax.Array, jax.Array]:
   """Attention like `reference.attention`, in tiles of `block` queries by twice the keys.
 
   The block is a multiple of 128 on a TPU. Interpreted, it runs on any platform, slowly.
+
+  Args:
+    query_BQHC: see `kernels.attention`, as for all that is not said here.
+    key_BKGC: likewise.
+    value_BKGC: likewise.
+    encoding: likewise.
+    params: likewise.
+    query_position_BQ: likewise.
+    key_position_BK: likewise.
+    query_segment_BQ: likewise.
+    key_segment_BK: likewise.
+    mask: likewise.
+    block: queries of a tile, at most.
+    interpret: see above.
+    pieces: equal parts of a row that follow one another in the array and not in the text: a tile is
+      no longer than one, as one that has tokens of two has more to do.
+    make_flash: Kernels -> what computes all blocks, as `flash` makes it; None: `flash`.
 
   Raises:
     errors.UserError: as `mosaic_tpu_size.why_not` says.
@@ -72,7 +92,7 @@ def attention(
     rate_1C = np.float32(encoding.log_decay(channels)[None])
     stretch = decay.stretch_of(encoding.log_decay(channels))
   table = None if encoding.table is None else encoding.table(params, num_heads)
-  cut = blocks(query_BQHC, key_BKGC, block, num_segments(encoding))
+  cut = blocks(query_BQHC, key_BKGC, block, num_segments(encoding), pieces)
   functions, of_functions = x_lib.trace(encoding, table, cut.queries, cut.keys, mask.causal)
   setup = Setup(
     functions=functions,
@@ -93,18 +113,16 @@ def attention(
     (query_BQHC, query_position_BQ, query_segment_BQ),
     (key_BKGC, value_BKGC, key_position_BK, key_segment_BK),
   )
-  plan = plan_lib.make(
+  make_plan = functools.partial(
+    plan_lib.make,
     mask,
     cut.queries,
     cut.keys,
-    queries,
-    keys,
-    table,
-    encoding.coordinate,
-    x_lib.part(cut.queries, cut.keys),
+    coordinate=encoding.coordinate,
+    part=x_lib.part(cut.queries, cut.keys),
   )
-  flash = _flash(setup, Constants(rate_1C, of_functions))
-  out_BHQC, log_norm_BHQ = flash(table, queries, keys, plan)
+  kernels = Kernels(setup, Constants(rate_1C, of_functions), make_plan)
+  out_BHQC, log_norm_BHQ = (make_flash or flash)(kernels)(table, queries, keys)
   num_queries = query_BQHC.shape[1]
   return jnp.swapaxes(out_BHQC, 1, 2)[:, :num_queries], log_norm_BHQ[..., :num_queries]
 
@@ -260,19 +278,29 @@ def _key_kernel(spans, _, inputs, softmax, d_key, d_value, d_keys, d_values, own
     d_value[0] = d_values[...].astype(d_value.dtype)
 
 
-def _flash(setup, constants):
-  """Makes (table, Queries, Keys, Plan) -> out_BHQC, log_norm_BHQ with flash attention's gradient.
+class Kernels(NamedTuple):
+  """The kernels of an attention, for any keys of those that its queries may see.
 
-  The logarithm of the softmax's normaliser is +inf where a query sees no key.
+  Attributes:
+    setup: what is static of them.
+    constants: arrays that all tiles read.
+    make_plan: (queries=, keys=, table=) -> what each tile has to do.
   """
 
-  def forward(table, queries, keys, plan):
-    query_BHQC = queries.query_BHQC
+  setup: Setup
+  constants: Constants
+  make_plan: Callable[..., plan_lib.Plan]
+
+  def forward(
+    self, table: Any, queries: Queries, keys: Keys, plan: plan_lib.Plan, dtype: Any
+  ) -> tuple[jax.Array, jax.Array]:
+    """Returns out_BHQC in a dtype, and log_norm_BHQ, +inf where a query sees none of the keys."""
+    setup, query_BHQC = self.setup, queries.query_BHQC
     batch, num_heads, num_queries, channels = query_BHQC.shape
     rows, columns = plan.low_IJ.shape
     specs = call.Specs(setup, columns, by_column=False)
-    inputs = call.inputs(setup, plan, queries, keys, table, constants)
-    norm = (batch, num_heads // setup.heads, setup.heads, num_queries)
+    inputs = call.inputs(setup, plan, queries, keys, table, self.constants)
+    norm = self._norm(query_BHQC)
     tile = (setup.heads, setup.query_block)
     out_BHQC, log_norm_BNHQ = call.call(
       _forward_kernel,
@@ -283,35 +311,72 @@ def _flash(setup, constants):
       (inputs,),
       (specs.inputs(inputs),),
       (
-        call.Output(_like(query_BHQC, keys.value_BGKC.dtype), specs.query(query_BHQC)),
+        call.Output(_like(query_BHQC, dtype), specs.query(query_BHQC)),
         call.Output(jax.ShapeDtypeStruct(norm, jnp.float32), specs.norm()),
       ),
       [(*tile, channels), (*tile, LANES), (*tile, LANES)],
       _scratch(setup, table, learned=False),
     )
-    out_BHQC, log_norm_BNHQ = residuals.named(out_BHQC, log_norm_BNHQ)
-    found = out_BHQC, log_norm_BNHQ.reshape(batch, num_heads, num_queries)
-    return found, (table, queries, keys, plan, out_BHQC, log_norm_BNHQ)
+    return out_BHQC, log_norm_BNHQ.reshape(batch, num_heads, num_queries)
 
-  def backward(saved, d_found):
-    d_out_BHQC, d_log_norm_BHQ = d_found
-    table, queries, keys, plan, out_BHQC, log_norm_BNHQ = saved
+  def _norm(self, query_BHQC):
+    """Returns the shape of a number of each query, in N blocks of heads."""
+    batch, num_heads, num_queries, _ = query_BHQC.shape
+    return batch, num_heads // self.setup.heads, self.setup.heads, num_queries
+
+  def softmax(
+    self, found: tuple[jax.Array, jax.Array], d_found: tuple[jax.Array, jax.Array]
+  ) -> Softmax:
+    """Returns what `gradients` takes of the forward pass over all keys, and of its gradient."""
+    (out_BHQC, log_norm_BHQ), (d_out_BHQC, d_log_norm_BHQ) = found, d_found
     delta_BHQ = (d_out_BHQC.astype(jnp.float32) * out_BHQC.astype(jnp.float32)).sum(axis=3)
     delta_BHQ -= d_log_norm_BHQ  # of a logit it is its weight times this
-    softmax = Softmax(d_out_BHQC, log_norm_BNHQ, delta_BHQ.reshape(log_norm_BNHQ.shape))
-    d_query_BHQC, d_table = _query_gradient(setup, constants, table, queries, keys, plan, softmax)
-    d_key_BGKC, d_value_BGKC = _key_gradient(setup, constants, table, queries, keys, plan, softmax)
+    norm = self._norm(out_BHQC)
+    return Softmax(d_out_BHQC, log_norm_BHQ.reshape(norm), delta_BHQ.reshape(norm))
+
+  def gradients(
+    self,
+    table: Any,
+    queries: Queries,
+    keys: Keys,
+    plan: plan_lib.Plan,
+    softmax: Softmax,
+    dtype: Any = None,
+  ) -> tuple[Any, Queries, Keys]:
+    """Returns those of table, queries and keys that these keys have a part in.
+
+    In a dtype; None: of queries and keys in their own.
+    """
+    of_all = self.setup, self.constants, table, queries, keys, plan, softmax, dtype
+    d_query_BHQC, d_table = _query_gradient(*of_all)
+    d_key_BGKC, d_value_BGKC = _key_gradient(*of_all)
     # None: positions and segments are integers and have no gradient.
     d_queries = Queries(d_query_BHQC, *[None] * (len(queries) - 1))
-    d_keys = Keys(d_key_BGKC, d_value_BGKC, *[None] * (len(keys) - 2))
-    return d_table, d_queries, d_keys, None
+    return d_table, d_queries, Keys(d_key_BGKC, d_value_BGKC, *[None] * (len(keys) - 2))
+
+
+def flash(kernels: Kernels) -> Callable[..., tuple[jax.Array, jax.Array]]:
+  """Makes (table, queries, keys) -> out_BHQC, log_norm_BHQ with flash attention's gradient.
+
+  The logarithm of the softmax's normaliser is +inf where a query sees no key.
+  """
+
+  def forward(table, queries, keys):
+    plan = kernels.make_plan(table=table, queries=queries, keys=keys)
+    found = kernels.forward(table, queries, keys, plan, keys.value_BGKC.dtype)
+    found = residuals.named(*found)
+    return found, (table, queries, keys, plan, found)
+
+  def backward(saved, d_found):
+    table, queries, keys, plan, found = saved
+    return kernels.gradients(table, queries, keys, plan, kernels.softmax(found, d_found))
 
   @jax.custom_vjp
-  def flash(table, queries, keys, plan):
-    return forward(table, queries, keys, plan)[0]
+  def attend(table, queries, keys):
+    return forward(table, queries, keys)[0]
 
-  flash.defvjp(forward, backward)
-  return flash
+  attend.defvjp(forward, backward)
+  return attend
 
 
 def _softmax_specs(specs, softmax):
@@ -327,7 +392,7 @@ def _like(array, dtype):
   return jax.ShapeDtypeStruct(array.shape, dtype)
 
 
-def _query_gradient(setup, constants, table, queries, keys, plan, softmax):
+def _query_gradient(setup, constants, table, queries, keys, plan, softmax, dtype):
   """Returns d_query_BHQC and the gradient of the table, None if there is none."""
   query_BHQC = queries.query_BHQC
   rows, columns = plan.low_IJ.shape
@@ -363,7 +428,7 @@ def _query_gradient(setup, constants, table, queries, keys, plan, softmax):
     plan.key_IJ,
     (inputs, softmax),
     (specs.inputs(inputs), _softmax_specs(specs, softmax)),
-    (call.Output(_like(query_BHQC, query_BHQC.dtype), specs.query(query_BHQC)), d_table),
+    (call.Output(_like(query_BHQC, dtype or query_BHQC.dtype), specs.query(query_BHQC)), d_table),
     [(setup.heads, setup.query_block, query_BHQC.shape[3])],
     _scratch(setup, table, setup.learned),
   )
@@ -387,12 +452,14 @@ def _query_gradient(setup, constants, table, queries, keys, plan, softmax):
   return d_query_BHQC, d_table._replace(coordinate=d_coordinate, **ends)
 
 
-def _key_gradient(setup, constants, table, queries, keys, plan, softmax):
+def _key_gradient(setup, constants, table, queries, keys, plan, softmax, dtype):
   """Returns d_key_BGKC and d_value_BGKC."""
   rows, columns = plan.low_IJ.shape
   specs = call.Specs(setup, columns, by_column=True)
   inputs = call.inputs(setup, plan, queries, keys, table, constants)
-  outputs = [call.Output(_like(x_BGKC, x_BGKC.dtype), specs.key(x_BGKC)) for x_BGKC in keys[:2]]
+  outputs = [
+    call.Output(_like(x_BGKC, dtype or x_BGKC.dtype), specs.key(x_BGKC)) for x_BGKC in keys[:2]
+  ]
   return call.call(
     _key_kernel,
     setup,

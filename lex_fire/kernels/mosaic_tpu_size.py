@@ -62,7 +62,7 @@ class Blocks(NamedTuple):
   sum_rows: int
 
 
-def blocks(query: Any, key: Any, block: int, segments: int) -> Blocks:
+def blocks(query: Any, key: Any, block: int, segments: int, pieces: int = 1) -> Blocks:
   """Returns what a tile has of each.
 
   Twice as many keys as queries: on v5e, by the compiler's schedule, the forward pass without a bias
@@ -73,8 +73,9 @@ def blocks(query: Any, key: Any, block: int, segments: int) -> Blocks:
     key: likewise key_BKGC.
     block: queries, at most.
     segments: of the encoding's table.
+    pieces: of a row, than each of which a tile is no longer.
   """
-  num_queries, num_keys = query.shape[1], key.shape[1]
+  num_queries, num_keys = query.shape[1] // pieces, key.shape[1] // pieces
   keys = min(2 * block, pl.cdiv(num_keys, LANES) * LANES)
   while True:
     groups = _groups(query, key, keys, segments)
@@ -85,7 +86,7 @@ def blocks(query: Any, key: Any, block: int, segments: int) -> Blocks:
     most_queries = free_bytes // query_bytes
     most_queries = max(most_queries // LANES, 1) * LANES
     queries = min(block, most_queries, pl.cdiv(num_queries, LANES) * LANES)
-    tiles = pl.cdiv(num_queries, queries) * pl.cdiv(num_keys, keys)
+    tiles = pieces**2 * pl.cdiv(num_queries, queries) * pl.cdiv(num_keys, keys)
     if keys >= MOST_KEYS or tiles <= MOST_TILES:
       sum_rows = SUBLANES if SUBLANES * _sum_bytes(heads, segments) <= SUM_BYTES // 2 else 1
       return Blocks(queries, keys, heads, groups, sum_rows)

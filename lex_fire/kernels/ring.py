@@ -4,8 +4,8 @@ Each device keeps its own queries, and their running softmax, while the blocks o
 with their positions and segments, pass from device to device until each has been everywhere (Liu
 et al. 2023, arXiv:2310.01889). A device holds two blocks at a time, its own and one on its way, so
 that memory a device is linear in length / devices. What is done with a block are the tiles of
-`chunked`: a tile is told the positions of its tokens and asks for no more, so every encoding and
-every mask is what it is on one device, wherever a token lies.
+`chunked`, or the kernels of `mosaic_tpu_ring`: a tile is told the positions of its tokens and asks
+for no more, so every encoding and every mask is what it is on one device, wherever a token lies.
 
 The backward pass sends the blocks round once more, and after each the sums of its gradients.
 
@@ -65,6 +65,17 @@ def check_length(length: int, devices: int, name: str) -> None:
     )
 
 
+def check_parts(query_BQHC: jax.Array, key_BKGC: jax.Array, axis: str) -> None:
+  """Refuses a device's parts of rows that do not divide in two chunks.
+
+  Raises:
+    errors.UserError: if these do not.
+  """
+  devices = jax.lax.axis_size(axis)
+  for array in (query_BQHC, key_BKGC):
+    check_length(array.shape[1] * devices, devices, 'attention')
+
+
 def attention(
   query_BQHC: jax.Array,
   key_BKGC: jax.Array,
@@ -86,9 +97,7 @@ def attention(
   Raises:
     errors.UserError: if a part does not divide in two chunks.
   """
-  devices = jax.lax.axis_size(axis)
-  for array in (query_BQHC, key_BKGC):
-    check_length(array.shape[1] * devices, devices, 'attention')
+  check_parts(query_BQHC, key_BKGC, axis)
   make_flash = functools.partial(_flash, axis=axis)
   return chunked.attention(
     query_BQHC, key_BKGC, value_BKGC, pieces=CHUNKS, make_flash=make_flash, **rest
@@ -97,20 +106,12 @@ def attention(
 
 def _flash(encoding, mask: mask_lib.Mask, *, axis: str):
   """Makes what `chunked.flash` does, with the keys of all devices."""
-  devices = jax.lax.axis_size(axis)
-
-  def passed_on(tree):
-    round_trip = [(device, (device + 1) % devices) for device in range(devices)]
-    return jax.tree.map(lambda array: jax.lax.ppermute(array, axis, round_trip), tree)
 
   def forward(params, queries, keys):
-    def step(_, state):
-      carry, held = state
-      # Both read what is held, and neither waits for the other.
-      return chunked.add_keys(encoding, mask, params, queries, held, carry), passed_on(held)
+    def add(carry, held):
+      return chunked.add_keys(encoding, mask, params, queries, held, carry)
 
-    start = chunked.softmax_start(queries), keys
-    carry, _ = jax.lax.fori_loop(0, devices, step, start)
+    carry = over_keys(add, chunked.softmax_start(queries), keys, axis)
     out_IBHQC, log_norm_IBHQ = chunked.softmax_end(carry)
     out_IBHQC = out_IBHQC.astype(keys.value_JBGKC.dtype)
     out_IBHQC, log_norm_IBHQ = residuals.named(out_IBHQC, log_norm_IBHQ)
@@ -120,18 +121,12 @@ def _flash(encoding, mask: mask_lib.Mask, *, axis: str):
     params, queries, keys, out_IBHQC, log_norm_IBHQ = saved
     of_out = (d_out_IBHQC, chunked.delta(d_out_IBHQC, out_IBHQC), log_norm_IBHQ)
 
-    def step(_, state):
-      """Adds to the sums of the block held, which the device before sends while these are made."""
-      own, of_last, held = state
+    def of_keys(held):
       d_params, d_query, *of_held = chunked.gradients(encoding, mask, params, queries, held, of_out)
-      own = jax.tree.map(jnp.add, own, (d_params, d_query))
-      of_held = jax.tree.map(jnp.add, passed_on(of_last), tuple(of_held))
-      return own, of_held, passed_on(held)
+      return (d_params, d_query), of_held
 
-    start = chunked.zeros((params, queries.query_IBHQC)), chunked.zeros(tuple(keys[:2])), keys
-    own, of_last, _ = jax.lax.fori_loop(0, devices, step, start)
-    # A block is home after as many hops as there are devices; its sums are one behind.
-    return chunked.cotangents((*own, *passed_on(of_last)), queries, keys)
+    own, of_held = gradients(of_keys, keys, axis)
+    return chunked.cotangents((*own, *of_held), queries, keys)
 
   @jax.custom_vjp
   def attend(params, queries, keys):
@@ -139,3 +134,50 @@ def _flash(encoding, mask: mask_lib.Mask, *, axis: str):
 
   attend.defvjp(forward, backward)
   return attend
+
+
+def over_keys(add, start, keys, axis: str):
+  """Returns a sum that begins with `start`, to which each device's keys are added.
+
+  Args:
+    add: (sum, keys) -> the sum with these keys, too.
+    start: the sum of no keys.
+    keys: this device's, a pytree.
+    axis: the mesh axis of the ring.
+  """
+
+  def step(_, state):
+    so_far, held = state
+    # Both read what is held, and neither waits for the other.
+    return add(so_far, held), _passed_on(held, axis)
+
+  return jax.lax.fori_loop(0, jax.lax.axis_size(axis), step, (start, keys))[0]
+
+
+def gradients(of_keys, keys, axis: str):
+  """Returns gradients of what this device has for itself, and of its keys, summed over devices.
+
+  Args:
+    of_keys: keys -> both of them, of this device's queries with some device's keys, float32.
+    keys: this device's, a pytree.
+    axis: the mesh axis of the ring.
+  """
+
+  def step(_, state):
+    """Adds to the sums of the block held, which the device before sends while these are made."""
+    own, of_last, held = state
+    of_own, of_held = of_keys(held)
+    own = jax.tree.map(jnp.add, own, of_own)
+    of_held = jax.tree.map(jnp.add, _passed_on(of_last, axis), of_held)
+    return own, of_held, _passed_on(held, axis)
+
+  start = jax.tree.map(lambda sum: jnp.zeros(sum.shape, sum.dtype), jax.eval_shape(of_keys, keys))
+  own, of_last, _ = jax.lax.fori_loop(0, jax.lax.axis_size(axis), step, (*start, keys))
+  # A block is home after as many hops as there are devices; its sums are one behind.
+  return own, _passed_on(of_last, axis)
+
+
+def _passed_on(tree, axis):
+  devices = jax.lax.axis_size(axis)
+  round_trip = [(device, (device + 1) % devices) for device in range(devices)]
+  return jax.tree.map(lambda array: jax.lax.ppermute(array, axis, round_trip), tree)
