@@ -5,8 +5,8 @@
       --config.data.validation_files='PILE/val.jsonl.zst'
     python -m lex_fire.evaluate --workdir=runs/pile/xpos --documents=jsonl --files='ARXIV/*.jsonl'
 
-Published: Sun et al. 2022, section 4.1: an unknown number of tokens, on 16 V100; xPos in blocks is
-the only one whose perplexity falls up to 4096. Perplexity on arXiv, the first 4096 tokens of
+Published: Sun et al. 2022, section 4.1: 26,214,400,000 tokens, on 16 V100; xPos in blocks is the
+only one whose perplexity falls up to 4096. Perplexity on arXiv, the first 4096 tokens of
 documents mostly longer than 6,000 (tables 2 and 5):
 
                              256       512      1024      2048      4096
@@ -22,8 +22,8 @@ Expect the order, not the levels: those are of another vocabulary, which the pap
 The corpus was nine parts of the Pile, arXiv none of them. Books3, one of the nine, is handed out no
 more (huggingface.co/datasets/the_pile_books3), so there is no Task of it: `jsonl` reads the Pile's
 form, a document a line in field text, compressed or not, of whatever you have. The paper's first
-version tells neither steps, warmup, weight decay, dropout nor width of the MLP; its learning rate
-falls by a polynomial, ours on a cosine.
+version tells neither steps (the tokens above are 50,000 of 512 rows), warmup, weight decay, dropout
+nor width of the MLP; its learning rate falls by a polynomial, ours on a cosine.
 
 Arguments: size (a preset of lex_fire.presets), encoding, vocabulary (t5, bytes, or the path of a
 SentencePiece model), mesh (of presets.MESHES: any, chip, host, 8-gpus, v5e-256, v5p-512 or

@@ -3,8 +3,8 @@
 `base` and `large` are FIRE's (Li et al. 2023, arXiv:2310.04418, section 4 and appendix),
 `lex_medium` is LeX's (Sun et al. 2022, arXiv:2212.10554, section 4.1); `published` has what came of
 them. What is not theirs is ours: warmups, weight decays, clipping and what the defaults of `config`
-say of the model; FIRE's betas; LeX's steps, width of the MLP, pieces (T5's) and cosine, where its
-learning rate falls by a polynomial.
+say of the model; FIRE's betas; LeX's width of the MLP, pieces (T5's) and cosine, where its learning
+rate falls by a polynomial.
 """
 
 from collections.abc import Sequence

@@ -97,7 +97,7 @@ RUNS: dict[str, Run] = {
     arguments='size=lex_medium',
     encodings=_OF_LEX,
     lengths=_LEX_LENGTHS,
-    tokens=None,
+    tokens=50_000 * 512 * 1024,  # steps, rows, length; the first version does not tell the steps
     hardware='16 V100',
     best=None,
     finding='xPos in blocks is the only one whose perplexity falls up to 4096',
