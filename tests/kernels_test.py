@@ -81,22 +81,13 @@ def is_able(implementation, case):
   return mosaic_tpu_size.why_not(encoding, query, query) is None
 
 
-def cells():
-  """Yields (implementation, mask, case): all, but of a kernel that is interpreted, which is slow,
-  each case under one mask in turn, and FIRE under each.
-  """
-  for implementation in IMPLEMENTATIONS:
-    for mask_index, mask in enumerate(MASKS):
-      for case_index, case in enumerate(CASES):
-        few = implementation in kernels.PLATFORM
-        in_turn = (case_index + mask_index) % len(MASKS) == 0 or CASES[case] == ('fire', {})
-        # Of a decay its kernel has the causal side: the other is joined to it.
-        in_turn |= CASES[case] == ('xpos', {}) and mask == 'bidirectional'
-        if (in_turn or not few) and is_able(implementation, case):
-          yield implementation, mask, case
-
-
-CELLS = list(cells())
+CELLS = [
+  (implementation, mask, case)
+  for implementation in IMPLEMENTATIONS
+  for mask in MASKS
+  for case in CASES
+  if is_able(implementation, case)
+]
 TILED = sorted(set(IMPLEMENTATIONS) - {'reference'})
 every_implementation_here = pytest.mark.parametrize(
   'implementation', [name for name in IMPLEMENTATIONS if name not in kernels.PLATFORM]
