@@ -17,29 +17,33 @@ if importlib.util.find_spec('libtpu') is None:
 
 
 @functools.cache
-def at_128k(chip, name):
-  return attention_tpu.compiled(chip, name, 131_072)
+def compiled(chip, name, length):
+  return attention_tpu.compiled(chip, name, length)
 
 
 @pytest.mark.parametrize('chip', attention_tpu.CHIPS)
 def test_fire_compiles_at_128k(chip):
-  assert 'tpu_custom_call' in at_128k(chip, 'fire').as_text()
+  assert 'tpu_custom_call' in compiled(chip, 'fire', 131_072).as_text()
 
 
-def test_the_kernels_of_fire_move_what_those_without_bias_do():
+@pytest.mark.parametrize('chip', attention_tpu.CHIPS)
+def test_the_kernels_of_fire_move_what_those_without_bias_do(chip):
   """The table and the plan are all that they read besides, at most 5%."""
-  with_bias, without = (at_128k('v5e', name) for name in ('fire', 'nope'))
+  with_bias, without = (compiled(chip, name, 131_072) for name in ('fire', 'nope'))
 
   assert attention_tpu.kernel_bytes(without) > 131_072 * 8 * 128 * 2 * 6  # it counts
   assert attention_tpu.kernel_bytes(with_bias) < 1.05 * attention_tpu.kernel_bytes(without)
 
 
+@pytest.mark.parametrize('length', [32_768, 131_072])
 @pytest.mark.parametrize('chip', attention_tpu.CHIPS)
-def test_memory_at_128k_is_that_of_a_few_arrays_as_large_as_the_queries(chip):
-  """The float32 logits of a dense pass would take 2048 times as much as they."""
-  query_bytes = 131_072 * 8 * 128 * 2
+def test_memory_is_that_of_a_few_arrays_as_large_as_the_queries(chip, length):
+  """So it is linear in length. The float32 logits of a dense pass are L / 64 such arrays."""
+  query_bytes = length * 8 * 128 * 2
 
-  assert at_128k(chip, 'fire').memory_analysis().temp_size_in_bytes < 5 * query_bytes
+  memory = compiled(chip, 'fire', length).memory_analysis()
+
+  assert memory.temp_size_in_bytes < 5 * query_bytes
 
 
 def of_a_model(name, mesh, rows, length):
@@ -135,5 +139,15 @@ def test_chips_that_share_the_tokens_of_a_row_compile_with_the_kernel(name):
 )
 def test_every_shape_that_users_bring_compiles(case):
   program = attention_tpu.compiled('v5e', **{'length': 2048} | case)
+
+  assert 'tpu_custom_call' in program.as_text()
+
+
+@pytest.mark.parametrize('case', attention_tpu.CASES)
+@pytest.mark.parametrize('chip', ['v5p', 'v6e'])
+def test_every_encoding_compiles_for_the_other_chips(chip, case):
+  name, options = attention_tpu.CASES[case]
+
+  program = attention_tpu.compiled(chip, name, 2048, **options)
 
   assert 'tpu_custom_call' in program.as_text()

@@ -112,9 +112,13 @@ STEPS = [(file, '') for file in ARGUMENTS] + [
 ]
 
 
+# That it compiles is asked, not how fast it then is; without optimization it takes half the time.
+UNOPTIMIZED = {'xla_backend_optimization_level': 0, 'xla_llvm_disable_expensive_passes': True}
+
+
 @pytest.mark.parametrize(('file', 'arg'), STEPS)
 def test_the_training_step_of_every_file_and_size_compiles(file, arg):
-  """Each as `compile` has it, on 8 devices; in full that of the size that a file has by itself."""
+  """Each as `compile` has it, on 8 devices."""
   config = build(file, arg)
   mesh = sharding.make_mesh(**dataclasses.asdict(config.mesh))
   step = compile.training_step(config, train.Program(config, mesh))
@@ -124,8 +128,8 @@ def test_the_training_step_of_every_file_and_size_compiles(file, arg):
   state, values = lowered.out_info
   assert alike(state) == alike(step.arguments[0])
   assert values['loss'].shape == ()
-  if not arg:
-    assert lowered.compile().memory_analysis().argument_size_in_bytes > 0
+  program = lowered.compile(compiler_options=UNOPTIMIZED)
+  assert program.memory_analysis().argument_size_in_bytes > 0
 
 
 # Published runs

@@ -60,7 +60,7 @@ def served():
 
 
 CASES = dict(served())
-# Layouts and widths of heads take turns, but for xPos, whose oracle takes the square of the channels.
+# Layouts and widths of heads take turns, but for xPos, whose oracle takes the square of channels.
 CELLS = [
   (
     case,

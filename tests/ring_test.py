@@ -376,7 +376,7 @@ def test_attention_goes_by_the_ring_where_rows_are_cut_in_parts(sizes, length, e
 def test_a_tpu_takes_its_kernel_for_the_parts_of_rows_that_it_can(
   options, length, expected, reason
 ):
-  """By what a device holds: a row that is too long for one chip may be cut in parts that are not."""
+  """By what each of its chips holds."""
   transformer = model.Transformer(config_lib.ModelConfig(), encodings.get('fire', **options))
 
   with jax.set_mesh(make_mesh(FOUR)), jax.default_device('tpu'):

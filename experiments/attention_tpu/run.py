@@ -23,7 +23,11 @@ from lex_fire import encodings, kernels
 
 HERE = pathlib.Path(__file__).parent
 CHIPS = {'v5e': 'v5e:2x2', 'v5p': 'v5p:2x2x1', 'v6e': 'v6e:2x2'}
-LENGTHS = {'v5e': [2048, 8192, 32_768, 131_072], 'v5p': [2048, 131_072], 'v6e': [2048, 131_072]}
+LENGTHS = {
+  'v5e': [2048, 8192, 32_768, 65_536, 131_072],
+  'v5p': [2048, 131_072],
+  'v6e': [2048, 131_072],
+}
 CASES = {
   'nope': ('nope', {}),
   'alibi': ('alibi', {}),
