@@ -1,5 +1,6 @@
 """What the papers published, beside what a sweep measured: orders, and changes with length."""
 
+import math
 import statistics
 import textwrap
 from collections.abc import Mapping, Sequence
@@ -71,6 +72,30 @@ def changes(losses: Losses, trained: int, mask: str) -> list[str]:
     f"LeX's {LEX.source} beside it: loss at the length of training (1x: {LEX.trained} tokens "
     f'there, {trained} here), and its change at longer ones, in nats per token. Texts and tokens '
     f'are others, so that signs and orders compare, not sizes.{untold}',
+    textwrap.indent('\n'.join(lines), '    '),
+  ]
+
+
+def perplexities(losses: Losses, mask: str) -> list[str]:
+  """Returns a sentence and a table in the form of LeX's table 2, of the encodings that are in it.
+
+  Nothing if none is.
+
+  Args:
+    losses: of the variants, the best first.
+    mask: under which they were measured.
+  """
+  of_lex = {row[0] for row in LEX.rows if row[1] in _MASKS[mask]}
+  rows = {variant: curve for variant, curve in losses.items() if variant in of_lex}
+  if not rows:
+    return []
+  lengths = sorted(next(iter(rows.values())))
+  lines = [f'{"":10}' + ''.join(f'{length:>16}' for length in lengths)]
+  for variant, curve in rows.items():
+    cells = ([math.exp(loss) for loss in curve[length]] for length in lengths)
+    lines.append(f'{variant:<10}' + ''.join(f'{over_seeds(cell):>16}' for cell in cells))
+  return [
+    "In perplexity, e to the loss of a token, as LeX's table 2 has it:",
     textwrap.indent('\n'.join(lines), '    '),
   ]
 

@@ -211,6 +211,7 @@ def tables(lines: Sequence[Line]) -> str:
       losses = {row.variant: row.values for row in made}
       parts += sweep_published.rankings(list(losses), mask)
       parts += sweep_published.changes(losses, some['train_length'], mask)
+      parts += sweep_published.perplexities(losses, mask)
   return '\n\n'.join(parts) + '\n'
 
 

@@ -114,8 +114,12 @@ def test_what_length_generalization_tells_is_what_was_measured():
   (trained,) = {line['train_length'] for line in lines}
   rows = {mask: sweep_results.rows(lines, 'same_tokens', mask) for mask in sweep.MASKS}
   for mask, made in rows.items():
-    _, table = sweep_published.changes({row.variant: row.values for row in made}, trained, mask)
-    assert table in readme
+    losses = {row.variant: row.values for row in made}
+    for _, table in (
+      sweep_published.changes(losses, trained, mask),
+      sweep_published.perplexities(losses, mask),
+    ):
+      assert table in readme
 
 
 @pytest.mark.parametrize(

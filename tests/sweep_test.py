@@ -182,6 +182,17 @@ def test_a_ranking_stands_beside_the_published_one():
   assert of_lex.endswith('Of 3 pairs of known order 1 are in it here.')
 
 
+def test_losses_stand_as_perplexities_too_in_the_form_of_lexs_table():
+  losses = {'rope': {32: [0.0, np.log(3.0)], 64: [1.0, 1.0]}, 'fire': {32: [1.0], 64: [1.0]}}
+
+  _, text = sweep_published.perplexities(losses, 'causal')
+
+  heads, row = (line.split() for line in text.splitlines())
+  assert heads == ['32', '64']
+  assert row == ['rope', '2.000', '+-1.414', '2.718', '+-0.000']  # sqrt 2, e
+  assert sweep_published.perplexities({'fire': losses['fire']}, 'causal') == []
+
+
 def test_changes_past_training_stand_beside_lexs_at_as_many_times_its_length():
   """LeX's perplexity under xPos without blocks is 23.31, 22.56 and 28.43 at 1, 2 and 4 times 1024.
 
