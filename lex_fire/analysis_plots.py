@@ -81,10 +81,21 @@ def heads(reports: Sequence[Report], path: pathlib.Path) -> None:
     axes.set_xscale('log', base=2)
     axes.xaxis.set_major_formatter(plain)
     _title(axes, title)
-  panels[2].set_yscale('log', base=2)
-  panels[2].yaxis.set_major_formatter(plain)
+    _widen(axes)
+  distances = [row['distance'] for report in reports for row in report['lengths']]
+  if max(distances) > 4 * min(distances):
+    panels[2].set_yscale('log', base=2)
+    panels[2].yaxis.set_major_formatter(plain)
   _finish(figure, panels[0], len(titles), None, 'window length [tokens]', None, legend_columns=4)
   figure.savefig(path, dpi=150)
+
+
+def _widen(axes) -> None:
+  """Lets an axis span a twentieth of what it shows at least, so that noise makes no slope."""
+  low, high = axes.get_ylim()
+  short = 0.05 * max(abs(low), abs(high)) - (high - low)
+  if short > 0:
+    axes.set_ylim(low - short / 2, high + short / 2)
 
 
 def scores(reports: Sequence[Report], path: pathlib.Path) -> None:

@@ -126,7 +126,7 @@ class Checkpoints:
     try:
       yield
     except (OSError, ValueError) as error:
-      reason = ' '.join(str(error).split())[:200]
+      reason = _reason(error)
       raise errors.UserError(
         f'a checkpoint cannot be written into {str(self._manager.directory)!r}: {reason}; '
         'make room, and run the same command again, which goes on from the one before'
@@ -221,10 +221,10 @@ class Checkpoints:
     asked = shapes(abstract_params)
     for name in sorted({**found, **asked}):
       if found.get(name) != asked.get(name):
+        there, wanted = (tree.get(name, 'no such array') for tree in (found, asked))
         raise errors.UserError(
-          f'checkpoint {str(folder.parent)!r} is of another model: its {name} has shape '
-          f'{found.get(name)}, and that of the config {asked.get(name)}; restore config.json, or '
-          'use another --workdir'
+          f'checkpoint {str(folder.parent)!r} is of another model: of {name} it has {there}, and '
+          f'the config {wanted}; restore config.json, or use another --workdir'
         )
 
   def restore(self, step: int, abstract: dict[str, Any]) -> dict[str, Any]:
@@ -242,7 +242,7 @@ class Checkpoints:
       raise
     except Exception as error:  # Orbax and TensorStore raise errors of all kinds, bare ones too
       path = storage.path(self._manager.directory) / str(step)
-      reason = ' '.join(str(error).split())[:200]
+      reason = _reason(error)
       raise Damaged(f'checkpoint {str(path)!r} is damaged: {reason}') from error
 
   def wait(self) -> None:
@@ -434,12 +434,19 @@ def restore_params(
       raise errors.UserError(f'{error}; {remedy}') from error
 
 
+def _reason(error: Exception) -> str:
+  """Returns what a library says of what it could not read, without where in itself that was."""
+  return ' '.join(str(error).partition('See full TensorStore details')[0].split())[:200]
+
+
 def _none_such(name: str, workdir: pathlib.Path, steps: list[int]) -> str:
   """Says that a run has no checkpoint of a name, and which it has."""
   if not steps:
     return f'no checkpoint in {str(workdir)!r}; train first, or give another --workdir'
   there = ', '.join(map(str, steps))
-  return f'no checkpoint {name!r} in {str(workdir)!r}; use latest or a step that is there: {there}'
+  return (
+    f'no checkpoint {name!r} in {str(workdir)!r}; use latest, best or a step that is there: {there}'
+  )
 
 
 def shapes(params: Any) -> dict[str, tuple[int, ...]]:

@@ -100,10 +100,21 @@ def _lines(error: Exception) -> list[str]:
   return str(error).strip().splitlines() or [type(error).__name__]
 
 
+# How Python says that a text is no number, and what is wanted.
+_OF_NUMBERS = {
+  'invalid literal for int() with base 10: ': 'must be a whole number',
+  'could not convert string to float: ': 'must be a number',
+}
+
+
 def _last_line(error: Exception) -> str:
   """Returns what went wrong: the last line, as an error in a config file comes with its trace."""
+  if isinstance(error, FileNotFoundError):
+    return f'cannot read --config: there is no file {error.filename!r}; see configs/'
   last = _lines(error)[-1].strip()
   last = last.removeprefix('lex_fire.errors.UserError: ')
+  for python, wanted in _OF_NUMBERS.items():
+    last = last.replace(python, f'{wanted}, not ')
   return f'cannot read --config: {last}' if isinstance(error, OSError) else last
 
 

@@ -87,7 +87,7 @@ class Data:
       mask = '' if c.causal else f' and the mask of a bidirectional model, {ids + masks} together'
       raise errors.UserError(
         f'model.vocab_size={c.vocab_size} is less than the {ids} ids of task '
-        f'{self._config.data.task!r}{mask}; raise it'
+        f'{self._config.data.task!r}{mask}; raise it, as by --config.model.vocab_size={ids + masks}'
       )
 
   def _streamed(self):

@@ -133,7 +133,8 @@ def checkpoints(reports: Sequence[Report]) -> str:
 def heading(report: Report) -> str:
   """Says what a table of a report and others on the same documents shows."""
   last = report['lengths'][-1]
-  tokens = f'{last["tokens"]:,} tokens of {last["documents"]} documents'
+  count = last['documents']
+  tokens = f'{last["tokens"]:,} tokens of {count} document{"" if count == 1 else "s"}'
   if last['documents_too_short']:
     tokens += f'; {last["documents_too_short"]} more are shorter than {last["length"]}'
   return f'{unit(report)} by length ({how(report)}, {tokens}), {documents(report)}'

@@ -91,7 +91,7 @@ def _sizes(asked: dict[str, int], num_devices: int) -> tuple[int, ...]:
   if min(sizes) < 1 or math.prod(sizes) != num_devices:
     shown = ', '.join(f'{axis}={size}' for axis, size in asked.items())
     raise errors.UserError(
-      f'mesh {shown} does not fit {num_devices} devices; '
+      f'mesh {shown} does not fit {num_devices} device{"" if num_devices == 1 else "s"}; '
       'the sizes must multiply to their number (one may be -1: all that are left)'
     )
   return tuple(sizes)

@@ -377,7 +377,8 @@ def _announce(config, program, workdir, first):
   count = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(program.abstract_state['params']))
   if first >= config.train.steps:
     reporting.say(
-      f'{workdir}: done already, {first} steps; for more, raise train.steps in a new workdir'
+      f'{workdir}: done already, {first} steps; to train it longer, '
+      f'--config.train.start_from={workdir} with another --workdir'
     )
   else:
     reporting.say(

@@ -59,9 +59,11 @@ def load(name: str) -> seqio.Vocabulary:
     eos_id = vocabulary.eos_id
   except Exception as error:  # the file system's, TensorFlow's and SentencePiece's are of all kinds
     reason = ' '.join(str(error).split())[:150] or type(error).__name__
-    known = ', '.join((BYTES.name, LATIN.name, *PUBLISHED))
+    others = ', '.join(known for known in (BYTES.name, LATIN.name, *PUBLISHED) if known != name)
+    network = ' (which a network would fetch)' if name in PUBLISHED else ''
     raise errors.UserError(
-      f'no SentencePiece model in vocabulary {path!r}: {reason}; use {known} or the path of a model'
+      f'no SentencePiece model in vocabulary {path!r}{network}: {reason}; use {others} or the path '
+      'of a model'
     ) from error
   if eos_id is None or eos_id < 0:
     raise errors.UserError(
