@@ -11,7 +11,7 @@ VERSION := $(shell $(PYTHON) -c 'import sys; print("%d.%d" % sys.version_info[:2
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet
 
-.PHONY: quickstart test test-tpu test-cuda test-beam docs clean
+.PHONY: venv quickstart test test-tpu test-cuda test-beam docs clean
 .DELETE_ON_ERROR:
 
 quickstart: .venv/installed-$(VERSION)
@@ -24,6 +24,9 @@ quickstart: .venv/installed-$(VERSION)
 	@echo 'next: look at $(RUNS)/evaluations/fire_rope_same_tokens.png, then train another encoding (alibi, t5, xpos,' \
 	  'fire_s, ...): $(BIN)/python -m lex_fire.train --config=configs/quickstart.py:encoding=alibi' \
 	  '--workdir=$(RUNS)/alibi'
+
+# The environment alone, of what the commands need.
+venv: .venv/installed-$(VERSION)
 
 test: .venv/tested-$(VERSION)
 	$(BIN)/ruff check
@@ -65,6 +68,8 @@ docs: .venv/documented-$(VERSION)
 	@touch $@
 
 .venv/installed-$(VERSION): requirements.txt
+	@command -v $(PYTHON) >/dev/null || { \
+	  echo 'error: there is no $(PYTHON); give one of 3.11 or newer: make PYTHON=python3.12' >&2; exit 2; }
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
 	  echo 'error: $(PYTHON) is Python $(VERSION); use 3.11 or newer: make PYTHON=python3.12' >&2; exit 2; }
 	@test -e $@ || $(PYTHON) -m venv --clear .venv || { \

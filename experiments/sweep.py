@@ -296,6 +296,7 @@ def define_flags(question: str) -> None:
   flags.DEFINE_string('data_dir', '', 'a directory with books/train and books/validation')
   flags.DEFINE_enum('scale', 'laptop', list(SCALES), 'the model and the lengths')
   flags.DEFINE_list('seeds', ['0', '1', '2'], 'one or more, whole numbers')
+  cli.show_in_help('runs', 'data_dir', 'scale', 'seeds')
 
 
 def main(directory: pathlib.Path, make_variants: Callable[[Scale], Variants]) -> None:

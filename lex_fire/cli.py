@@ -20,6 +20,12 @@ def fail(message: object) -> None:
   hosts.leave(2)
 
 
+def leave_unread() -> None:
+  """Ends the command as a shell has it when nobody reads its output any more: status 141."""
+  os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for the flush at the end
+  hosts.leave(141)
+
+
 def run(main: Callable[[], None], interrupted: str = 'interrupted') -> None:
   """Runs a command: status 0 when it is done, 2 for a mistake of the user's, 130 when interrupted.
 
@@ -36,6 +42,8 @@ def run(main: Callable[[], None], interrupted: str = 'interrupted') -> None:
   def parse(argv):
     try:
       return flags.FLAGS(argv)
+    except BrokenPipeError:  # by --help
+      leave_unread()
     except (AttributeError, KeyError) as error:  # what a ConfigDict raises for a field it lacks
       fail(_unknown_field(argv) or error)
     except (flags.Error, errors.UserError, OSError) as error:
@@ -56,8 +64,7 @@ def run(main: Callable[[], None], interrupted: str = 'interrupted') -> None:
       print(interrupted, file=sys.stderr)
       hosts.leave(130)
     except BrokenPipeError:
-      os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for the flush at the end
-      hosts.leave(141)
+      leave_unread()
     except Exception as error:
       if _is_of_memory(error):
         fail(
@@ -65,7 +72,7 @@ def run(main: Callable[[], None], interrupted: str = 'interrupted') -> None:
           'data.batch_size (or train.accumulation), shorter lengths, a smaller model; `train '
           '--dry_run` and `compile` say what fits'
         )
-      if sentence := errors.of_path(error):
+      if sentence := errors.of_path(error) or errors.of_network(error):
         fail(sentence)
       if not hosts.have_met():
         raise
@@ -90,9 +97,14 @@ def _is_of_memory(error: Exception) -> bool:
 
 def _define_module_import() -> None:
   """Declares a flag of every command, by the name that seqio's own commands give it."""
-  name = 'module_import'
-  flags.DEFINE_multi_string(name, [], 'a module that registers seqio Tasks of your own')
-  flags.FLAGS.register_key_flag_for_module(sys.argv[0], flags.FLAGS[name])  # for --help
+  flags.DEFINE_multi_string('module_import', [], 'a module that registers seqio Tasks of your own')
+  show_in_help('module_import')
+
+
+def show_in_help(*names: str) -> None:
+  """Has --help show flags that are declared by another module than the command's own."""
+  for name in names:
+    flags.FLAGS.register_key_flag_for_module(sys.argv[0], flags.FLAGS[name])
 
 
 def _lines(error: Exception) -> list[str]:
@@ -100,21 +112,20 @@ def _lines(error: Exception) -> list[str]:
   return str(error).strip().splitlines() or [type(error).__name__]
 
 
-# How Python says that a text is no number, and what is wanted.
-_OF_NUMBERS = {
-  'invalid literal for int() with base 10: ': 'must be a whole number',
-  'could not convert string to float: ': 'must be a number',
+# What Python says of a wrong number and a missing file, and what a user is told.
+_SAID = {
+  'invalid literal for int() with base 10: ': 'must be a whole number, not ',
+  'could not convert string to float: ': 'must be a number, not ',
+  '[Errno 2] No such file or directory: ': 'see configs/ for those there are, there is no file ',
 }
 
 
 def _last_line(error: Exception) -> str:
   """Returns what went wrong: the last line, as an error in a config file comes with its trace."""
-  if isinstance(error, FileNotFoundError):
-    return f'cannot read --config: there is no file {error.filename!r}; see configs/'
   last = _lines(error)[-1].strip()
   last = last.removeprefix('lex_fire.errors.UserError: ')
-  for python, wanted in _OF_NUMBERS.items():
-    last = last.replace(python, f'{wanted}, not ')
+  for python, said in _SAID.items():
+    last = last.replace(python, said)
   return f'cannot read --config: {last}' if isinstance(error, OSError) else last
 
 

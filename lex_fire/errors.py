@@ -6,6 +6,9 @@ import errno
 _OF_PATHS = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENAMETOOLONG, errno.ENOTDIR, errno.ELOOP}
 
 
+_OF_BUCKETS = ('aiohttp', 'gcsfs', 'google')  # whose errors are what a bucket's client raises
+
+
 class UserError(ValueError):
   """A mistake in the user's input.
 
@@ -21,3 +24,10 @@ def of_path(error: Exception) -> str | None:
   if not isinstance(error, OSError) or error.errno not in _OF_PATHS or error.filename is None:
     return None
   return f'{error.strerror}: {str(error.filename)!r}; give another path, or the right to use it'
+
+
+def of_network(error: Exception) -> str | None:
+  """Returns what is wrong with the way to a bucket, of its client's errors; None for another."""
+  if type(error).__module__.partition('.')[0] not in _OF_BUCKETS:
+    return None
+  return f'cannot reach the bucket: {error}; see that there is a network, and that you may use it'

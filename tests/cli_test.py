@@ -5,6 +5,7 @@ import os
 import pathlib
 import sys
 
+import aiohttp
 import jax
 import pytest
 import tiny
@@ -20,7 +21,10 @@ LEARNED = '--config=configs/quickstart.py:encoding=learned'
 TRAIN_MISTAKES = {
   'config missing': (['--workdir=WORKDIR'], '--config is missing, for example --config=configs/'),
   'workdir missing': ([QUICK], '--workdir is missing'),
-  'no config file': (['--config=configs/none.py', '--workdir=WORKDIR'], "'configs/none.py'"),
+  'no config file': (
+    ['--config=configs/none.py', '--workdir=WORKDIR'],
+    "cannot read --config: see configs/ for those there are, there is no file 'configs/none.py'",
+  ),
   'config of another kind': (['--config=README.md'], 'cannot read --config: SyntaxError: '),
   'config of a run': (['--config=EMPTY/of_a_run.py'], 'cannot read --config: NameError: '),
   'config without a function': (['--config=EMPTY/none.py'], "no attribute 'get_config'"),
@@ -39,7 +43,14 @@ TRAIN_MISTAKES = {
   ),
   'unknown encoding': ([QUICK + ':encoding=rop', '--workdir=WORKDIR'], "'rop'; known: alibi, "),
   'unknown preset': ([TEXT + ':size=huge', '--workdir=WORKDIR'], "size='huge'; known: tiny, base"),
-  'wrong type': ([QUICK, '--config.model.num_layers=2.5', '--workdir=WORKDIR'], "'2.5'"),
+  'wrong type': (
+    [QUICK, '--config.model.num_layers=2.5', '--workdir=WORKDIR'],
+    "--config.model.num_layers=2.5: must be a whole number, not '2.5'",
+  ),
+  'no number': (
+    [QUICK, '--config.optimizer.learning_rate=fast', '--workdir=WORKDIR'],
+    "--config.optimizer.learning_rate=fast: must be a number, not 'fast'",
+  ),
   'out of range': (
     [QUICK, '--config.model.num_layers=0', '--workdir=WORKDIR'],
     'model.num_layers=0 must be at least 1',
@@ -242,8 +253,8 @@ def test_a_mistake_gets_one_line_and_status_2(results, command, name, expected):
   assert expected in lines[0]
 
 
-def need_too_much(kind, text, err):
-  """Is a command for which there is too little memory."""
+def fail_with(kind, text, err):
+  """Is a command that ends in an error that is nobody's mistake in the input."""
 
   def main():
     raise kind(text)
@@ -262,13 +273,25 @@ def need_too_much(kind, text, err):
   ],
 )
 def test_too_little_memory_is_told_in_a_sentence(kind, text, tmp_path):
-  process = tiny.start(need_too_much, kind, text, tmp_path / 'err')
+  process = tiny.start(fail_with, kind, text, tmp_path / 'err')
   process.join()
 
   (line,) = (tmp_path / 'err').read_text().splitlines()
   assert process.exitcode == 2
   said = text.partition('\n')[0] or 'MemoryError'
   assert line.startswith(f'error: out of memory: {said}; ask for less: ')
+
+
+def test_a_bucket_that_cannot_be_reached_is_told_in_a_sentence(tmp_path):
+  unreachable = aiohttp.ClientConnectionError  # of the client that fetches from buckets
+  process = tiny.start(fail_with, unreachable, 'no such host', tmp_path / 'err')
+  process.join()
+
+  (line,) = (tmp_path / 'err').read_text().splitlines()
+  assert process.exitcode == 2
+  assert line.startswith(
+    'error: cannot reach the bucket: no such host; see that there is a network'
+  )
 
 
 def test_a_mistake_in_the_config_leaves_no_workdir_behind(results):

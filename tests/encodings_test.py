@@ -14,7 +14,7 @@ import oracles
 import pytest
 
 from lex_fire import encodings, errors
-from lex_fire.encodings import alibi, fire, kerple, ntk, rotary, t5, yarn
+from lex_fire.encodings import alibi, base, fire, kerple, ntk, rotary, t5, yarn
 
 GOLDEN = pathlib.Path(__file__).parent / 'golden' / 'encodings.txt'
 NUM_HEADS, HEAD_DIM = 6, 8
@@ -658,7 +658,58 @@ def test_init_is_a_function_of_its_key(case):
   jax.tree.map(np.testing.assert_array_equal, first, again)
   for leaf, same in zip(first, other, strict=True):
     is_drawn = first[leaf].ndim > 0
-    assert (first[leaf] != other[same]).any() == is_drawn, leaf
+    assert (first[leaf] != other[same]).any() == is_drawn, (
+      f'{leaf}: arrays begin as drawn from the key, and scalars as told'
+    )
+
+
+MINE = base.Encoding('mine', init=base.no_parameters)
+
+
+def one_number(rng, **sizes):
+  return {'slope': jnp.float32(1)}
+
+
+@pytest.mark.parametrize(
+  ('changes', 'message'),
+  [
+    (
+      {'table': lambda params, num_heads: None},
+      "'mine' has a table and no coordinate; give it both",
+    ),
+    (
+      {'init': one_number},
+      "'mine' says learned=False, and its init returns slope; say learned=True",
+    ),
+    (
+      {'learned': True},
+      "'mine' says learned=True, and its init returns nothing; say learned=False",
+    ),
+    (
+      {'bias': lambda params, i_BQ, j_BK, num_heads: jnp.zeros((1, 2, 3))},
+      r"'mine' has a bias of float32\[1, 2, 3\] for 4 heads, 2 queries and 3 keys; it must be "
+      r'float32\[1, 4, 2, 3\]: rows, heads',
+    ),
+    (
+      {'bias': lambda params, i_BQ, j_BK, num_heads: jnp.zeros((1, num_heads, 2, 3), int)},
+      r"'mine' has a bias of int32\[1, 4, 2, 3\] for",
+    ),
+  ],
+)
+def test_who_writes_an_encoding_is_told_what_is_wrong_with_it(changes, message, monkeypatch):
+  monkeypatch.setitem(encodings.ENCODINGS, 'mine', lambda: MINE._replace(**changes))
+
+  with pytest.raises(errors.UserError, match=message):
+    encodings.get('mine')
+
+
+def test_an_option_without_a_default_is_refused(monkeypatch):
+  monkeypatch.setitem(encodings.ENCODINGS, 'mine', lambda slope: MINE)
+
+  with pytest.raises(
+    errors.UserError, match="option 'slope' of encoding 'mine' has no default; giv"
+  ):
+    encodings.options('mine')
 
 
 # FIRE alone

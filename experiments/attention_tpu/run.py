@@ -7,6 +7,7 @@ Compiles attention, forward and backward, for one chip of each kind, and reads w
 programs say of themselves. Writes attention_tpu.json beside this file and prints the table.
 """
 
+import importlib.util
 import json
 import math
 import os
@@ -19,7 +20,7 @@ import jax.numpy as jnp
 from jax.experimental import topologies
 from jax.sharding import SingleDeviceSharding
 
-from lex_fire import encodings, kernels
+from lex_fire import cli, encodings, errors, kernels
 
 HERE = pathlib.Path(__file__).parent
 CHIPS = {'v5e': 'v5e:2x2', 'v5p': 'v5p:2x2x1', 'v6e': 'v6e:2x2'}
@@ -180,6 +181,10 @@ def table(results: dict) -> str:
 
 def main() -> None:
   """The experiment."""
+  if importlib.util.find_spec('libtpu') is None:
+    raise errors.UserError(
+      'this Python has no compiler for TPU; `make test-tpu` makes .venv-tpu, whose Python has'
+    )
   programs, todo = [], [(c, e, n) for c in CHIPS for e in CASES for n in LENGTHS[c]]
   start = time.monotonic()
   for done, one in enumerate(todo):
@@ -196,4 +201,4 @@ def main() -> None:
 
 
 if __name__ == '__main__':
-  main()
+  cli.run(main)

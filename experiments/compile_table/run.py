@@ -9,15 +9,15 @@ compile_table.json beside this file after each case: the same command goes on wi
 not in it. Then it writes compile_table.md, of all that are.
 """
 
-import argparse
 import itertools
 import json
 import pathlib
 import time
 
 import jax
+from absl import flags
 
-from lex_fire import compile, compile_report, encodings, metrics, presets, topologies
+from lex_fire import cli, compile, compile_report, encodings, metrics, presets, topologies
 from lex_fire import config as config_lib
 
 HERE = pathlib.Path(__file__).parent
@@ -91,11 +91,8 @@ def cell(program: dict) -> str:
 
 def main() -> None:
   """The experiment."""
-  parser = argparse.ArgumentParser()
-  for name, choices in CHOICES.items():
-    parser.add_argument(f'--{name}', default=','.join(choices))
-  asked = {name: value.split(',') for name, value in vars(parser.parse_args()).items()}
-  lengths = tuple(map(int, asked['lengths']))
+  asked = {name: flags.FLAGS[name].value for name in CHOICES}
+  lengths = cli.whole_numbers('lengths') or ()
   results = json.loads(FILE.read_text()) if FILE.exists() else {}
   cases = itertools.product(asked['sizes'], asked['encodings'], asked['topologies'])
   run([case for case in cases if key(*case, lengths) not in results], lengths, results)
@@ -104,4 +101,6 @@ def main() -> None:
 
 
 if __name__ == '__main__':
-  main()
+  for option, choices in CHOICES.items():
+    flags.DEFINE_list(option, choices, f'of {", ".join(choices)}')
+  cli.run(main)

@@ -16,8 +16,8 @@ import jax
 import numpy as np
 
 from configs import quickstart
+from lex_fire import cli, generate, kernels, model, sampling, train
 from lex_fire import config as config_lib
-from lex_fire import generate, kernels, model, sampling, train
 
 HERE = pathlib.Path(__file__).parent
 WINDOW = 500  # tokens; the time of a token is a window's mean
@@ -125,4 +125,4 @@ def main() -> None:
 
 
 if __name__ == '__main__':
-  main()
+  cli.run(main)

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lex_fire import encodings, kernels
+from lex_fire import cli, encodings, kernels
 
 HERE = pathlib.Path(__file__).parent
 ROUNDS = {1024: 60, 2048: 30, 4096: 10}  # by length
@@ -68,4 +68,4 @@ def main() -> None:
 
 
 if __name__ == '__main__':
-  main()
+  cli.run(main)

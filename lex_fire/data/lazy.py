@@ -73,7 +73,8 @@ def _place(source: Any) -> str:
   dataset = getattr(source, 'tfds_dataset', None)
   if dataset is None:
     return ''
-  return f'{dataset.name!r} in {dataset.data_dir or "its own directory"!r}'
+  where = 'its own directory' if dataset.data_dir is None else repr(dataset.data_dir)
+  return f'{dataset.name!r} in {where}'
 
 
 @contextlib.contextmanager
@@ -101,6 +102,6 @@ def source_errors(source: Any) -> Iterator[None]:
     if not place:
       raise
     raise errors.UserError(
-      f'TFDS has no {place}; make it there first, or say with data.tfds_directory '
-      '(--tfds_directory) where it is'
+      f'TFDS has no {place}; make it there first (SCROLLS by lex_fire.data.build_scrolls, others '
+      'by `tfds build`), or say with data.tfds_directory (--tfds_directory) where it is'
     ) from error

@@ -11,6 +11,7 @@ from typing import Any
 from lex_fire import errors
 from lex_fire.encodings import (
   alibi,
+  checks,
   fire,
   kerple,
   learned,
@@ -63,7 +64,7 @@ def get(name: str, /, **changes: Any) -> Encoding:
 
   Raises:
     errors.UserError: for an unknown name, an option that the factory does not take, or a value
-      of another type or out of its range.
+      of another type or out of its range; or as `checks.check` does for what the factory makes.
   """
   known = options(name)
   for option in changes:
@@ -86,18 +87,25 @@ def _make(factory: Callable[..., Encoding], /, **changes: Any) -> Encoding:
 
   By its factory, not by its name: who registers another under the same name gets that.
   """
-  return factory(**changes)
+  encoding = factory(**changes)
+  checks.check(encoding)
+  return encoding
 
 
 def options(name: str) -> dict[str, Any]:
   """Returns the options of the encoding registered as `name`, with their defaults.
 
   Raises:
-    errors.UserError: for an unknown name.
+    errors.UserError: for an unknown name, or an option without a default.
   """
   if name not in ENCODINGS:
     raise errors.UserError(f'unknown encoding {name!r}; known: {", ".join(sorted(ENCODINGS))}')
   factory = ENCODINGS[name]
   parameters = inspect.signature(factory).parameters.values()
   fixed = factory.keywords if isinstance(factory, functools.partial) else {}
+  for parameter in parameters:
+    if parameter.default is parameter.empty:
+      raise errors.UserError(
+        f'option {parameter.name!r} of encoding {name!r} has no default; give its factory one'
+      )
   return {p.name: p.default for p in parameters if p.name not in fixed}

@@ -56,8 +56,8 @@ class Encoding(NamedTuple):
       tiles, or None.
     coordinate: (table.coordinate, i_Q1, j_1K) -> x_QK of that table, float32, for the positions of
       queries and keys; all may have more axes before, which broadcast. Where the table has
-      breakpoints, monotone in i and in j on each side of i = j, where it is the same for all. None
-      where `table` is.
+      breakpoints, monotone in i and in j on each side of i = j, where it is the same for all. Of
+      no use without a table.
     factors: two functions whose product `coordinate` is, or None: (table.coordinate, i_Q1, j_1K) ->
       what depends on the distance alone, and (table.coordinate, position) -> a number of the later
       position. Of no use where `coordinate` itself depends on the distance alone.
