@@ -138,17 +138,37 @@ class Softmax(NamedTuple):
   delta_BNHQ: Any  # sum_k p_k dp_k of each query, which the softmax's gradient subtracts
 
 
-def _forward_kernel(spans, _, inputs, out, log_norm, sums, largest, norms, own, *, setup):
-  """Visits tiles row by row: grid (batch, head block, query block, key block)."""
+class Found(NamedTuple):
+  """What a softmax over some keys gives; N blocks of H heads."""
+
+  out_BHQC: Any
+  log_norm_BNHQ: Any  # the logarithm of its normaliser, +inf where a query sees no key
+
+
+def _forward_kernel(spans, _, inputs, so_far, found, sums, largest, norms, own, *, setup):
+  """Visits tiles row by row: grid (batch, head block, query block, key block).
+
+  It goes on from what was found over other keys, if there were any.
+  """
   step, steps = pl.program_id(3), pl.num_programs(3)
   at = pl.program_id(2) * steps + step
   first_head = pl.program_id(1) * setup.heads
+
+  def go_on(head, _):
+    log_norm_Q1 = so_far.log_norm_BNHQ[0, 0, pl.ds(head, 1)].T
+    seen_Q1 = log_norm_Q1 < jnp.inf
+    sums[head] = so_far.out_BHQC[0, head]  # 0 where no key was seen
+    largest_Q1 = jnp.where(seen_Q1, log_norm_Q1, 2 * mask_lib.HIDDEN_LOGIT)
+    largest[head] = jnp.broadcast_to(largest_Q1, largest.shape[1:])
+    norms[head] = jnp.broadcast_to(jnp.where(seen_Q1, 1.0, 0.0), norms.shape[1:])
 
   @pl.when(step == 0)
   def _():
     sums[...] = jnp.zeros_like(sums)
     largest[...] = jnp.full_like(largest, 2 * mask_lib.HIDDEN_LOGIT)
     norms[...] = jnp.zeros_like(norms)
+    if so_far is not None:
+      jax.lax.fori_loop(0, setup.heads, go_on, None)
 
   @pl.when(spans[at] > 0)
   def _():
@@ -174,9 +194,10 @@ def _forward_kernel(spans, _, inputs, out, log_norm, sums, largest, norms, own, 
       largest_Q1, norm_Q1 = largest[head][:, :1], norms[head][:, :1]
       seen_Q1 = largest_Q1 > mask_lib.HIDDEN_LOGIT / 2
       norm_Q1 = jnp.where(seen_Q1, norm_Q1, 1.0)
-      out[0, head] = jnp.where(seen_Q1, sums[head] / norm_Q1, 0.0).astype(out.dtype)
+      out_QC = jnp.where(seen_Q1, sums[head] / norm_Q1, 0.0)
+      found.out_BHQC[0, head] = out_QC.astype(found.out_BHQC.dtype)
       log_norm_Q1 = jnp.where(seen_Q1, largest_Q1 + jnp.log(norm_Q1), jnp.inf)
-      log_norm[0, 0, pl.ds(head, 1)] = log_norm_Q1.T
+      found.log_norm_BNHQ[0, 0, pl.ds(head, 1)] = log_norm_Q1.T
 
     jax.lax.fori_loop(0, setup.heads, write, None)
 
@@ -292,9 +313,18 @@ class Kernels(NamedTuple):
   make_plan: Callable[..., plan_lib.Plan]
 
   def forward(
-    self, table: Any, queries: Queries, keys: Keys, plan: plan_lib.Plan, dtype: Any
+    self, table: Any, queries: Queries, keys: Keys, plan: plan_lib.Plan, so_far: Any = None
   ) -> tuple[jax.Array, jax.Array]:
-    """Returns out_BHQC in a dtype, and log_norm_BHQ, +inf where a query sees none of the keys."""
+    """Returns out_BHQC and log_norm_BHQ, which is +inf where a query has seen no key.
+
+    Args:
+      table: as prepared for all kernels, as are all but the last.
+      queries: likewise.
+      keys: likewise.
+      plan: likewise.
+      so_far: what this returned for other keys, with out_BHQC in float32: then that of all keys
+        is returned, in float32. None: there are no others, and out_BHQC is in the values' dtype.
+    """
     setup, query_BHQC = self.setup, queries.query_BHQC
     batch, num_heads, num_queries, channels = query_BHQC.shape
     rows, columns = plan.low_IJ.shape
@@ -302,22 +332,28 @@ class Kernels(NamedTuple):
     inputs = call.inputs(setup, plan, queries, keys, table, self.constants)
     norm = self._norm(query_BHQC)
     tile = (setup.heads, setup.query_block)
-    out_BHQC, log_norm_BNHQ = call.call(
+    of_found, dtype = Found(specs.query(query_BHQC), specs.norm()), keys.value_BGKC.dtype
+    if so_far is not None:
+      so_far, dtype = Found(so_far[0], so_far[1].reshape(norm)), jnp.float32
+    (found,) = call.call(
       _forward_kernel,
       setup,
       (*norm[:2], rows, columns),
       plan,
       plan.key_IJ,
-      (inputs,),
-      (specs.inputs(inputs),),
+      (inputs, so_far),
+      (specs.inputs(inputs), None if so_far is None else of_found),
       (
-        call.Output(_like(query_BHQC, dtype), specs.query(query_BHQC)),
-        call.Output(jax.ShapeDtypeStruct(norm, jnp.float32), specs.norm()),
+        Found(
+          call.Output(_like(query_BHQC, dtype), of_found.out_BHQC),
+          call.Output(jax.ShapeDtypeStruct(norm, jnp.float32), of_found.log_norm_BNHQ),
+        ),
       ),
       [(*tile, channels), (*tile, LANES), (*tile, LANES)],
       _scratch(setup, table, learned=False),
+      in_place=so_far is not None,
     )
-    return out_BHQC, log_norm_BNHQ.reshape(batch, num_heads, num_queries)
+    return found.out_BHQC, found.log_norm_BNHQ.reshape(batch, num_heads, num_queries)
 
   def _norm(self, query_BHQC):
     """Returns the shape of a number of each query, in N blocks of heads."""
@@ -363,8 +399,7 @@ def flash(kernels: Kernels) -> Callable[..., tuple[jax.Array, jax.Array]]:
 
   def forward(table, queries, keys):
     plan = kernels.make_plan(table=table, queries=queries, keys=keys)
-    found = kernels.forward(table, queries, keys, plan, keys.value_BGKC.dtype)
-    found = residuals.named(*found)
+    found = residuals.named(*kernels.forward(table, queries, keys, plan))
     return found, (table, queries, keys, plan, found)
 
   def backward(saved, d_found):

@@ -126,18 +126,22 @@ def packed(plan):
   return (spans_IJ | jnp.where(spans_IJ > 0, plan.in_order_IJ, 0) << 2 * SPAN_BITS).ravel()
 
 
-def call(kernel, setup, grid, plan, hold_IJ, inputs, in_specs, outputs, sums, own):
+def call(kernel, setup, grid, plan, hold_IJ, inputs, in_specs, outputs, sums, own, in_place=False):
   """Runs a kernel.
 
   `outputs` is a tree of (shape and dtype, spec), `sums` shapes of what stays from tile to tile, and
-  `own` what `mosaic_tpu_x.scratch` says of one tile.
+  `own` what `mosaic_tpu_x.scratch` says of one tile. In place, outputs take the memory of as many
+  arrays at the end of the inputs.
   """
   leaves, tree = jax.tree.flatten(outputs, is_leaf=lambda x: isinstance(x, Output))
   arrays, out_specs = (jax.tree.unflatten(tree, list(part)) for part in zip(*leaves, strict=True))
+  scalars = packed(plan), hold_IJ.ravel()
+  count = len(scalars) + len(jax.tree.leaves(inputs))
+  aliases = {count - len(leaves) + index: index for index in range(len(leaves))}
   return pl.pallas_call(
     functools.partial(kernel, setup=setup),
     grid_spec=pltpu.PrefetchScalarGridSpec(
-      num_scalar_prefetch=2,
+      num_scalar_prefetch=len(scalars),
       grid=grid,
       in_specs=in_specs,
       out_specs=out_specs,
@@ -149,5 +153,6 @@ def call(kernel, setup, grid, plan, hold_IJ, inputs, in_specs, outputs, sums, ow
       dimension_semantics=('parallel', 'parallel', 'arbitrary', 'arbitrary'),
       vmem_limit_bytes=VMEM_BYTES,
     ),
+    input_output_aliases=aliases if in_place else {},
     interpret=setup.interpret,
-  )(packed(plan), hold_IJ.ravel(), *inputs)
+  )(*scalars, *inputs)

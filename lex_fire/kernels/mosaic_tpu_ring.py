@@ -1,8 +1,8 @@
 """Attention over rows that devices hold in parts, by the kernels for TPU: see `ring`.
 
-Each block of keys gives an output and the logarithm of its softmax's normaliser, by which it has
-its share of the output over all. The kernels of the backward pass take the normaliser over all keys
-and need not know that there are others than those that they are given.
+The forward kernel goes on from what it found over the blocks of keys before: the output so far, and
+the logarithm of its softmax's normaliser. Those of the backward pass take the normaliser over all
+keys, and need not know that there are others than those that they are given.
 """
 
 import functools
@@ -12,7 +12,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from lex_fire.kernels import mask as mask_lib
 from lex_fire.kernels import mosaic_tpu, residuals, ring
 
 
@@ -37,7 +36,7 @@ def _flash(kernels: mosaic_tpu.Kernels, *, axis: str) -> Callable[..., tuple[jax
   def forward(table, queries, keys):
     def add(so_far, held):
       plan = kernels.make_plan(table=table, queries=queries, keys=held)
-      return _together(so_far, kernels.forward(table, queries, held, plan, jnp.float32))
+      return kernels.forward(table, queries, held, plan, so_far)
 
     shape = queries.query_BHQC.shape
     none = jnp.zeros(shape, jnp.float32), jnp.full(shape[:3], jnp.inf)
@@ -69,13 +68,3 @@ def _as_given(gradients, arrays):
   """Returns gradients, of some of a tuple of arrays, in the dtypes of these."""
   pairs = zip(gradients, arrays, strict=True)
   return type(arrays)(*(None if d_x is None else d_x.astype(x.dtype) for d_x, x in pairs))
-
-
-def _together(*both: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
-  """Returns out_BHQC and log_norm_BHQ of one softmax over the keys of two."""
-  finite = [jnp.where(norm < jnp.inf, norm, mask_lib.HIDDEN_LOGIT) for _, norm in both]
-  norm_BHQ = jnp.logaddexp(*finite)
-  shares = [jnp.exp(of_one - norm_BHQ)[..., None] for of_one in finite]
-  out_BHQC = sum(share * out for share, (out, _) in zip(shares, both, strict=True))
-  seen_BHQ = norm_BHQ > mask_lib.HIDDEN_LOGIT / 2
-  return jnp.asarray(out_BHQC), jnp.where(seen_BHQ, norm_BHQ, jnp.inf)
