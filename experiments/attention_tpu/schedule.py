@@ -28,7 +28,7 @@ from jax.sharding import SingleDeviceSharding
 
 from experiments.attention_tpu import run
 from lex_fire import encodings, zoo
-from lex_fire.kernels import Mask, mosaic_tpu, mosaic_tpu_size, mosaic_tpu_x, plan
+from lex_fire.kernels import Mask, mosaic_tpu_bias, mosaic_tpu_size, mosaic_tpu_x, plan
 
 HERE = pathlib.Path(__file__).parent
 LENGTHS = [2048, 8192, 32_768, 131_072]
@@ -117,7 +117,7 @@ def cost(grid: Loop, has_bias: bool) -> Cost:
   before = [count for count in grid.stretches[: _position(grid, heads[0])] if count]
   after = [count or 0 for count in grid.stretches[_position(grid, heads[-1]) :]]
   if not has_bias:
-    return Cost(before[-1], heads[0].own / mosaic_tpu.HEADS_TOGETHER, None, 0, 0)
+    return Cost(before[-1], heads[0].own / mosaic_tpu_bias.HEADS_TOGETHER, None, 0, 0)
   # What is done once comes twice, for positions in order and for any others.
   once = [count for count in before if count > LONG][-2]
   once += next((count for count in after if count > LONG), 0)
@@ -125,7 +125,7 @@ def cost(grid: Loop, has_bias: bool) -> Cost:
   parts = pieces.inner
   return Cost(
     once=once,
-    line=line.own / mosaic_tpu.HEADS_TOGETHER,
+    line=line.own / mosaic_tpu_bias.HEADS_TOGETHER,
     pieces=pieces.own,
     part=sum(loop.own for loop in parts),
     breakpoint=sum(loop.inner[0].own for loop in parts),
@@ -254,7 +254,7 @@ def table(results: dict) -> str:
   heads = ''.join(f'{length:>9}' for length in LENGTHS)
   lines = [f'{"":28}{heads}']
   tile = blocks(LENGTHS[0])
-  if tile.heads % mosaic_tpu.HEADS_TOGETHER:
+  if tile.heads % mosaic_tpu_bias.HEADS_TOGETHER:
     raise ValueError(f'{tile.heads} heads of a tile are not visited together, as `cost` has it')
   part = mosaic_tpu_x.part(tile.queries, tile.keys)
   num_parts = tile.queries // part[0] * (tile.keys // part[1])

@@ -17,12 +17,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.experimental import pallas as pl
-from jax.experimental.pallas import tpu as pltpu
 
 from lex_fire import errors
 from lex_fire.encodings import base
 from lex_fire.kernels import decay, residuals, sides, tile
 from lex_fire.kernels import mask as mask_lib
+from lex_fire.kernels import mosaic_tpu_backward as backward_lib
 from lex_fire.kernels import mosaic_tpu_bias as bias_lib
 from lex_fire.kernels import mosaic_tpu_call as call
 from lex_fire.kernels import mosaic_tpu_x as x_lib
@@ -127,17 +127,6 @@ def attention(
   return jnp.swapaxes(out_BHQC, 1, 2)[:, :num_queries], log_norm_BHQ[..., :num_queries]
 
 
-HEADS_TOGETHER = 2
-
-
-class Softmax(NamedTuple):
-  """What the backward kernels take from the forward one; N blocks of H heads."""
-
-  d_out_BHQC: Any
-  log_norm_BNHQ: Any
-  delta_BNHQ: Any  # sum_k p_k dp_k of each query, which the softmax's gradient subtracts
-
-
 class Found(NamedTuple):
   """What a softmax over some keys gives; N blocks of H heads."""
 
@@ -185,7 +174,7 @@ def _forward_kernel(spans, _, inputs, so_far, found, sums, largest, norms, own, 
       norms[head] = norms[head] * shrink_QT + weights_QK.sum(axis=1, keepdims=True)
       largest[head] = largest_QT
 
-    bias_lib.visit(tile, functools.partial(_each, setup.heads, add))
+    bias_lib.visit(tile, functools.partial(bias_lib.each_head, setup.heads, add))
 
   @pl.when(step == steps - 1)
   def _():
@@ -206,97 +195,6 @@ def _widened(number_QT, columns):
   """Returns a number of each query, which all lanes have, in so many columns."""
   times = pl.cdiv(columns, number_QT.shape[1])
   return jnp.tile(number_QT, (1, times))[:, :columns]
-
-
-def _each(count, function, products, bias):
-  """Visits heads, two at a time: the products of one then run beside the softmax of the other.
-
-  Under pieces of a bias, whose loops nothing runs beside, one at a time.
-  """
-  together = HEADS_TOGETHER if count % HEADS_TOGETHER == 0 else 1
-  if isinstance(bias, bias_lib.Pieces):
-    together = 1
-
-  def visit(head, _):
-    function(head, products, bias)
-
-  jax.lax.fori_loop(0, count, visit, None, unroll=together)
-
-
-def _weights_and_gradient(tile, softmax, head, products, bias):
-  """Returns weights_QK of a head in a tile, and the gradient of its logits."""
-  _, value_KC = tile.key_and_value(head)
-  weights_QK = jnp.exp(
-    tile.logits(head, products, bias) - softmax.log_norm_BNHQ[0, 0, pl.ds(head, 1)].T
-  )
-  d_weights_QK = dot(softmax.d_out_BHQC[0, head], value_KC, (1, 1))
-  d_logits_QK = weights_QK * (d_weights_QK - softmax.delta_BNHQ[0, 0, pl.ds(head, 1)].T)
-  return weights_QK, d_logits_QK
-
-
-def _query_kernel(spans, _, inputs, softmax, d_query, d_table, d_queries, own, *, setup):
-  """Visits tiles row by row, for the gradient of queries and of the table."""
-  row, step, steps = pl.program_id(2), pl.program_id(3), pl.num_programs(3)
-  at = row * steps + step
-  first_head = pl.program_id(1) * setup.heads
-
-  @pl.when((row == 0) & (step == 0))
-  def _():
-    if d_table is not None:
-      for ref in jax.tree.leaves(d_table._replace(coordinate=None)):
-        ref[...] = jnp.zeros_like(ref)
-      for ref in jax.tree.leaves(d_table.coordinate):
-        for index in range(ref.shape[3]):
-          ref[0, 0, 0, index] = jnp.float32(0)
-
-  @pl.when(step == 0)
-  def _():
-    d_queries[...] = jnp.zeros_like(d_queries)
-
-  @pl.when(spans[at] > 0)
-  def _():
-    tile = Tile(setup, spans[at], first_head, inputs, own)
-
-    def add(head, products, bias):
-      _, d_logits_QK = _weights_and_gradient(tile, softmax, head, products, bias)
-      d_queries[head] += products.query_gradient(head, d_logits_QK)
-      if d_table is not None:
-        bias.add_gradient(head, d_logits_QK, d_table)
-
-    bias_lib.visit(tile, functools.partial(_each, setup.heads, add), d_table)
-
-  @pl.when(step == steps - 1)
-  def _():
-    d_query[0] = d_queries[...].astype(d_query.dtype)
-
-
-def _key_kernel(spans, _, inputs, softmax, d_key, d_value, d_keys, d_values, own, *, setup):
-  """Visits tiles column by column: grid (batch, head block, key block, query block)."""
-  column, step, steps = pl.program_id(2), pl.program_id(3), pl.num_programs(3)
-  at = step * pl.num_programs(2) + column
-  first_head = pl.program_id(1) * setup.heads
-
-  @pl.when(step == 0)
-  def _():
-    d_keys[...], d_values[...] = jnp.zeros_like(d_keys), jnp.zeros_like(d_values)
-
-  @pl.when(spans[at] > 0)
-  def _():
-    tile = Tile(setup, spans[at], first_head, inputs, own)
-
-    def add(head, products, bias):
-      group = setup.group(head)
-      weights_QK, d_logits_QK = _weights_and_gradient(tile, softmax, head, products, bias)
-      d_out_QC = softmax.d_out_BHQC[0, head]
-      d_values[group] += dot(weights_QK.astype(d_out_QC.dtype), d_out_QC, (0, 0))
-      d_keys[group] += products.key_gradient(head, d_logits_QK)
-
-    bias_lib.visit(tile, functools.partial(_each, setup.heads, add))
-
-  @pl.when(step == steps - 1)
-  def _():
-    d_key[0] = d_keys[...].astype(d_key.dtype)
-    d_value[0] = d_values[...].astype(d_value.dtype)
 
 
 class Kernels(NamedTuple):
@@ -345,12 +243,12 @@ class Kernels(NamedTuple):
       (specs.inputs(inputs), None if so_far is None else of_found),
       (
         Found(
-          call.Output(_like(query_BHQC, dtype), of_found.out_BHQC),
+          call.Output(call.like(query_BHQC, dtype), of_found.out_BHQC),
           call.Output(jax.ShapeDtypeStruct(norm, jnp.float32), of_found.log_norm_BNHQ),
         ),
       ),
       [(*tile, channels), (*tile, LANES), (*tile, LANES)],
-      _scratch(setup, table, learned=False),
+      call.scratch(setup, table, learned=False),
       in_place=so_far is not None,
     )
     return found.out_BHQC, found.log_norm_BNHQ.reshape(batch, num_heads, num_queries)
@@ -362,13 +260,13 @@ class Kernels(NamedTuple):
 
   def softmax(
     self, found: tuple[jax.Array, jax.Array], d_found: tuple[jax.Array, jax.Array]
-  ) -> Softmax:
+  ) -> backward_lib.Softmax:
     """Returns what `gradients` takes of the forward pass over all keys, and of its gradient."""
     (out_BHQC, log_norm_BHQ), (d_out_BHQC, d_log_norm_BHQ) = found, d_found
     delta_BHQ = (d_out_BHQC.astype(jnp.float32) * out_BHQC.astype(jnp.float32)).sum(axis=3)
     delta_BHQ -= d_log_norm_BHQ  # of a logit it is its weight times this
     norm = self._norm(out_BHQC)
-    return Softmax(d_out_BHQC, log_norm_BHQ.reshape(norm), delta_BHQ.reshape(norm))
+    return backward_lib.Softmax(d_out_BHQC, log_norm_BHQ.reshape(norm), delta_BHQ.reshape(norm))
 
   def gradients(
     self,
@@ -376,7 +274,7 @@ class Kernels(NamedTuple):
     queries: Queries,
     keys: Keys,
     plan: plan_lib.Plan,
-    softmax: Softmax,
+    softmax: backward_lib.Softmax,
     dtype: Any = None,
   ) -> tuple[Any, Queries, Keys]:
     """Returns those of table, queries and keys that these keys have a part in.
@@ -384,8 +282,8 @@ class Kernels(NamedTuple):
     In a dtype; None: of queries and keys in their own.
     """
     of_all = self.setup, self.constants, table, queries, keys, plan, softmax, dtype
-    d_query_BHQC, d_table = _query_gradient(*of_all)
-    d_key_BGKC, d_value_BGKC = _key_gradient(*of_all)
+    d_query_BHQC, d_table = backward_lib.query_gradient(*of_all)
+    d_key_BGKC, d_value_BGKC = backward_lib.key_gradient(*of_all)
     # None: positions and segments are integers and have no gradient.
     d_queries = Queries(d_query_BHQC, *[None] * (len(queries) - 1))
     return d_table, d_queries, Keys(d_key_BGKC, d_value_BGKC, *[None] * (len(keys) - 2))
@@ -412,98 +310,3 @@ def flash(kernels: Kernels) -> Callable[..., tuple[jax.Array, jax.Array]]:
 
   attend.defvjp(forward, backward)
   return attend
-
-
-def _softmax_specs(specs, softmax):
-  return Softmax(specs.query(softmax.d_out_BHQC), specs.norm(), specs.norm())
-
-
-def _scratch(setup, table, learned):
-  shape = setup.query_block, setup.key_block
-  return x_lib.scratch(setup.functions, table, shape, setup.sum_rows, learned)
-
-
-def _like(array, dtype):
-  return jax.ShapeDtypeStruct(array.shape, dtype)
-
-
-def _query_gradient(setup, constants, table, queries, keys, plan, softmax, dtype):
-  """Returns d_query_BHQC and the gradient of the table, None if there is none."""
-  query_BHQC = queries.query_BHQC
-  rows, columns = plan.low_IJ.shape
-  specs = call.Specs(setup, columns, by_column=False)
-  inputs = call.inputs(setup, plan, queries, keys, table, constants)
-  grid = (*softmax.delta_BNHQ.shape[:2], rows, columns)
-
-  def scalars(numbers):
-    """Sums of a batch row and a block of heads, in scalar memory."""
-    return output((1, max(1, numbers.size // grid[1])), pltpu.SMEM)
-
-  def rows(numbers):
-    """Sums of what lies in each lane."""
-    count = numbers.size // grid[1] * setup.sum_rows
-    return output((count, x_lib.width(setup.key_block)), pltpu.VMEM)
-
-  def output(shape, memory_space):
-    def index_map(batch, heads, *_):
-      return batch, heads, 0, 0
-
-    spec = pl.BlockSpec((1, 1, *shape), index_map, memory_space=memory_space)
-    return call.Output(jax.ShapeDtypeStruct((*grid[:2], *shape), jnp.float32), spec)
-
-  d_table = None
-  if table is not None and setup.learned:
-    lines = table._replace(coordinate={}, lower_Z=None, anchor_Z=None)
-    d_table = jax.tree.map(rows, lines)._replace(coordinate=jax.tree.map(scalars, table.coordinate))
-  d_query_BHQC, d_table = call.call(
-    _query_kernel,
-    setup,
-    grid,
-    plan,
-    plan.key_IJ,
-    (inputs, softmax),
-    (specs.inputs(inputs), _softmax_specs(specs, softmax)),
-    (call.Output(_like(query_BHQC, dtype or query_BHQC.dtype), specs.query(query_BHQC)), d_table),
-    [(setup.heads, setup.query_block, query_BHQC.shape[3])],
-    _scratch(setup, table, setup.learned),
-  )
-  if table is None:
-    return d_query_BHQC, None
-  if d_table is None:
-    return d_query_BHQC, jax.tree.map(jnp.zeros_like, table)
-
-  def of_lines(number_ZH, sums_BNST):
-    sums_HZS = sums_BNST.sum(axis=(0, 3)).reshape(*number_ZH.shape[::-1], setup.sum_rows)
-    return sums_HZS.sum(axis=2).T
-
-  def of_x(number_H, sums_BN1H):
-    sums_NH = sums_BN1H.sum(axis=(0, 2))  # of each head, or of all that share it
-    return sums_NH.ravel() if number_H.size > 1 else sums_NH.sum(axis=0)
-
-  ends = {'lower_Z': table.lower_Z, 'anchor_Z': table.anchor_Z}
-  d_coordinate = jax.tree.map(of_x, table.coordinate, d_table.coordinate)
-  d_table = jax.tree.map(of_lines, lines, d_table._replace(coordinate={}))
-  ends = jax.tree.map(jnp.zeros_like, ends)
-  return d_query_BHQC, d_table._replace(coordinate=d_coordinate, **ends)
-
-
-def _key_gradient(setup, constants, table, queries, keys, plan, softmax, dtype):
-  """Returns d_key_BGKC and d_value_BGKC."""
-  rows, columns = plan.low_IJ.shape
-  specs = call.Specs(setup, columns, by_column=True)
-  inputs = call.inputs(setup, plan, queries, keys, table, constants)
-  outputs = [
-    call.Output(_like(x_BGKC, dtype or x_BGKC.dtype), specs.key(x_BGKC)) for x_BGKC in keys[:2]
-  ]
-  return call.call(
-    _key_kernel,
-    setup,
-    (*softmax.delta_BNHQ.shape[:2], columns, rows),
-    plan,
-    plan.query_IJ,
-    (inputs, softmax),
-    (specs.inputs(inputs), _softmax_specs(specs, softmax)),
-    outputs,
-    [(setup.groups, setup.key_block, keys.key_BGKC.shape[3])] * 2,
-    _scratch(setup, table, learned=False),
-  )

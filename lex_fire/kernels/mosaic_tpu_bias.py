@@ -17,6 +17,8 @@ from jax.experimental import pallas as pl
 from lex_fire.kernels.mosaic_tpu_products import OneStretch, Products, Stretches
 from lex_fire.kernels.mosaic_tpu_x import SUBLANES, Distances, Factors, Pairs
 
+HEADS_TOGETHER = 2
+
 
 class Line:
   """A bias that is one line a head in all of a tile.
@@ -161,7 +163,7 @@ class Pieces:
 
 
 def _over_rows(number_ST, rows):
-  """Returns the sum over all but so many rows; what is left of it is done outside of kernels."""
+  """Returns the sum over all but so many rows; what is left of it is done once, in the end."""
   if rows == 1:
     return number_ST.sum(axis=0, keepdims=True)
   return number_ST.reshape(-1, rows, number_ST.shape[1]).sum(axis=0)
@@ -180,7 +182,7 @@ def _halved(number_ST):
 
 def _add_to(ref, index, sum_ST):
   rows = len(sum_ST)
-  ref[0, 0, pl.ds(pl.multiple_of(index * rows, rows), rows)] += sum_ST
+  ref[pl.ds(pl.multiple_of(index * rows, rows), rows)] += sum_ST
 
 
 def _first_segment(table, head):
@@ -206,6 +208,22 @@ def visit(tile: Any, heads: Callable[[Any, Any], None], sums: Any = None) -> Non
   for here, products in ((end - first == 1, OneStretch), (end - first > 1, Stretches)):
     of_products = functools.partial(heads, products(tile))
     pl.when(here)(functools.partial(_by_bias, tile, of_products, sums))
+
+
+def each_head(count: int, function: Callable[..., None], products: Any, bias: Any) -> None:
+  """Calls function(head, products, bias) for all heads of a tile, two at a time.
+
+  The products of one then run beside the softmax of the other. Under pieces of a bias, whose loops
+  nothing runs beside, it is one at a time.
+  """
+  together = HEADS_TOGETHER if count % HEADS_TOGETHER == 0 else 1
+  if isinstance(bias, Pieces):
+    together = 1
+
+  def visit(head, _):
+    function(head, products, bias)
+
+  jax.lax.fori_loop(0, count, visit, None, unroll=together)
 
 
 def _by_bias(tile, heads, sums):

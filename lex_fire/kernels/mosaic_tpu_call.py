@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
+from lex_fire.kernels import mosaic_tpu_x as x_lib
 from lex_fire.kernels.mosaic_tpu_tile import SPAN_BITS, Inputs, Setup
 from lex_fire.kernels.plan import Keys, Plan, Queries
 
@@ -156,3 +157,14 @@ def call(kernel, setup, grid, plan, hold_IJ, inputs, in_specs, outputs, sums, ow
     input_output_aliases=aliases if in_place else {},
     interpret=setup.interpret,
   )(*scalars, *inputs)
+
+
+def scratch(setup: Setup, table: Any, learned: bool) -> x_lib.Scratch:
+  """Returns what a kernel needs for one tile: for the gradient of the table, too, if learned."""
+  shape = setup.query_block, setup.key_block
+  return x_lib.scratch(setup.functions, table, shape, setup.sum_rows, learned)
+
+
+def like(array: Any, dtype: Any) -> jax.ShapeDtypeStruct:
+  """Returns an array's shape with a dtype."""
+  return jax.ShapeDtypeStruct(array.shape, dtype)

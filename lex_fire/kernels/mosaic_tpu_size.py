@@ -130,8 +130,8 @@ def _scalar_bytes(tile, segments, query, key):
 
 
 def _sum_bytes(heads, segments):
-  """Returns what a row for each slope and each height of heads takes, held twice."""
-  return 2 * 2 * heads * segments * LANES * 4
+  """Returns what a row for each slope and each height of heads takes."""
+  return 2 * heads * segments * LANES * 4
 
 
 @functools.lru_cache(maxsize=256)
