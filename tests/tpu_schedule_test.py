@@ -1,5 +1,7 @@
 """What `experiments/attention_tpu/schedule.py` reads in a listing of a TPU's bundles."""
 
+import json
+
 import pytest
 
 from experiments.attention_tpu import schedule
@@ -74,3 +76,14 @@ def test_of_splash_the_longest_stretch_counts():
   grid = schedule.parse(listing(('', 0, 2), ('LB', 1, 30), ('PF', 1, 1680), ('PF', 1, 248)))
 
   assert schedule.splash_cost(grid) == 1680
+
+
+def test_the_tables_are_those_that_were_counted(monkeypatch):
+  """Their columns of short sequences, whose plans are made at once."""
+  counted = json.loads((schedule.HERE / 'schedule.json').read_text())
+  monkeypatch.setattr(schedule, 'LENGTHS', [2048, 8192])
+
+  readme = (schedule.HERE / 'README.md').read_text()
+
+  for line in schedule.table(counted).splitlines():
+    assert f'\n    {line}'.rstrip(' ') in readme

@@ -19,6 +19,7 @@ import re
 import subprocess
 import sys
 import tempfile
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -66,8 +67,25 @@ class Loop(NamedTuple):
 LINE = re.compile(r'\s*(?:0x[0-9a-f]+|\d+)\s+(LB|LH|LE|PB|PF|CT)?\s*:\s*((?:> ?)*)\{')
 
 
-def parse(listing: str) -> Loop:
-  """Returns the outermost loop, over the steps of the grid, of a listing of final bundles."""
+# What a bundle computes of floating numbers, a register of REGISTER each: no comparison, no choice.
+ARITHMETIC = re.compile(r'\bv(?:add|sub|mul|max|min|pow2|log2|rcp|rsqrt)[\w.]*\.(?:f32|bf16)\b')
+REGISTER = 8 * 128
+# Products of a head in a tile, of queries by keys by channels.
+PRODUCTS = {'forward': 2, 'queries': 3, 'keys': 4}
+
+
+def arithmetic(bundle: str) -> int:
+  """Returns how many registers a bundle computes."""
+  return len(ARITHMETIC.findall(bundle))
+
+
+def parse(listing: str, weigh: Callable[[str], int] = lambda bundle: 1) -> Loop:
+  """Returns the outermost loop, over the steps of the grid, of a listing of final bundles.
+
+  Args:
+    listing: of a kernel.
+    weigh: what is counted of a bundle; itself by default.
+  """
   stack = [Loop([0], [])]
   for line in listing.splitlines():
     if not (found := LINE.match(line)):
@@ -83,7 +101,7 @@ def parse(listing: str) -> Loop:
       stack.append(stack[-1].inner[-1])
     elif tag == 'PF' or stack[-1].stretches[-1] is None:
       stack[-1].stretches.append(0)
-    stack[-1].stretches[-1] += 1
+    stack[-1].stretches[-1] += weigh(line)
   return stack[0].inner[0]
 
 
@@ -105,37 +123,42 @@ class Cost(NamedTuple):
   breakpoint: int
 
 
-def cost(grid: Loop, has_bias: bool) -> Cost:
+def cost(grid: Loop, has_bias: bool, of: Loop | None = None) -> Cost:
   """Returns what a kernel's loops take.
+
+  Args:
+    grid: of `parse`, by whose bundles loops are told apart.
+    has_bias: whether the kernel has one.
+    of: of `parse`, with other counts; None: bundles.
 
   Raises:
     ValueError: if the kernel has other loops than those that are known here.
   """
-  heads = [loop for loop in grid.inner if loop.own > LONG]
+  of = of or grid
+  heads = [number for number, loop in enumerate(grid.inner) if loop.own > LONG]
   if len(heads) != 1 + has_bias:
     raise ValueError(f'{len(heads)} loops over heads, not {1 + has_bias}')
-  before = [count for count in grid.stretches[: _position(grid, heads[0])] if count]
-  after = [count or 0 for count in grid.stretches[_position(grid, heads[-1]) :]]
+  first, last = (_position(grid, number) for number in (heads[0], heads[-1]))
+  before = [at for at, count in enumerate(grid.stretches[:first]) if count]
   if not has_bias:
-    return Cost(before[-1], heads[0].own / mosaic_tpu_bias.HEADS_TOGETHER, None, 0, 0)
+    line = of.inner[heads[0]].own / mosaic_tpu_bias.HEADS_TOGETHER
+    return Cost(of.stretches[before[-1]], line, None, 0, 0)
+  long = [at for at, count in enumerate(grid.stretches) if (count or 0) > LONG]
   # What is done once comes twice, for positions in order and for any others.
-  once = [count for count in before if count > LONG][-2]
-  once += next((count for count in after if count > LONG), 0)
-  line, pieces = heads
-  parts = pieces.inner
+  once = [at for at in long if at in before][-2:-1] + [at for at in long if at >= last][:1]
+  line, pieces = (of.inner[number] for number in heads)
   return Cost(
-    once=once,
+    once=sum(of.stretches[at] for at in once),
     line=line.own / mosaic_tpu_bias.HEADS_TOGETHER,
     pieces=pieces.own,
-    part=sum(loop.own for loop in parts),
-    breakpoint=sum(loop.inner[0].own for loop in parts),
+    part=sum(loop.own for loop in pieces.inner),
+    breakpoint=sum(loop.inner[0].own for loop in pieces.inner),
   )
 
 
-def _position(grid, loop):
+def _position(grid, number):
   """Returns where in the stretches of a grid one of its loops stands."""
-  places = [at for at, count in enumerate(grid.stretches) if count is None]
-  return places[[id(other) for other in grid.inner].index(id(loop))]
+  return [at for at, count in enumerate(grid.stretches) if count is None][number]
 
 
 def splash_cost(grid: Loop) -> int:
@@ -250,32 +273,45 @@ def layers() -> dict[str, list]:
 
 
 def table(results: dict) -> str:
-  """Returns FIRE's cycles over NoPE's, a line for each chip, kernel and model."""
-  heads = ''.join(f'{length:>9}' for length in LENGTHS)
-  lines = [f'{"":28}{heads}']
+  """Returns FIRE's cycles and FLOPs over NoPE's, a line for each chip, kernel and model."""
   tile = blocks(LENGTHS[0])
   if tile.heads % mosaic_tpu_bias.HEADS_TOGETHER:
     raise ValueError(f'{tile.heads} heads of a tile are not visited together, as `cost` has it')
   part = mosaic_tpu_x.part(tile.queries, tile.keys)
   num_parts = tile.queries // part[0] * (tile.keys // part[1])
+  products = {
+    kernel: 2 * tile.queries * tile.keys * run.SHAPE['head_dim'] * count
+    for kernel, count in PRODUCTS.items()
+  }
+
+  def of_bundles(costs, case, kernel, one):
+    return cycles(Cost(*costs[case][kernel]), one, tile.heads, num_parts)
+
+  def flops(costs, case, kernel, one):
+    computed = cycles(Cost(*costs['arithmetic'][case][kernel]), one, tile.heads, num_parts)
+    return computed * REGISTER + (one.lines + one.pieces) * tile.heads * products[kernel]
+
+  heads = ''.join(f'{length:>9}' for length in LENGTHS)
+  cycle_lines, flop_lines = [f'{"":28}{heads}'], [f'{"":28}{heads}']
   for name, of_layers in layers().items():
-    reached = {length: [reach(params, length) for params in of_layers] for length in LENGTHS}
+    reached = [[reach(params, length) for params in of_layers] for length in LENGTHS]
     for chip, costs in results['chips'].items():
-      for kernels in (*([kernel] for kernel in KERNELS), list(KERNELS)):
-        ratios = []
-        for of_length in reached.values():
-          fire, nope = (
-            sum(
-              cycles(Cost(*costs[case][kernel]), one, tile.heads, num_parts)
-              for kernel in kernels
-              for one in of_length
-            )
+
+      def line(label, kernels, count, costs=costs, where=f'{name:14}{chip:4}', reached=reached):
+        """Returns the ratios by length of what is counted of kernels together."""
+        sums = (
+          [
+            sum(count(costs, case, kernel, one) for kernel in kernels for one in of_length)
             for case in CASES
-          )
-          ratios.append(fire / nope)
-        label = kernels[0] if len(kernels) == 1 else 'all'
-        lines.append(f'{name:14}{chip:4}{label:10}' + ''.join(f'{r:>9.2f}' for r in ratios))
-  return '\n'.join([*lines, '', *beside_splash(results, tile.heads)])
+          ]
+          for of_length in reached
+        )
+        return f'{where}{label:10}' + ''.join(f'{fire / nope:>9.2f}' for fire, nope in sums)
+
+      cycle_lines += [line(kernel, [kernel], of_bundles) for kernel in KERNELS]
+      cycle_lines.append(line('all', list(KERNELS), of_bundles))
+      flop_lines.append(line('all', list(KERNELS), flops))
+  return '\n'.join([*cycle_lines, '', *flop_lines, '', *beside_splash(results, tile.heads)])
 
 
 def beside_splash(results: dict, heads: int) -> list[str]:
@@ -304,11 +340,17 @@ def main() -> None:
     return
   results = {'shape': run.SHAPE | {'batch': BATCH}, 'jax': jax.__version__, 'chips': {}}
   for chip in options.chips.split(','):
-    costs = results['chips'][chip] = {}
+    computed = {}
+    costs = results['chips'][chip] = {'arithmetic': computed}
     for case in CASES:
       listings = dump(chip, case, KERNELS)
-      costs[case] = {name: cost(parse(text), case == 'fire') for name, text in listings.items()}
-      print(chip, case, costs[case], flush=True)
+      grids = {name: parse(text) for name, text in listings.items()}
+      costs[case] = {name: cost(grid, case == 'fire') for name, grid in grids.items()}
+      computed[case] = {
+        name: cost(grid, case == 'fire', parse(listings[name], arithmetic))
+        for name, grid in grids.items()
+      }
+      print(chip, case, costs[case], computed[case], flush=True)
     listings = dump(chip, 'splash', SPLASH)
     costs['splash'] = {name: splash_cost(parse(text)) for name, text in listings.items()}
     print(chip, 'splash', costs['splash'], flush=True)
