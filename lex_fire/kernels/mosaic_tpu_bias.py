@@ -36,25 +36,23 @@ class Line:
       return head
     return _first_segment(self.table, head) + self.z
 
-  def _beyond(self, head):
-    """Returns x_ST less the anchor."""
-    x_ST = self.at.x(head)
-    return x_ST if self.table.lower_Z is None else x_ST - self.table.anchor_Z[self.z]
-
   def __call__(self, head: jax.Array) -> jax.Array:
     """Returns bias_QK of a head."""
-    index = self._index(head)
-    bias_ST = self.table.slope_ZH[0, 0, index] * self._beyond(head)
-    if self.table.lower_Z is not None:
-      bias_ST = self.table.value_ZH[0, 0, index] + bias_ST
+    table, index = self.table, self._index(head)
+    slope = table.slope_ZH[0, 0, index]
+    bias_ST = slope * self.at.x(head)
+    if table.lower_Z is not None:
+      bias_ST += _height(table, slope, index, self.z)
     return self.at.spread(bias_ST)
 
   def add_gradient(self, head: jax.Array, d_logits_QK: jax.Array, sums: Any) -> None:
     """Adds the share of a head to `sums`, a table of refs, and to the gradient of a shared x."""
     index, d_bias_ST = self._index(head), self.at.gradient(d_logits_QK)
-    self._add(sums.slope_ZH, index, d_bias_ST * self._beyond(head))
+    beyond_ST = self.at.x(head)
     if sums.value_ZH is not None:
-      self._add(sums.value_ZH, index, d_bias_ST)
+      beyond_ST -= self.table.anchor_Z[self.z]
+      _add_to(sums.value_ZH, index, self._sum(d_bias_ST))
+    _add_to(sums.slope_ZH, index, self._sum(d_bias_ST * beyond_ST))
     if not sums.coordinate:
       return
     d_x_ST = self.table.slope_ZH[0, 0, index] * d_bias_ST
@@ -63,10 +61,10 @@ class Line:
     else:
       self.at.refs.d_x_ST[...] += d_x_ST
 
-  def _add(self, ref, index, number_ST):
+  def _sum(self, number_ST):
     # One sum after another would each wait for the last.
     rows = self.at.tile.setup.sum_rows
-    _add_to(ref, index, sum(_over_rows(number_ST[part], rows) for part in self.at.static_parts()))
+    return sum(_over_rows(number_ST[part], rows) for part in self.at.static_parts())
 
 
 class Pieces:
@@ -80,17 +78,14 @@ class Pieces:
     self.at, self.table, self.refs = at, at.tile.table, at.refs
 
   def _of_head(self, head):
-    """Returns functions of a segment: the slope of a head, and the height of its line at 0.
-
-    From there a line is less exact than from its anchor, but by no more than x is rounded.
-    """
+    """Returns functions of a segment: the slope of a head, and the height of its line at 0."""
     table, start = self.table, _first_segment(self.table, head)
 
     def slope(z):
       return table.slope_ZH[0, 0, start + z]
 
     def height(z):
-      return table.value_ZH[0, 0, start + z] - slope(z) * table.anchor_Z[z]
+      return _height(table, slope(z), start + z, z)
 
     return slope, height
 
@@ -160,6 +155,14 @@ class Pieces:
       for ref, number_ST in zip(of_parts, of_rows, strict=True):
         ref[part * sum_rows : (part + 1) * sum_rows] = _over_rows(number_ST, sum_rows)
     self._each_part(add_pieces)
+
+
+def _height(table, slope, index, z):
+  """Returns the height of a line at 0.
+
+  From there it is less exact than from its anchor, but by no more than x is rounded.
+  """
+  return table.value_ZH[0, 0, index] - slope * table.anchor_Z[z]
 
 
 def _over_rows(number_ST, rows):
