@@ -444,8 +444,9 @@ def _none_such(name: str, workdir: pathlib.Path, steps: list[int]) -> str:
   if not steps:
     return f'no checkpoint in {str(workdir)!r}; train first, or give another --workdir'
   there = ', '.join(map(str, steps))
+  others = ', '.join(known for known in ('latest', 'best') if known != name)
   return (
-    f'no checkpoint {name!r} in {str(workdir)!r}; use latest, best or a step that is there: {there}'
+    f'no checkpoint {name!r} in {str(workdir)!r}; use {others} or a step that is there: {there}'
   )
 
 

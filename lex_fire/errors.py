@@ -6,7 +6,8 @@ import errno
 _OF_PATHS = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENAMETOOLONG, errno.ENOTDIR, errno.ELOOP}
 
 
-_OF_BUCKETS = ('aiohttp', 'gcsfs', 'google')  # whose errors are what a bucket's client raises
+# Modules whose errors are what a bucket's client raises.
+_OF_BUCKETS = ('aiohttp.', 'gcsfs.', 'google.auth.', 'google.api_core.', 'google.cloud.')
 
 
 class UserError(ValueError):
@@ -28,6 +29,6 @@ def of_path(error: Exception) -> str | None:
 
 def of_network(error: Exception) -> str | None:
   """Returns what is wrong with the way to a bucket, of its client's errors; None for another."""
-  if type(error).__module__.partition('.')[0] not in _OF_BUCKETS:
+  if not f'{type(error).__module__}.'.startswith(_OF_BUCKETS):
     return None
   return f'cannot reach the bucket: {error}; see that there is a network, and that you may use it'

@@ -9,8 +9,9 @@ import aiohttp
 import jax
 import pytest
 import tiny
+from google.protobuf import json_format
 
-from lex_fire import checkpoint, cli
+from lex_fire import checkpoint, cli, errors
 
 QUICK = '--config=configs/quickstart.py'
 TEXT = '--config=configs/text.py'
@@ -292,6 +293,10 @@ def test_a_bucket_that_cannot_be_reached_is_told_in_a_sentence(tmp_path):
   assert line.startswith(
     'error: cannot reach the bucket: no such host; see that there is a network'
   )
+
+
+def test_other_errors_that_google_raises_are_not_of_a_bucket():
+  assert errors.of_network(json_format.ParseError('a file')) is None
 
 
 def test_a_mistake_in_the_config_leaves_no_workdir_behind(results):

@@ -9,8 +9,8 @@ import jax.numpy as jnp
 import pytest
 
 from experiments.attention_tpu import run as attention_tpu
+from lex_fire import attention, encodings, model, sharding
 from lex_fire import config as config_lib
-from lex_fire import encodings, model, sharding
 
 if importlib.util.find_spec('libtpu') is None:
   pytest.skip('needs the compiler for TPU: make test-tpu', allow_module_level=True)
@@ -35,6 +35,16 @@ def test_the_kernels_of_fire_move_what_those_without_bias_do(chip):
   assert attention_tpu.kernel_bytes(with_bias) < 1.05 * attention_tpu.kernel_bytes(without)
 
 
+@pytest.mark.parametrize(('case', 'most'), [('fire', 1.002), ('fire 2 layers', 1.01)])
+def test_of_the_gradient_of_a_table_memory_sees_one_number_a_line(case, most):
+  """The sums of which it is made, in each lane, would be 5% of a short row's bytes, and 20%."""
+  name, options = attention_tpu.CASES[case]
+  with_bias = attention_tpu.compiled('v5e', name, 2048, **options)
+
+  without = attention_tpu.kernel_bytes(compiled('v5e', 'nope', 2048))
+  assert without < attention_tpu.kernel_bytes(with_bias) < most * without
+
+
 @pytest.mark.parametrize('length', [32_768, 131_072])
 @pytest.mark.parametrize('chip', attention_tpu.CHIPS)
 def test_memory_is_that_of_a_few_arrays_as_large_as_the_queries(chip, length):
@@ -46,19 +56,30 @@ def test_memory_is_that_of_a_few_arrays_as_large_as_the_queries(chip, length):
   assert memory.temp_size_in_bytes < 5 * query_bytes
 
 
-def of_a_model(name, mesh, rows, length):
-  """Returns the program of a small model's gradients, in bfloat16, over the chips of a mesh."""
+def small(name, *, num_heads=4, num_kv_heads=2, head_dim=128):
+  """Returns a model of one layer."""
   config = config_lib.ModelConfig(
     num_layers=1,
     d_model=256,
-    num_heads=4,
-    num_kv_heads=2,
-    head_dim=128,
+    num_heads=num_heads,
+    num_kv_heads=num_kv_heads,
+    head_dim=head_dim,
     d_ff=512,
     vocab_size=512,
     dtype='bfloat16',
   )
-  transformer = model.Transformer(config, encodings.get(name))
+  return model.Transformer(config, encodings.get(name))
+
+
+def choice(name, mesh, length, **shape):
+  """Returns by what a model attends over the chips of a mesh."""
+  with jax.set_mesh(mesh), jax.default_device(mesh.devices.flat[0]):
+    return attention.choice(small(name, **shape), length, counted=True).implementation
+
+
+def of_a_model(name, mesh, rows, length, **shape):
+  """Returns the program of a model's gradients, in bfloat16, over the chips of a mesh."""
+  transformer = small(name, **shape)
   tokens_BL = jax.ShapeDtypeStruct((rows, length), jnp.int32)
   abstract = jax.eval_shape(
     lambda: transformer.init(jax.random.key(0), jnp.zeros((1, 8), jnp.int32))
@@ -106,6 +127,21 @@ def test_chips_that_share_the_tokens_of_a_row_compile_with_the_kernel(name):
   assert len(calls(text)) == 3
   assert re.search(r'bf16\[1,2,1024,128\].* collective-permute', text)
   assert not re.search(r'bf16\[1,2,4096,128\]', text)
+
+
+@pytest.mark.parametrize(
+  ('num_heads', 'head_dim', 'implementation'),
+  [(64, 128, 'mosaic_tpu_ring'), (64, 256, 'ring'), (128, 128, 'ring')],
+)
+def test_a_ring_takes_the_kernel_where_it_has_memory_for_it(num_heads, head_dim, implementation):
+  """Which these compile with; more heads of one key head are left to tiles in XLA."""
+  mesh = sharding.make_mesh(1, 1, 4, devices=attention_tpu.devices('v5p'))
+  shape = {'num_heads': num_heads, 'num_kv_heads': 1, 'head_dim': head_dim}
+
+  program, chosen = of_a_model('fire', mesh, 1, 8192, **shape), choice('fire', mesh, 8192, **shape)
+
+  assert chosen == implementation
+  assert bool(calls(program.as_text())) == (implementation == 'mosaic_tpu_ring')
 
 
 @pytest.mark.parametrize(

@@ -679,7 +679,7 @@ def one_number(rng, **sizes):
     ),
     (
       {'init': one_number},
-      "'mine' says learned=False, and its init returns slope; say learned=True",
+      "'mine' says learned=False, and its init returns \\['slope'\\]; say learned=True",
     ),
     (
       {'learned': True},
@@ -703,11 +703,27 @@ def test_who_writes_an_encoding_is_told_what_is_wrong_with_it(changes, message, 
     encodings.get('mine')
 
 
+def test_an_encoding_of_other_sizes_and_names_than_those_of_the_check_is_taken(monkeypatch):
+  def init(rng, *, num_heads, **sizes):
+    if num_heads % 8:
+      raise errors.UserError(f'{num_heads=} is not a multiple of 8')
+    return {'slope_H': jax.random.uniform(rng, (num_heads,))}
+
+  def bias(params, i, j, heads):
+    return jnp.zeros((1, heads, i.shape[1], j.shape[1]))
+
+  for changes in ({'init': init, 'learned': True}, {'bias': bias}):
+    monkeypatch.setitem(
+      encodings.ENCODINGS, 'mine', lambda changes=changes: MINE._replace(**changes)
+    )
+    encodings._make(encodings.ENCODINGS['mine'])
+
+
 def test_an_option_without_a_default_is_refused(monkeypatch):
   monkeypatch.setitem(encodings.ENCODINGS, 'mine', lambda slope: MINE)
 
   with pytest.raises(
-    errors.UserError, match="option 'slope' of encoding 'mine' has no default; giv"
+    errors.UserError, match="option 'slope' of encoding 'mine' has no default; let"
   ):
     encodings.options('mine')
 

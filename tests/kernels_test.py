@@ -277,6 +277,25 @@ def test_rows_without_segments_equal_the_oracle(length, num_kv_heads, implementa
   oracles.assert_gradients(gradients, of_pairs, visible_BQK, arrays, probe(arrays))
 
 
+@pytest.mark.parametrize('sum_rows', [1, mosaic_tpu_size.SUBLANES])
+def test_sums_of_a_table_in_one_row_or_in_a_register_equal_the_oracle(sum_rows, monkeypatch):
+  """The TPU kernel has a row for each where tables are too large for more."""
+  bytes_of_a_row = mosaic_tpu_size._sum_bytes(NUM_HEADS, 33)
+  monkeypatch.setattr(mosaic_tpu_size, 'SUM_BYTES', 2 * sum_rows * bytes_of_a_row)
+  encoding, params = make('fire+fire_s')
+  arrays = inputs(2, 20, 20)
+  position_BL = np.repeat(9 + 21 * np.arange(20, dtype=np.int32)[None], 2, axis=0)
+
+  _, found = out_and_gradients('mosaic_tpu', encoding, params, arrays, position_BL)
+
+  query, key, _ = (jax.ShapeDtypeStruct(x_BLHC.shape, x_BLHC.dtype) for x_BLHC in arrays)
+  segments = mosaic_tpu_size.num_segments(encoding)
+  assert mosaic_tpu_size.blocks(query, key, BLOCK, segments).sum_rows == sum_rows
+  visible_BQK = oracles.visible_pairs(position_BL, position_BL)
+  of_pairs = pairs('fire+fire_s', arrays, position_BL, position_BL, visible_BQK)
+  oracles.assert_gradients(found, of_pairs, visible_BQK, arrays, probe(arrays))
+
+
 IN_ORDER_CASES = [case for case in CASES if encodings.get(CASES[case][0]).table is not None]
 
 

@@ -43,12 +43,12 @@ def parameters(encoding):
 
 
 @functools.cache
-def arrays():
+def arrays(length=LENGTH):
   """Returns queries, keys and values of four rows, and positions and segments: half are packed."""
   rng = np.random.default_rng(0)
   heads = (HEADS, KV_HEADS, KV_HEADS)
-  tokens = [np.float32(rng.normal(size=(4, LENGTH, count, CHANNELS))) for count in heads]
-  position_L, first = np.arange(LENGTH), 19
+  tokens = [np.float32(rng.normal(size=(4, length, count, CHANNELS))) for count in heads]
+  position_L, first = np.arange(length), 19
   position_BL = np.stack([position_L, np.where(position_L < first, position_L, position_L - first)])
   segment_BL = np.stack([0 * position_L, position_L >= first])
   return *tokens, *(np.int32(np.repeat(x_BL, 2, axis=0)) for x_BL in (position_BL, segment_BL))
@@ -99,23 +99,24 @@ def gradients(function):
   return both
 
 
-def on_ring(encoding, mask, sizes, order_L):
+def on_ring(encoding, mask, sizes, order_L, dtype=np.float32):
   """Returns what `gradients` does, by a mesh whose rows lie in an order, and back in their own."""
   back_L = np.argsort(order_L)
   with jax.set_mesh(make_mesh(sizes)):
-    laid = [x_BL[:, order_L] for x_BL in arrays()]
+    laid = [x_BL[:, order_L] for x_BL in arrays(len(order_L))]
+    laid[:3] = [jnp.asarray(x_BLHC, dtype) for x_BLHC in laid[:3]]
     out_BLHC, of_params, *rest = jax.jit(gradients(attend(encoding, mask)))(
       parameters(encoding), *laid
     )
   return out_BLHC[:, back_L], of_params, *(x_BLHC[:, back_L] for x_BLHC in rest)
 
 
-def check_alike(found, expected):
+def check_alike(found, expected, most=1e-5):
   """Compares values, and gradients of params, query, key and value, each by its own scale."""
   for index, (one, other) in enumerate(zip(found, expected, strict=True)):
     scale = max((np.abs(leaf).max() for leaf in jax.tree.leaves(other)), default=0)
     # Of parameters it is a sum over all pairs, most of which cancel: softmax sees no constant.
-    tolerance = scale * (3e-5 if index == 1 else 1e-5)
+    tolerance = scale * most * (3 if index == 1 else 1)
     for path, leaf in jax.tree_util.tree_leaves_with_path(other):
       part = functools.reduce(lambda tree, key: tree[key.key], path, one)
       np.testing.assert_allclose(part, leaf, rtol=0, atol=tolerance, err_msg=f'{index} {path}')
@@ -170,6 +171,22 @@ def test_the_ring_of_the_kernel_for_tpu_gives_those_of_one_device(
   check_alike(
     found, gradients(attend(encoding, mask, 'reference'))(parameters(encoding), *arrays())
   )
+
+
+def test_the_ring_of_the_kernel_for_tpu_is_near_one_device_in_bfloat16(kernel_for_tpu, monkeypatch):
+  """What is added up over devices is float32. Parts are of 18 tokens, and tiles of 8."""
+  encoding, length = encodings.get('fire'), 72
+
+  order_L = ring.zigzag(length, 4, 'a row')
+  found = on_ring(encoding, kernels.Mask(), FOUR, order_L, jnp.bfloat16)
+
+  monkeypatch.undo()
+  rounded = [np.float32(jnp.bfloat16(x_BLHC)) for x_BLHC in arrays(length)[:3]]
+  expected = gradients(attend(encoding, kernels.Mask(), 'reference'))(
+    parameters(encoding), *rounded, *arrays(length)[3:]
+  )
+  assert all(x_BLHC.dtype == jnp.bfloat16 for x_BLHC in (found[0], *found[2:]))
+  check_alike(jax.tree.map(np.float32, found), expected, most=0.01)
 
 
 @pytest.mark.parametrize('mask_name', ['causal', 'bidirectional'])
@@ -370,6 +387,7 @@ def test_attention_goes_by_the_ring_where_rows_are_cut_in_parts(sizes, length, e
   [
     ({}, 512, 'mosaic_tpu_ring', 'with a kernel for TPU for what meets on a device'),
     ({}, 504, 'ring', '(mosaic_tpu has tiles of 128 queries at least, not of 126)'),
+    ({}, 3, 'ring', '(mosaic_tpu has tiles of 128 queries at least, not of 0)'),
     ({'hidden_layers': 3}, 512, 'ring', "needs a table of the bias, which 'fire' has not)"),
   ],
 )

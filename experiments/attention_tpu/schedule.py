@@ -145,7 +145,7 @@ def cost(grid: Loop, has_bias: bool, of: Loop | None = None) -> Cost:
     return Cost(of.stretches[before[-1]], line, None, 0, 0)
   long = [at for at, count in enumerate(grid.stretches) if (count or 0) > LONG]
   # What is done once comes twice, for positions in order and for any others.
-  once = [at for at in long if at in before][-2:-1] + [at for at in long if at >= last][:1]
+  once = [[at for at in long if at in before][-2], *[at for at in long if at >= last][:1]]
   line, pieces = (of.inner[number] for number in heads)
   return Cost(
     once=sum(of.stretches[at] for at in once),

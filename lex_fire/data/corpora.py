@@ -101,7 +101,7 @@ class Corpus:
   def fingerprint(self, splits: Iterable[str]) -> str:
     """Names the content of splits: the same for the same files, wherever their root lies.
 
-    The same by their size and time of change, which `cp -p` and `rsync -t` keep.
+    Of a user's files the same by their size and time of change, which `cp -p` and `rsync -t` keep.
 
     Raises:
       errors.UserError: if a split is unknown.

@@ -104,8 +104,9 @@ def options(name: str) -> dict[str, Any]:
   parameters = inspect.signature(factory).parameters.values()
   fixed = factory.keywords if isinstance(factory, functools.partial) else {}
   for parameter in parameters:
-    if parameter.default is parameter.empty:
+    if parameter.default is parameter.empty or parameter.kind is parameter.VAR_POSITIONAL:
       raise errors.UserError(
-        f'option {parameter.name!r} of encoding {name!r} has no default; give its factory one'
+        f'option {str(parameter)!r} of encoding {name!r} has no default; let its factory name each '
+        'option, with a default'
       )
   return {p.name: p.default for p in parameters if p.name not in fixed}

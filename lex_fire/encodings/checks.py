@@ -3,7 +3,6 @@
 # Not strict: eval_shape carries no types.
 # pyright: basic
 
-import functools
 from collections.abc import Callable
 
 import jax
@@ -26,12 +25,15 @@ def check(encoding: base.Encoding) -> None:
   who = f'encoding {encoding.name!r}'
   if encoding.table is not None and encoding.coordinate is None:
     raise errors.UserError(f'{who} has a table and no coordinate; give it both, or neither')
-  params = jax.eval_shape(lambda: encoding.init(jax.random.key(0), **_SIZES))
-  if bool(jax.tree.leaves(params)) != encoding.learned:
-    names = ', '.join(params) or 'nothing'
+  try:
+    params = jax.eval_shape(lambda: encoding.init(jax.random.key(0), **_SIZES))
+  except (errors.UserError, jax.errors.ConcretizationTypeError):
+    return  # it encodes other sizes than these, or looks at what it draws
+  names = [jax.tree_util.keystr(path) for path, _ in jax.tree_util.tree_leaves_with_path(params)]
+  if bool(names) != encoding.learned:
     raise errors.UserError(
-      f'{who} says learned={encoding.learned}, and its init returns {names}; '
-      f'say learned={not encoding.learned}'
+      f'{who} says learned={encoding.learned}, and its init returns {", ".join(names) or "nothing"}'
+      f'; say learned={not encoding.learned}'
     )
   if encoding.bias is not None:
     _check_bias(who, encoding.bias, params)
@@ -41,7 +43,7 @@ def _check_bias(who: str, bias: Callable[..., jax.Array], params: base.Params) -
   heads = _SIZES['num_heads']
   positions = (jax.ShapeDtypeStruct((1, count), jnp.int32) for count in (_QUERIES, _KEYS))
   found: jax.ShapeDtypeStruct = jax.eval_shape(
-    functools.partial(bias, num_heads=heads), params, *positions
+    lambda params, i_BQ, j_BK: bias(params, i_BQ, j_BK, heads), params, *positions
   )
   wanted = (1, heads, _QUERIES, _KEYS)
   if (found.shape, found.dtype) != (wanted, jnp.float32):

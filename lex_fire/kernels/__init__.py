@@ -134,13 +134,11 @@ def choose(
   return _of_size(here, encoding, (rows, num_queries, num_keys), f' ({reason})' if reason else '')
 
 
-def _why_not_on_tpu(encoding: base.Encoding, query: Any, key: Any) -> str | None:
-  reason = mosaic_tpu_size.why_not(encoding, query, key)
-  if reason is None and query.shape[1] < mosaic_tpu_size.LANES:
-    return (
-      f'mosaic_tpu has tiles of {mosaic_tpu_size.LANES} queries at least, not of {query.shape[1]}'
-    )
-  return reason
+def _why_not_on_tpu(encoding: base.Encoding, query: Any, key: Any, pieces: int = 1) -> str | None:
+  least = mosaic_tpu_size.LANES
+  if query.shape[1] < least:
+    return f'mosaic_tpu has tiles of {least} queries at least, not of {query.shape[1]}'
+  return mosaic_tpu_size.why_not(encoding, query, key, pieces)
 
 
 def _of_parts(here: str, encoding: base.Encoding, query: Any, key: Any, axis: str) -> Choice:
@@ -153,7 +151,7 @@ def _of_parts(here: str, encoding: base.Encoding, query: Any, key: Any, axis: st
     jax.ShapeDtypeStruct((x.shape[0], x.shape[1] // devices, *x.shape[2:]), x.dtype)
     for x in (query, key)
   )
-  reason = _why_not_on_tpu(encoding, *own)
+  reason = _why_not_on_tpu(encoding, *own, pieces=ring.CHUNKS)
   if reason is None:
     return Choice('mosaic_tpu_ring', f'{why}, with a kernel for TPU for what meets on a device')
   return Choice('ring', f'{why} ({reason})')

@@ -75,7 +75,7 @@ def attention(
   Raises:
     errors.UserError: as `mosaic_tpu_size.why_not` says.
   """
-  reason = why_not(encoding, query_BQHC, key_BKGC)
+  reason = why_not(encoding, query_BQHC, key_BKGC, pieces)
   if reason:
     raise errors.UserError(f"{reason}; use implementation='chunked'")
   query_BQHC, key_BKGC = tile.prepare(

@@ -9,10 +9,9 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from lex_fire.kernels import mosaic_tpu_x as x_lib
+from lex_fire.kernels.mosaic_tpu_size import VMEM_BYTES
 from lex_fire.kernels.mosaic_tpu_tile import SPAN_BITS, Inputs, Setup
 from lex_fire.kernels.plan import Keys, Plan, Queries
-
-VMEM_BYTES = 60 * 2**20  # of the 64 MiB of a v5p; v5e and v6e have 128
 
 
 def inputs(

@@ -14,7 +14,8 @@ SUBLANES = 8  # rows of a vector register
 LANES = 128  # of one: blocks are multiples, and channels are padded to one
 # Heads of one tile share its positions, mask and x: as many as have these channels.
 CHANNELS_TOGETHER = 2048
-# Of vector memory, for a tile's own arrays and all that it holds of its queries, or of its keys.
+VMEM_BYTES = 60 * 2**20  # of the 64 MiB of a v5p; v5e and v6e have 128
+# Of it, for a tile's own arrays and all that it holds of its queries, or of its keys.
 QUERY_BYTES = 44 * 2**20
 KEY_BYTES = 36 * 2**20
 SUM_BYTES = 20 * 2**20  # of what queries may have, for the gradient of a table's lines
@@ -24,13 +25,14 @@ MOST_KEYS = 2048  # of a tile
 DTYPES = (jnp.bfloat16, jnp.float32)
 
 
-def why_not(encoding: base.Encoding, query: Any, key: Any) -> str | None:
+def why_not(encoding: base.Encoding, query: Any, key: Any, pieces: int = 1) -> str | None:
   """Returns why this kernel cannot serve, or None if it can.
 
   Args:
     encoding: says the decay and the bias of the logits.
     query: an array query_BQHC, or its shape and dtype.
     key: likewise key_BKGC.
+    pieces: see `blocks`.
   """
   if encoding.bias is not None and encoding.table is None:
     return f'mosaic_tpu needs a table of the bias, which {encoding.name!r} has not'
@@ -39,13 +41,16 @@ def why_not(encoding: base.Encoding, query: Any, key: Any) -> str | None:
   if query.dtype not in DTYPES:
     return f'mosaic_tpu takes bfloat16 and float32, not {query.dtype}'
   segments = num_segments(encoding)
-  tile = blocks(query, key, BLOCK, segments)
+  tile = blocks(query, key, BLOCK, segments, pieces)
   needed = _scalar_bytes(tile, segments, query, key)
   if needed > SMEM_BYTES:
     return f'mosaic_tpu would need {needed:,} bytes of scalar memory, and has {SMEM_BYTES:,}'
   needed = _sum_bytes(tile.heads, segments)
   if needed > SUM_BYTES:
     return f'mosaic_tpu would need {needed:,} bytes for the sums of a table, and has {SUM_BYTES:,}'
+  needed = _vector_bytes(tile, segments, query, key, pieces)
+  if needed > VMEM_BYTES:
+    return f'mosaic_tpu would need {needed:,} bytes of vector memory, and has {VMEM_BYTES:,}'
   return None
 
 
@@ -73,34 +78,55 @@ def blocks(query: Any, key: Any, block: int, segments: int, pieces: int = 1) -> 
     key: likewise key_BKGC.
     block: queries, at most.
     segments: of the encoding's table.
-    pieces: of a row, than each of which a tile is no longer.
+    pieces: of a row, if devices have parts of it: a tile is no longer than one, and what is added
+      up over devices is float32.
   """
   num_queries, num_keys = query.shape[1] // pieces, key.shape[1] // pieces
   keys = min(2 * block, pl.cdiv(num_keys, LANES) * LANES)
   while True:
-    groups = _groups(query, key, keys, segments)
+    groups = _groups(query, key, keys, segments, pieces)
     heads = groups * (query.shape[2] // key.shape[2])
-    # Of each head and query: three blocks, held twice, a sum, and two columns.
-    query_bytes = heads * (_lanes(query) * (6 * query.dtype.itemsize + 4) + 2 * LANES * 4)
-    free_bytes = QUERY_BYTES - _tile_bytes(keys) - _sum_bytes(heads, segments)
-    most_queries = free_bytes // query_bytes
+    of_sums = _sum_bytes(heads, segments)
+    sum_rows = SUBLANES if SUBLANES * of_sums <= SUM_BYTES // 2 else 1
+    free_bytes = QUERY_BYTES - _tile_bytes(BLOCK, keys) - sum_rows * of_sums
+    most_queries = free_bytes // (heads * _query_bytes(query, pieces))
     most_queries = max(most_queries // LANES, 1) * LANES
     queries = min(block, most_queries, pl.cdiv(num_queries, LANES) * LANES)
     tiles = pieces**2 * pl.cdiv(num_queries, queries) * pl.cdiv(num_keys, keys)
     if keys >= MOST_KEYS or tiles <= MOST_TILES:
-      sum_rows = SUBLANES if SUBLANES * _sum_bytes(heads, segments) <= SUM_BYTES // 2 else 1
       return Blocks(queries, keys, heads, groups, sum_rows)
     keys *= 2
 
 
-def _groups(query, key, keys, segments):
+def _query_bytes(query, pieces):
+  """Returns what a query of a head takes: three blocks, held twice, a sum, and two columns.
+
+  They are two of its dtype and one more: its output, which over pieces is two in float32.
+  """
+  blocks = 3 * query.dtype.itemsize if pieces == 1 else query.dtype.itemsize + 2 * 4
+  return _lanes(query) * (2 * blocks + 4) + 2 * LANES * 4
+
+
+def _key_bytes(key, pieces):
+  """Returns what a key of a key head takes: four blocks, held twice, and two sums."""
+  gradient = key.dtype.itemsize if pieces == 1 else 4
+  return _lanes(key) * (4 * key.dtype.itemsize + 4 * gradient + 8)
+
+
+def _vector_bytes(tile, segments, query, key, pieces):
+  """Returns what the kernel for queries takes of vector memory: the most of the three."""
+  of_queries = tile.heads * tile.queries * _query_bytes(query, pieces)
+  of_keys = tile.groups * tile.keys * _lanes(key) * 4 * key.dtype.itemsize
+  of_sums = tile.sum_rows * _sum_bytes(tile.heads, segments)
+  return of_queries + of_keys + of_sums + _tile_bytes(tile.queries, tile.keys)
+
+
+def _groups(query, key, keys, segments, pieces):
   """Returns how many key heads a tile of so many keys has."""
   num_groups, per_group = key.shape[2], query.shape[2] // key.shape[2]
-  # Of each key head and key: four blocks, held twice, and two sums.
-  key_bytes = _lanes(key) * (8 * key.dtype.itemsize + 8)
   most = min(
     CHANNELS_TOGETHER // (_lanes(query) * per_group),
-    (KEY_BYTES - _tile_bytes(keys)) // (keys * key_bytes),
+    (KEY_BYTES - _tile_bytes(BLOCK, keys)) // (keys * _key_bytes(key, pieces)),
   )
   if segments:
     most = min(most, SUM_BYTES // _sum_bytes(per_group, segments))
@@ -110,9 +136,9 @@ def _groups(query, key, keys, segments):
   return max(n for n in range(1, num_groups + 1) if num_groups % n == 0 and n <= max(most, 1))
 
 
-def _tile_bytes(keys):
+def _tile_bytes(queries, keys):
   """Returns what six arrays of a tile take: x, a bias, gradients, and what the compiler stores."""
-  return 6 * 4 * BLOCK * keys
+  return 6 * 4 * queries * keys
 
 
 def _lanes(array):
