@@ -338,8 +338,8 @@ def test_a_checkpoint_of_another_model_is_refused_by_its_first_parameter(fire_ru
   workdir = tiny.as_if(fire_run[0], tmp_path / 'run', model={'d_ff': 64})
 
   message = (
-    "checkpoints/12' is of another model: its block_0.mlp.in_DF has shape .16, 32., and that of the"
-    ' config .16, 64.; restore config.json'
+    "checkpoints/12' is of another model: of block_0.mlp.in_DF it has .16, 32., and the config "
+    '.16, 64.; restore config.json'
   )
   with pytest.raises(errors.UserError, match=message):
     train.train(checkpoint.read_config(workdir), workdir)

@@ -107,7 +107,8 @@ def test_latest_and_best_checkpoints_are_kept(data, tmp_path):
   checkpoints = checkpoint.Checkpoints(tmp_path)
   found = {name: checkpoints.named(name) for name in ('latest', 'best', '2', '3', '4')}
   assert found == {'latest': 4, 'best': 2, '2': 2, '3': None, '4': 4}
-  with pytest.raises(errors.UserError, match=r"no checkpoint '3' in '.*'; use latest .*: 2, 4$"):
+  message = "no checkpoint '3' in '.*'; use latest, best or a step that is there: 2, 4$"
+  with pytest.raises(errors.UserError, match=message):
     checkpoint.restore_params(tmp_path, state['params'], '3')
 
 

@@ -21,7 +21,7 @@ from collections.abc import Callable, Sequence
 import jax
 
 from experiments.attention_speed import alone, apart, programs, results, writing
-from lex_fire import cli, encodings, errors, kernels
+from lex_fire import encodings, errors, kernels
 
 HERE = pathlib.Path(__file__).parent
 # To attention sinusoids and learned positions are nope's, what stretches a rotation is rope's, and
@@ -227,4 +227,5 @@ if __name__ == '__main__':
   try:
     main()
   except errors.UserError as error:
-    cli.fail(error)
+    print(f'error: {error}', file=sys.stderr)
+    sys.exit(2)

@@ -128,12 +128,12 @@ def kernel_bytes(program) -> int:
   read again for each row or column of tiles, whose number no bias changes.
   """
   entry = program.as_text().partition('\nENTRY')[2]
-  lines = re.findall(r'%(\S+) = (.*?) ([a-z-]+)\((.*?)\)', entry)
+  lines = re.findall(r'%(\S+) = (.*?) [a-z-]+\((.*?)\)(.*)', entry)
   shapes = {name: shape for name, shape, _, _ in lines}
   return sum(
     _bytes_of(shape) + sum(_bytes_of(shapes[name]) for name in re.findall(r'%([\w.-]+)', operands))
-    for _, shape, kind, operands in lines
-    if kind == 'custom-call' and operands
+    for _, shape, operands, rest in lines
+    if 'custom_call_target="tpu_custom_call"' in rest
   )
 
 
