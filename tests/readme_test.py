@@ -129,6 +129,7 @@ def test_what_length_generalization_tells_is_what_was_measured():
     ('qmsum', 'laptop', [sweep_results.ROUGE, sweep_results.ANSWER_LOSS]),
     ('arithmetic', 'laptop', [sweep_results.ACCURACY]),
     ('arithmetic', 'twenty', [sweep_results.ACCURACY]),
+    ('shipped', 'seeds', [sweep_results.LOSS]),
   ],
 )
 def test_tables_of_sweeps_are_those_that_were_measured(name, file, shown):

@@ -13,6 +13,8 @@ from absl import flags
 from matplotlib import figure
 
 from experiments import sweep, sweep_plot, sweep_published, sweep_results
+from experiments.shipped import run as shipped_run
+from experiments.shipped import seeds as shipped_seeds
 from lex_fire import encodings, errors, published, train
 
 ROOT = pathlib.Path(sweep.__file__).parent
@@ -319,3 +321,21 @@ def test_tables_are_those_of_what_was_measured(path):
   lines = sweep_results.whole(sweep_results.read(path))
   assert path.with_suffix('.txt').read_text() == sweep_results.tables(lines)
   assert path.with_suffix('.png').exists()
+
+
+# What ships
+
+
+def test_other_seeds_of_what_ships_are_of_its_recipe():
+  """All but the masks that are evaluated, which do not change what is trained."""
+  of = sweep.corpus('')
+
+  for name, variant in shipped_seeds.variants().items():
+    found = sweep.config(shipped_seeds.SCALE, of, variant, seed=0).to_dict()
+    shipped = shipped_run.config(variant.encoding).to_dict()
+    if name == 'one hidden layer':
+      shipped['encoding']['hidden_layers'] = 1
+    assert found.pop('evaluate')['masks'] == sweep.MASKS
+    assert found == {
+      section: of_one for section, of_one in shipped.items() if section != 'evaluate'
+    }

@@ -58,7 +58,7 @@ package, for tests, notebooks and demonstrations.
 {results}
 
 - **Limits**: it has seen {megabytes:.0f} megabytes of one kind of text. What it writes looks like
-  Python and is none; it knows no other language and no facts. One seed: differences of 0.03 nats
+  Python and is none; it knows no other language and no facts. One seed: differences of 0.05 nats
   between models are not to be leaned on. Lengths past {longest} are not in the table. Nothing was
   done about what the text that it writes may say.
 """
