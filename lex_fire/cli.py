@@ -1,6 +1,7 @@
 """How a command starts and ends: flags, one sentence for a user's mistake, and an exit status."""
 
 import os
+import re
 import runpy
 import sys
 import traceback
@@ -20,7 +21,7 @@ def fail(message: object) -> None:
   hosts.leave(2)
 
 
-def leave_unread() -> None:
+def _leave_unread() -> None:
   """Ends the command as a shell has it when nobody reads its output any more: status 141."""
   os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for the flush at the end
   hosts.leave(141)
@@ -43,7 +44,7 @@ def run(main: Callable[[], None], interrupted: str = 'interrupted') -> None:
     try:
       return flags.FLAGS(argv)
     except BrokenPipeError:  # by --help
-      leave_unread()
+      _leave_unread()
     except (AttributeError, KeyError) as error:  # what a ConfigDict raises for a field it lacks
       fail(_unknown_field(argv) or error)
     except (flags.Error, errors.UserError, OSError) as error:
@@ -64,7 +65,7 @@ def run(main: Callable[[], None], interrupted: str = 'interrupted') -> None:
       print(interrupted, file=sys.stderr)
       hosts.leave(130)
     except BrokenPipeError:
-      leave_unread()
+      _leave_unread()
     except Exception as error:
       if _is_of_memory(error):
         fail(
@@ -114,9 +115,9 @@ def _lines(error: Exception) -> list[str]:
 
 # What Python says of a wrong number and a missing file, and what a user is told.
 _SAID = {
-  'invalid literal for int() with base 10: ': 'must be a whole number, not ',
-  'could not convert string to float: ': 'must be a number, not ',
-  '[Errno 2] No such file or directory: ': 'see configs/ for those there are, there is no file ',
+  r'invalid literal for int\(\) with base 10: ': 'must be a whole number, not ',
+  r'could not convert string to float: ': 'must be a number, not ',
+  r"\[Errno 2\] No such file or directory: ('.*')": r'there is no file \1; see configs/',
 }
 
 
@@ -125,7 +126,7 @@ def _last_line(error: Exception) -> str:
   last = _lines(error)[-1].strip()
   last = last.removeprefix('lex_fire.errors.UserError: ')
   for python, said in _SAID.items():
-    last = last.replace(python, said)
+    last = re.sub(python, said, last)
   return f'cannot read --config: {last}' if isinstance(error, OSError) else last
 
 

@@ -24,7 +24,7 @@ TRAIN_MISTAKES = {
   'workdir missing': ([QUICK], '--workdir is missing'),
   'no config file': (
     ['--config=configs/none.py', '--workdir=WORKDIR'],
-    "cannot read --config: see configs/ for those there are, there is no file 'configs/none.py'",
+    "cannot read --config: there is no file 'configs/none.py'; see configs/",
   ),
   'config of another kind': (['--config=README.md'], 'cannot read --config: SyntaxError: '),
   'config of a run': (['--config=EMPTY/of_a_run.py'], 'cannot read --config: NameError: '),

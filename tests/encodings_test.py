@@ -14,7 +14,7 @@ import oracles
 import pytest
 
 from lex_fire import encodings, errors
-from lex_fire.encodings import alibi, base, fire, kerple, ntk, rotary, t5, yarn
+from lex_fire.encodings import alibi, base, checks, fire, kerple, ntk, rotary, t5, yarn
 
 GOLDEN = pathlib.Path(__file__).parent / 'golden' / 'encodings.txt'
 NUM_HEADS, HEAD_DIM = 6, 8
@@ -703,7 +703,7 @@ def test_who_writes_an_encoding_is_told_what_is_wrong_with_it(changes, message, 
     encodings.get('mine')
 
 
-def test_an_encoding_of_other_sizes_and_names_than_those_of_the_check_is_taken(monkeypatch):
+def test_an_encoding_of_other_sizes_and_names_than_those_of_the_check_is_taken():
   def init(rng, *, num_heads, **sizes):
     if num_heads % 8:
       raise errors.UserError(f'{num_heads=} is not a multiple of 8')
@@ -713,10 +713,7 @@ def test_an_encoding_of_other_sizes_and_names_than_those_of_the_check_is_taken(m
     return jnp.zeros((1, heads, i.shape[1], j.shape[1]))
 
   for changes in ({'init': init, 'learned': True}, {'bias': bias}):
-    monkeypatch.setitem(
-      encodings.ENCODINGS, 'mine', lambda changes=changes: MINE._replace(**changes)
-    )
-    encodings._make(encodings.ENCODINGS['mine'])
+    checks.check(MINE._replace(**changes))
 
 
 def test_an_option_without_a_default_is_refused(monkeypatch):
