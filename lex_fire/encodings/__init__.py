@@ -104,7 +104,7 @@ def options(name: str) -> dict[str, Any]:
   parameters = inspect.signature(factory).parameters.values()
   fixed = factory.keywords if isinstance(factory, functools.partial) else {}
   for parameter in parameters:
-    if parameter.default is parameter.empty or parameter.kind is parameter.VAR_POSITIONAL:
+    if parameter.default is parameter.empty:
       raise errors.UserError(
         f'option {str(parameter)!r} of encoding {name!r} has no default; let its factory name each '
         'option, with a default'
