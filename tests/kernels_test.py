@@ -13,7 +13,7 @@ import pytest
 
 from lex_fire import encodings, errors, kernels
 from lex_fire.encodings import base, piecewise
-from lex_fire.kernels import chunked, decay, mosaic_tpu_size
+from lex_fire.kernels import chunked, decay, mosaic_tpu_bias, mosaic_tpu_size
 from lex_fire.kernels import mask as mask_lib
 
 BLOCK = 16
@@ -294,6 +294,36 @@ def test_sums_of_a_table_in_one_row_or_in_a_register_equal_the_oracle(sum_rows, 
   visible_BQK = oracles.visible_pairs(position_BL, position_BL)
   of_pairs = pairs('fire+fire_s', arrays, position_BL, position_BL, visible_BQK)
   oracles.assert_gradients(found, of_pairs, visible_BQK, arrays, probe(arrays))
+
+
+# (encoding, options, positions of a row in order): T5's with more lines than a register has lanes,
+# which a few tiles reach on both sides of a register's end.
+MANY_LINES = {
+  'fire 2 layers': ('fire', {'hidden_layers': 2}, range(700, 748)),
+  'fire 2 layers, sparse': ('fire', {'hidden_layers': 2}, range(9, 1000, 21)),
+  't5': ('t5', {'num_buckets': 400, 'max_distance': 500}, [*range(16), *range(128, 176)]),
+}
+
+
+@pytest.mark.parametrize('most_of_few', [1, 2**15])
+@pytest.mark.parametrize('case', MANY_LINES)
+def test_lines_that_are_looked_up_and_lines_gone_through_equal_the_reference(
+  case, most_of_few, monkeypatch
+):
+  """In the TPU kernel, which chooses by how many breakpoints a part of a tile has."""
+  name, options, row = MANY_LINES[case]
+  monkeypatch.setattr(mosaic_tpu_bias, 'MOST_OF_FEW', most_of_few)
+  encoding = encodings.get(name, **options)
+  params = encoding.init(
+    jax.random.key(5), num_heads=NUM_HEADS, head_dim=HEAD_DIM, d_model=NUM_HEADS * HEAD_DIM
+  )
+  arrays = inputs(1, len(row), len(row))
+  position_BL = np.int32([row])
+
+  found = out_and_gradients('mosaic_tpu', encoding, params, arrays, position_BL)
+
+  expected = out_and_gradients('reference', encoding, params, arrays, position_BL)
+  jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-5), found, expected)
 
 
 IN_ORDER_CASES = [case for case in CASES if encodings.get(CASES[case][0]).table is not None]

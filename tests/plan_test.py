@@ -103,28 +103,27 @@ def test_a_row_in_order_visits_no_tile_without_a_visible_pair():
 
 
 @pytest.mark.parametrize('seed', range(4))
+@pytest.mark.parametrize('mask', MASKS)
 @pytest.mark.parametrize('case', TABLES)
-def test_a_span_has_the_segment_of_every_pair_in_its_tile(case, seed):
-  made, segment_BQK = with_segments(case, seed, {'causal': False}, positions(seed))
+def test_a_part_has_the_segment_of_every_visible_pair_and_a_tile_those_of_its_parts(
+  case, mask, seed
+):
+  part, position_BL = (QUERY_BLOCK // 2, KEY_BLOCK // 4), positions(seed)
+  visible_BQK = oracles.visible_pairs(position_BL, position_BL, **MASKS[mask])
 
-  for at, segment in tiles(segment_BQK):
-    assert made.low_IJ[at] <= segment.min() and segment.max() < made.high_IJ[at], at
+  made, segment_BQK = with_segments(case, seed, MASKS[mask], position_BL, part=part)
 
+  def parts(tile_BQK):
+    for column, row in itertools.product(range(4), range(2)):
+      yield tile_BQK[:, row * part[0] :][:, : part[0], column * part[1] :][..., : part[1]]
 
-@pytest.mark.parametrize('seed', range(4))
-@pytest.mark.parametrize('case', TABLES)
-def test_a_part_has_the_segment_of_every_pair_in_it_and_a_tile_those_of_its_parts(case, seed):
-  part = QUERY_BLOCK // 2, KEY_BLOCK // 4
-
-  made, segment_BQK = with_segments(case, seed, {'causal': False}, positions(seed), part=part)
-
-  for at, segment in tiles(segment_BQK):
-    for n, (column, row) in enumerate(itertools.product(range(4), range(2))):
-      own = segment[:, row * part[0] :][:, : part[0], column * part[1] :][..., : part[1]]
-      if own.size:
-        assert made.part_low_IJY[at][n] <= own.min() and own.max() < made.part_high_IJY[at][n], at
-  assert (made.part_low_IJY < made.part_high_IJY).all()
+  for (at, segment), (_, visible) in zip(tiles(segment_BQK), tiles(visible_BQK), strict=True):
+    for n, (own, is_seen) in enumerate(zip(parts(segment), parts(visible), strict=True)):
+      if is_seen.any():
+        seen = own[is_seen]
+        assert made.part_low_IJY[at][n] <= seen.min() and seen.max() < made.part_high_IJY[at][n], at
   visited = made.high_IJ > 0
+  assert (made.part_low_IJY < made.part_high_IJY)[visited].all()
   assert (made.low_IJ == made.part_low_IJY.min(axis=2))[visited].all()
   assert (made.high_IJ == made.part_high_IJY.max(axis=2))[visited].all()
 
@@ -145,12 +144,25 @@ def test_a_tile_is_in_order_if_its_positions_rise_by_one_in_every_row():
 
 
 @pytest.mark.parametrize('case', TABLES)
-def test_a_span_has_no_segment_that_a_row_in_order_does_not_reach(case):
-  made, segment_BQK = with_segments(case, 3, {}, np.arange(700, 764, dtype=np.int32)[None])
+def test_a_part_has_no_segment_that_a_row_in_order_does_not_reach(case):
+  """Nor what only a hidden pair reaches: a part without a visible one has a segment of its tile."""
+  position_BL = np.arange(700, 764, dtype=np.int32)[None]
+  (visible_QK,) = oracles.visible_pairs(position_BL, position_BL)
+  part = QUERY_BLOCK // 4, KEY_BLOCK // 4
 
-  for at, segment in tiles(segment_BQK):
-    if made.high_IJ[at]:
-      assert (made.low_IJ[at], made.high_IJ[at]) == (segment.min(), segment.max() + 1), at
+  made, segment_BQK = with_segments(case, 3, {}, position_BL, part=part)
+
+  some_are_hidden = False
+  for at, segment in tiles(np.where(visible_QK, segment_BQK, -1)):
+    for n, (column, row) in enumerate(itertools.product(range(4), range(4))):
+      own = segment[0, row * part[0] :][: part[0], column * part[1] :][:, : part[1]]
+      found = made.part_low_IJY[at][n], made.part_high_IJY[at][n]
+      if (own >= 0).any():
+        assert found == (own[own >= 0].min(), own.max() + 1), at
+      elif made.high_IJ[at]:
+        some_are_hidden = True
+        assert found == (made.low_IJ[at], made.low_IJ[at] + 1), at
+  assert some_are_hidden
 
 
 def test_a_span_has_every_number_of_stretches_that_a_query_is_after_a_key():

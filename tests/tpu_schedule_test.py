@@ -19,7 +19,9 @@ def listing(*stretches):
 
 
 # A kernel under FIRE, made small: what is done once, for tiles in order and for others, then heads
-# under one line and under pieces, of which each part has a loop over breakpoints.
+# under one line, the list of parts, the segments of those of many breakpoints, and heads under
+# pieces: parts of few with a loop over the rest, parts of many with one over rows of lines, and
+# what adds up a gradient with one over breakpoints.
 KERNEL = [
   ('', 0, 5),
   ('LB', 1, 30),
@@ -27,11 +29,19 @@ KERNEL = [
   ('PF', 1, 1500),
   ('PF', 1, 2700),
   ('LB', 2, 2600),  # one line
+  ('LB', 2, 17),  # list
+  ('LB', 2, 20),  # segments
+  ('LB', 3, 45),
+  ('', 2, 5),
   ('LB', 2, 500),  # pieces
-  ('LB', 3, 10),
-  ('LB', 4, 81),
+  ('LB', 3, 100),
+  ('LB', 4, 47),
   ('', 3, 4),
+  ('LB', 3, 6),
+  ('LB', 4, 250),
   ('', 2, 2500),
+  ('LB', 3, 35),
+  ('LB', 4, 66),
   ('PF', 1, 8),
   ('LB', 2, 590),  # of a row
   ('PF', 1, 130),
@@ -42,11 +52,11 @@ KERNEL = [
 def test_bundles_are_counted_by_loop():
   grid = schedule.parse(listing(*KERNEL))
 
-  one_line, pieces, of_row = grid.inner
-  assert (one_line.own, pieces.own, of_row.own) == (2600, 3000, 590)
-  (parts,) = pieces.inner
-  assert parts.own == 14
-  assert parts.inner[0].own == 81
+  _, _, segments, pieces, _ = grid.inner
+  assert [loop.own for loop in grid.inner] == [2600, 17, 25, 3000, 590]
+  assert segments.inner[0].own == 45
+  assert [parts.own for parts in pieces.inner] == [104, 6, 35]
+  assert [parts.inner[0].own for parts in pieces.inner] == [47, 250, 66]
   assert [count for count in grid.stretches if count] == [30, 1200, 1500, 2700, 8, 130 + 2]
 
 
@@ -61,10 +71,35 @@ def test_bundles_after_a_branch_belong_to_its_loop():
 def test_the_cost_of_a_tile_is_what_is_done_once_and_what_each_head_takes():
   found = schedule.cost(schedule.parse(listing(*KERNEL)), has_bias=True)
 
-  assert found == schedule.Cost(once=1500, line=1300, pieces=3000, part=14, breakpoint=81)
-  reach = schedule.Reach(lines=3, pieces=2, breakpoints=5)
-  of_heads = 8 * (3 * 1300 + 2 * (3000 + 4 * 14) + 5 * 81)
-  assert schedule.cycles(found, reach, heads=8, num_parts=4) == 5 * 1500 + of_heads
+  assert found == schedule.Work(
+    tile=1500,
+    list_part=17,
+    find_part=25,
+    find=45,
+    line=1300,
+    pieces=3000,
+    few=104,
+    rest=47,
+    many=256,
+    add_part=35,
+    add=66,
+  )
+  reach = schedule.Work(
+    tile=5,
+    list_part=8,
+    find_part=2,
+    find=23,
+    line=3,
+    pieces=2,
+    few=4,
+    rest=7,
+    many=2,
+    add_part=6,
+    add=38,
+  )
+  once = 5 * 1500 + 8 * 17 + 2 * 25 + 23 * 45
+  of_head = 3 * 1300 + 2 * 3000 + 4 * 104 + 7 * 47 + 2 * 256 + 6 * 35 + 38 * 66
+  assert schedule.cycles(found, reach, heads=8) == once + 8 * of_head
 
 
 def test_a_kernel_of_other_loops_is_refused():

@@ -105,25 +105,40 @@ def parse(listing: str, weigh: Callable[[str], int] = lambda bundle: 1) -> Loop:
   return stack[0].inner[0]
 
 
-class Cost(NamedTuple):
-  """Bundles of a kernel: once a tile whose positions are in order, and of a head in it.
+class Work(NamedTuple):
+  """The bundles of each kind of work of a kernel, or how often a sequence has it done.
 
   Attributes:
-    once: a tile.
-    line: a head under one line, or without a bias, of those that are visited together.
-    pieces: a head under several lines, but for its parts; None without a bias.
-    part: a part of those.
-    breakpoint: one in a part.
+    tile: what is done once in a tile whose positions are in order.
+    list_part: likewise, for a part of a tile under pieces.
+    find_part: likewise, for a part of many breakpoints, to find the segments of all heads.
+    find: likewise, for a breakpoint of such a part.
+    line: a head in a tile under one line, or without a bias, of those that are visited together.
+    pieces: a head in a tile under several lines, but for what follows.
+    few: a part of few breakpoints, of a head, as are all below.
+    rest: a breakpoint of it, beyond those that are gone through together.
+    many: a part of many.
+    add_part: either, whose gradient of the table is added up.
+    add: a breakpoint of it.
   """
 
-  once: int
-  line: float
-  pieces: int | None
-  part: int
-  breakpoint: int
+  tile: float
+  list_part: float = 0
+  find_part: float = 0
+  find: float = 0
+  line: float = 0
+  pieces: float = 0
+  few: float = 0
+  rest: float = 0
+  many: float = 0
+  add_part: float = 0
+  add: float = 0
 
 
-def cost(grid: Loop, has_bias: bool, of: Loop | None = None) -> Cost:
+OF_TILE = 4  # kinds of work that are done once for all heads of a tile
+
+
+def cost(grid: Loop, has_bias: bool, of: Loop | None = None) -> Work:
   """Returns what a kernel's loops take.
 
   Args:
@@ -140,19 +155,26 @@ def cost(grid: Loop, has_bias: bool, of: Loop | None = None) -> Cost:
     raise ValueError(f'{len(heads)} loops over heads, not {1 + has_bias}')
   first, last = (_position(grid, number) for number in (heads[0], heads[-1]))
   before = [at for at, count in enumerate(grid.stretches[:first]) if count]
+  line = of.inner[heads[0]].own / mosaic_tpu_bias.HEADS_TOGETHER
   if not has_bias:
-    line = of.inner[heads[0]].own / mosaic_tpu_bias.HEADS_TOGETHER
-    return Cost(of.stretches[before[-1]], line, None, 0, 0)
+    return Work(tile=of.stretches[before[-1]], line=line, pieces=line)
   long = [at for at, count in enumerate(grid.stretches) if (count or 0) > LONG]
   # What is done once comes twice, for positions in order and for any others.
   once = [[at for at in long if at in before][-2], *[at for at in long if at >= last][:1]]
-  line, pieces = (of.inner[number] for number in heads)
-  return Cost(
-    once=sum(of.stretches[at] for at in once),
-    line=line.own / mosaic_tpu_bias.HEADS_TOGETHER,
+  list_part, find, pieces = of.inner[heads[1] - 2 : heads[1] + 1]
+  few, many, *gradient = pieces.inner
+  return Work(
+    tile=sum(of.stretches[at] for at in once),
+    list_part=list_part.own,
+    find_part=find.own,
+    find=find.inner[0].own,
+    line=line,
     pieces=pieces.own,
-    part=sum(loop.own for loop in pieces.inner),
-    breakpoint=sum(loop.inner[0].own for loop in pieces.inner),
+    few=few.own,
+    rest=few.inner[0].own,
+    many=many.own + many.inner[0].own,
+    add_part=sum(part.own for part in gradient),
+    add=sum(part.inner[0].own for part in gradient),
   )
 
 
@@ -213,14 +235,6 @@ def dump(chip: str, case: str, kernels: dict[str, str]) -> dict[str, str]:
     return {kernel: listing(name) for kernel, name in kernels.items()}
 
 
-class Reach(NamedTuple):
-  """What a sequence asks of a head: tiles with one line, with several, and breakpoints in parts."""
-
-  lines: int
-  pieces: int
-  breakpoints: int
-
-
 def shapes(length: int) -> tuple:
   """Returns query_BQHC and key_BKGC of the sequences, as shapes."""
   return tuple(
@@ -235,7 +249,7 @@ def blocks(length: int) -> mosaic_tpu_size.Blocks:
   return mosaic_tpu_size.blocks(*shapes(length), mosaic_tpu_size.BLOCK, segments)
 
 
-def reach(params, length: int) -> Reach:
+def reach(params, length: int) -> Work:
   """Returns what a sequence in order asks of a head under FIRE."""
   encoding = encodings.get('fire')
   table = encoding.table(params, run.SHAPE['num_heads'])
@@ -248,20 +262,31 @@ def reach(params, length: int) -> Reach:
   part = mosaic_tpu_x.part(tile.queries, tile.keys)
   made = plan.make(*masked, *cut, table, encoding.coordinate, part)
   spans_IJ = np.array(made.high_IJ - made.low_IJ)
-  within_IJ = np.array(made.part_high_IJY - made.part_low_IJY - 1).sum(axis=2)
   several = spans_IJ > 1
-  return Reach(int((spans_IJ == 1).sum()), int(several.sum()), int(within_IJ[several].sum()))
+  within = np.array(made.part_high_IJY - made.part_low_IJY - 1)[several]
+  of_many = within[within >= mosaic_tpu_bias.MOST_OF_FEW]
+  of_few = within[(0 < within) & (within < mosaic_tpu_bias.MOST_OF_FEW)]
+  rest = np.maximum(of_few - (mosaic_tpu_bias.TOGETHER - 1), 0)
+  counts = Work(
+    tile=(spans_IJ > 0).sum(),
+    list_part=within.size,
+    find_part=of_many.size,
+    find=of_many.sum(),
+    line=(spans_IJ == 1).sum(),
+    pieces=several.sum(),
+    few=of_few.size,
+    rest=rest.sum(),
+    many=of_many.size,
+    add_part=of_few.size + of_many.size,
+    add=within.sum(),
+  )
+  return Work(*map(int, counts))
 
 
-def cycles(cost: Cost, reach: Reach, heads: int, num_parts: int) -> float:
+def cycles(cost: Work, reach: Work, heads: int) -> float:
   """Returns the cycles of a kernel, of all heads of a tile and all tiles of a sequence."""
-  tiles = reach.lines + reach.pieces
-  of_head = tiles * cost.line
-  if cost.pieces is not None:
-    several = cost.pieces + num_parts * cost.part
-    of_head = reach.lines * cost.line + reach.pieces * several
-    of_head += reach.breakpoints * cost.breakpoint
-  return tiles * cost.once + heads * of_head
+  each = [one * count for one, count in zip(cost, reach, strict=True)]
+  return sum(each[:OF_TILE]) + heads * sum(each[OF_TILE:])
 
 
 def layers() -> dict[str, list]:
@@ -277,19 +302,17 @@ def table(results: dict) -> str:
   tile = blocks(LENGTHS[0])
   if tile.heads % mosaic_tpu_bias.HEADS_TOGETHER:
     raise ValueError(f'{tile.heads} heads of a tile are not visited together, as `cost` has it')
-  part = mosaic_tpu_x.part(tile.queries, tile.keys)
-  num_parts = tile.queries // part[0] * (tile.keys // part[1])
   products = {
     kernel: 2 * tile.queries * tile.keys * run.SHAPE['head_dim'] * count
     for kernel, count in PRODUCTS.items()
   }
 
   def of_bundles(costs, case, kernel, one):
-    return cycles(Cost(*costs[case][kernel]), one, tile.heads, num_parts)
+    return cycles(Work(*costs[case][kernel]), one, tile.heads)
 
   def flops(costs, case, kernel, one):
-    computed = cycles(Cost(*costs['arithmetic'][case][kernel]), one, tile.heads, num_parts)
-    return computed * REGISTER + (one.lines + one.pieces) * tile.heads * products[kernel]
+    computed = cycles(Work(*costs['arithmetic'][case][kernel]), one, tile.heads)
+    return computed * REGISTER + one.tile * tile.heads * products[kernel]
 
   heads = ''.join(f'{length:>9}' for length in LENGTHS)
   cycle_lines, flop_lines = [f'{"":28}{heads}'], [f'{"":28}{heads}']
@@ -319,8 +342,8 @@ def beside_splash(results: dict, heads: int) -> list[str]:
   lines = [f'{"":18}{"ours":>9}{"splash":>9}{"ratio":>9}']
   for chip, costs in results['chips'].items():
     for kernel in KERNELS:
-      cost = Cost(*costs['nope'][kernel])
-      ours, other = cost.line + cost.once / heads, costs['splash'][kernel]
+      cost = Work(*costs['nope'][kernel])
+      ours, other = cost.line + cost.tile / heads, costs['splash'][kernel]
       lines.append(f'{chip:4}{kernel:14}{ours:>9.0f}{other:>9}{ours / other:>9.2f}')
   return lines
 

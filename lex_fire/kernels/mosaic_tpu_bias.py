@@ -2,8 +2,8 @@
 
 A tile is eight times as large as all vector registers together. What is one expression from the
 products to the softmax stays in them, a piece at a time; what a loop carries is stored and loaded
-again in each of its rounds. So the bias is an expression where it is one line a head, and where it
-has breakpoints it is made before, in parts that fit in registers.
+again in each of its rounds. So the bias is an expression where it is one line a head; where it has
+breakpoints it is made before, in parts that fit in registers.
 """
 
 import functools
@@ -15,9 +15,15 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 
 from lex_fire.kernels.mosaic_tpu_products import OneStretch, Products, Stretches
-from lex_fire.kernels.mosaic_tpu_x import SUBLANES, Distances, Factors, Pairs
+from lex_fire.kernels.mosaic_tpu_size import LANES, SUBLANES
+from lex_fire.kernels.mosaic_tpu_x import Distances, Factors, Pairs
 
 HEADS_TOGETHER = 2
+# Segments of a part of few breakpoints. By the compiler's schedule, to look up the lines of a part
+# takes as long as to go through so many.
+MOST_OF_FEW = 9
+TOGETHER = 3  # segments of a part whose lines are chosen from in registers
+LANE_BITS = LANES.bit_length() - 1
 
 
 class Line:
@@ -70,91 +76,160 @@ class Line:
 class Pieces:
   """A bias with breakpoints within the tile, over an x that heads share.
 
-  It is made part by part, as most breakpoints of a tile lie in few of its parts.
+  It is made part by part, as most breakpoints of a tile lie in few of its parts. In a part of few
+  they are gone through, head by head. In one of many that is done once, for which segment each x
+  lies in, and every head looks its lines up. The others are one line.
   """
 
   def __init__(self, at: Pairs):
     """Takes the segments that each part can reach."""
     self.at, self.table, self.refs = at, at.tile.table, at.refs
+    self.x_ST, self.bias_ST = at.x_ST, at.bias_ST
+    self.few, self.many = self._list_parts()
+    self._each_of_many(self._find_segments)
 
-  def _of_head(self, head):
-    """Returns functions of a segment: the slope of a head, and the height of its line at 0."""
+  def _list_parts(self):
+    """Lists the parts of few breakpoints, and from the end those of many; returns how many."""
+    parts_Y = self.refs.parts_Y
+
+    def add(part, counts):
+      few, many = counts
+      # Either next place of the list is taken again, unless the part is counted there.
+      parts_Y[few] = parts_Y[self.at.num_parts - 1 - many] = part
+      first, end = self.at.span(part)
+      is_many = end - first > MOST_OF_FEW
+      return few + ((end - first > 1) & ~is_many), many + is_many
+
+    return jax.lax.fori_loop(0, self.at.num_parts, add, (0, 0))
+
+  def _each_of_few(self, function):
+    self._each_listed(0, self.few, function)
+
+  def _each_of_many(self, function):
+    self._each_listed(self.few, self.few + self.many, function)
+
+  def _each_listed(self, start, stop, function):
+    """Calls function(rows, first, end) for parts that are listed: their segments, one past last."""
+    unlisted = self.at.num_parts - self.few - self.many
+    size = self.at.part_rows
+
+    def of_listed(number, _):
+      part = self.refs.parts_Y[number + jnp.where(number < self.few, 0, unlisted)]
+      function(pl.ds(pl.multiple_of(part * size, size), size), *self.at.span(part))
+
+    jax.lax.fori_loop(start, stop, of_listed, None)
+
+  def _find_segments(self, rows, first, end):
+    segment_ST = self.refs.segment_ST
+
+    def above(z, _):
+      segment_ST[rows] += (self.x_ST[rows] > self.table.lower_Z[z]).astype(jnp.int32)
+
+    segment_ST[rows] = jnp.full_like(segment_ST[rows], first)
+    jax.lax.fori_loop(first + 1, end, above, None)
+
+  def _line(self, head):
+    """Returns a function of a segment: the slope of a head, and the height of its line at 0."""
     table, start = self.table, _first_segment(self.table, head)
 
-    def slope(z):
-      return table.slope_ZH[0, 0, start + z]
+    def of_segment(z):
+      slope = table.slope_ZH[0, 0, start + z]
+      return slope, _height(table, slope, start + z, z)
 
-    def height(z):
-      return _height(table, slope(z), start + z, z)
+    return of_segment
 
-    return slope, height
+  def _go_through(self, head, rows, first, end):
+    """Makes the bias of a part line by line: the first TOGETHER without leaving registers."""
+    line, lower_Z, x = self._line(head), self.table.lower_Z, self.x_ST[rows]
+    slope, height = line(first)
+    for number in range(1, TOGETHER):
+      z = jnp.minimum(first + number, end - 1)  # the last again changes nothing
+      is_above = x > lower_Z[z]
+      pairs = zip(line(z), (slope, height), strict=True)
+      slope, height = (jnp.where(is_above, *pair) for pair in pairs)
+    self.bias_ST[rows] = height + slope * x
 
-  def _each_part(self, function):
-    """Calls function(part, its rows, its segments after the first, and one past the last)."""
+    def above(z, _):
+      slope, height = line(z)
+      x = self.x_ST[rows]
+      self.bias_ST[rows] = jnp.where(x > lower_Z[z], height + slope * x, self.bias_ST[rows])
 
-    def of_part(part, _):
-      size = self.at.part_rows
-      first, end = self.at.span(part)
-      function(part, pl.ds(pl.multiple_of(part * size, size), size), first + 1, end)
+    jax.lax.fori_loop(first + TOGETHER, end, above, None)
 
-    jax.lax.fori_loop(0, self.at.num_parts, of_part, None)
+  def _look_up(self, head, rows, first, end):
+    """Makes the bias of a part from registers that hold lines."""
+    lines, segment = self.at.tile.lines, self.refs.segment_ST[rows]
+    rows_of_head = lines.slope_NRT.shape[1] // self.at.tile.setup.heads
+
+    def of_row(number, _):
+      row = pl.ds(head * rows_of_head + number, 1)
+
+      def of_x(number_NRT):
+        in_all_rows = jnp.broadcast_to(number_NRT[0, row], (len(segment), LANES))
+        return jnp.take_along_axis(in_all_rows, segment & LANES - 1, axis=1)
+
+      bias = of_x(lines.height_NRT) + of_x(lines.slope_NRT) * self.x_ST[rows]
+      if rows_of_head > 1:
+        bias = jnp.where(segment >> LANE_BITS == number, bias, self.bias_ST[rows])
+      self.bias_ST[rows] = bias
+
+    jax.lax.fori_loop(first >> LANE_BITS, (end - 1 >> LANE_BITS) + 1, of_row, None)
 
   def __call__(self, head: jax.Array) -> jax.Array:
     """Returns bias_QK of a head."""
-    table, (slope, height) = self.table, self._of_head(head)
-    x_ST, bias_ST = self.refs.x_ST, self.refs.bias_ST
+    self._each_of_few(functools.partial(self._go_through, head))
+    self._each_of_many(functools.partial(self._look_up, head))
+    line, size = self._line(head), self.at.part_rows
 
-    def add_pieces(_, rows, second, end):
-      def above(z, _):
-        x = x_ST[rows]
-        is_above = x > table.lower_Z[z]
-        bias_ST[rows] = jnp.where(is_above, height(z) + slope(z) * x, bias_ST[rows])
+    def of_part(part):
+      first, end = self.at.span(part)
+      is_line = end - first == 1
+      slope, height = line(first)
+      # What was made is a line of itself.
+      made = pl.multiple_of(jnp.where(is_line, 0, self.at.num_parts * size), size)
+      number = self.refs.x_ST[pl.ds(part * size + made, size)]
+      return jnp.where(is_line, height, 0.0) + jnp.where(is_line, slope, 1.0) * number
 
-      jax.lax.fori_loop(second, end, above, None)
-
-    for part, rows in enumerate(self.at.static_parts()):
-      first = self.at.span(part)[0]
-      bias_ST[rows] = height(first) + slope(first) * x_ST[rows]
-    self._each_part(add_pieces)
-    return self.at.spread(bias_ST[...])
+    return self.at.spread(jnp.concatenate([of_part(part) for part in range(self.at.num_parts)]))
 
   def add_gradient(self, head: jax.Array, d_logits_QK: jax.Array, sums: Any) -> None:
     """Adds the share of a head to `sums`, a table of refs, and to the gradient of a shared x.
 
-    A segment has what lies above its lower end, less what lies above that of the next.
+    The first segment of a part is given all of it. Each has what lies above its lower end, less
+    what lies above that of the next.
     """
-    table, (slope, _), start = self.table, self._of_head(head), _first_segment(self.table, head)
+    table, start = self.table, _first_segment(self.table, head)
     sum_rows = self.at.tile.setup.sum_rows
-    x_ST, d_x_ST = self.refs.x_ST, self.refs.d_x_ST
-    of_parts = self.refs.of_x_YT, self.refs.of_one_YT
+    x_ST, d_x_ST = self.x_ST, self.refs.d_x_ST
 
-    def add_segment(z, from_here, from_next):
-      of_x, of_one = (a - b for a, b in zip(from_here, from_next, strict=True))
+    def slope(z):
+      return table.slope_ZH[0, 0, start + z]
+
+    def add(z, of_x, of_one):
       _add_to(sums.slope_ZH, start + z, of_x - table.anchor_Z[z] * of_one)
       _add_to(sums.value_ZH, start + z, of_one)
 
-    def add_pieces(part, rows, second, end):
+    def add_pieces(rows, first, end):
       def step(z, from_before):
         d_above = jnp.where(x_ST[rows] > table.lower_Z[z], self.refs.d_bias_ST[rows], 0.0)
         if d_x_ST is not None:
           d_x_ST[rows] += (slope(z) - slope(z - 1)) * d_above
         of_rows = d_above * x_ST[rows], d_above
         from_here = tuple(_over_rows(_halved(x), sum_rows) for x in of_rows)
-        add_segment(z - 1, from_before, from_here)
+        add(z - 1, *(a - b for a, b in zip(from_before, from_here, strict=True)))
         return from_here
 
-      own = pl.ds(pl.multiple_of(part * sum_rows, sum_rows), sum_rows)
-      from_first = tuple(ref[own] for ref in of_parts)
-      add_segment(end - 1, jax.lax.fori_loop(second, end, step, from_first), (0.0, 0.0))
+      nothing = (jnp.zeros((sum_rows, self.at.width), jnp.float32),) * 2
+      add(end - 1, *jax.lax.fori_loop(first + 1, end, step, nothing))
 
     d_bias_ST = self.at.kept(d_logits_QK)
     for part, rows in enumerate(self.at.static_parts()):
+      first, _ = self.at.span(part)
       if d_x_ST is not None:
-        d_x_ST[rows] += slope(self.at.span(part)[0]) * d_bias_ST[rows]
+        d_x_ST[rows] += slope(first) * d_bias_ST[rows]
       of_rows = d_bias_ST[rows] * x_ST[rows], d_bias_ST[rows]
-      for ref, number_ST in zip(of_parts, of_rows, strict=True):
-        ref[part * sum_rows : (part + 1) * sum_rows] = _over_rows(number_ST, sum_rows)
-    self._each_part(add_pieces)
+      add(first, *(_over_rows(number_ST, sum_rows) for number_ST in of_rows))
+    self._each_listed(0, self.few + self.many, add_pieces)
 
 
 def _height(table, slope, index, z):

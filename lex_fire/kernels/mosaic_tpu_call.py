@@ -9,8 +9,8 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from lex_fire.kernels import mosaic_tpu_x as x_lib
-from lex_fire.kernels.mosaic_tpu_size import VMEM_BYTES
-from lex_fire.kernels.mosaic_tpu_tile import SPAN_BITS, Inputs, Setup
+from lex_fire.kernels.mosaic_tpu_size import LANES, VMEM_BYTES
+from lex_fire.kernels.mosaic_tpu_tile import SPAN_BITS, Inputs, Lines, Setup
 from lex_fire.kernels.plan import Keys, Plan, Queries
 
 
@@ -18,7 +18,8 @@ def inputs(
   setup: Setup, plan: Plan, queries: Queries, keys: Keys, table: Any, constants: Any
 ) -> Inputs:
   """Returns what all kernels take."""
-  return Inputs(_parts(plan), queries, keys, _flat(table, setup.heads), constants)
+  flat, lines = _flat(table, setup.heads), _lines(table, setup.heads)
+  return Inputs(_parts(plan), queries, keys, flat, lines, constants)
 
 
 def _parts(plan):
@@ -40,6 +41,19 @@ def _flat(table, heads):
   if table.lower_Z is None:
     return table._replace(slope_ZH=rows(table.slope_ZH))
   return table._replace(slope_ZH=rows(table.slope_ZH), value_ZH=rows(table.value_ZH))
+
+
+def _lines(table, heads):
+  """Returns the lines of a table as vectors, or None if there is but one a head."""
+  if table is None or table.lower_Z is None:
+    return None
+
+  def rows(number_ZH):
+    number_HZ = jnp.pad(number_ZH.T, [(0, 0), (0, -len(number_ZH) % LANES)])
+    return number_HZ.reshape(len(number_HZ) // heads, -1, LANES)
+
+  height_ZH = table.value_ZH - table.slope_ZH * table.anchor_Z[:, None]
+  return Lines(rows(table.slope_ZH), rows(height_ZH))
 
 
 class Specs:
@@ -92,6 +106,7 @@ class Specs:
       queries=jax.tree.map(self.query, inputs.queries),
       keys=jax.tree.map(self.key, inputs.keys),
       table=jax.tree.map(self._scalars, inputs.table),
+      lines=jax.tree.map(self._vectors, inputs.lines),
       constants=jax.tree.map(whole, inputs.constants),
     )
 
@@ -111,6 +126,10 @@ class Specs:
     return pl.BlockSpec(
       (1, *numbers.shape[1:]), lambda _, heads, *rest: (heads, 0, 0), memory_space=pltpu.SMEM
     )
+
+  def _vectors(self, numbers):
+    """Returns the spec of rows of numbers for each head block."""
+    return pl.BlockSpec((1, *numbers.shape[1:]), lambda _, heads, *rest: (heads, 0, 0))
 
 
 class Output(NamedTuple):
@@ -161,7 +180,7 @@ def call(kernel, setup, grid, plan, hold_IJ, inputs, in_specs, outputs, sums, ow
 def scratch(setup: Setup, table: Any, learned: bool) -> x_lib.Scratch:
   """Returns what a kernel needs for one tile: for the gradient of the table, too, if learned."""
   shape = setup.query_block, setup.key_block
-  return x_lib.scratch(setup.functions, table, shape, setup.sum_rows, learned)
+  return x_lib.scratch(setup.functions, table, shape, learned)
 
 
 def like(array: Any, dtype: Any) -> jax.ShapeDtypeStruct:

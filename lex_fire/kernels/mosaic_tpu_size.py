@@ -16,8 +16,8 @@ LANES = 128  # of one: blocks are multiples, and channels are padded to one
 CHANNELS_TOGETHER = 2048
 VMEM_BYTES = 60 * 2**20  # of the 64 MiB of a v5p; v5e and v6e have 128
 # Of it, for a tile's own arrays and all that it holds of its queries, or of its keys.
-QUERY_BYTES = 44 * 2**20
-KEY_BYTES = 36 * 2**20
+QUERY_BYTES = 48 * 2**20
+KEY_BYTES = 40 * 2**20
 SUM_BYTES = 20 * 2**20  # of what queries may have, for the gradient of a table's lines
 SMEM_BYTES = 960 * 2**10  # of 1 MiB, for the plan and the table
 MOST_TILES = 2**16  # of a plan; keys of a tile are doubled until it has no more
@@ -137,8 +137,11 @@ def _groups(query, key, keys, segments, pieces):
 
 
 def _tile_bytes(queries, keys):
-  """Returns what six arrays of a tile take: x, a bias, gradients, and what the compiler stores."""
-  return 6 * 4 * queries * keys
+  """Returns what seven arrays of a tile take.
+
+  They are x, a bias, segments, gradients, and what the compiler stores.
+  """
+  return 7 * 4 * queries * keys
 
 
 def _lanes(array):

@@ -52,6 +52,18 @@ class Constants(NamedTuple):
   of_functions: Functions
 
 
+class Lines(NamedTuple):
+  """Lines of a table in registers: LANES segments in a row of a block of heads, a head's together.
+
+  Attributes:
+    slope_NRT: in N blocks of heads.
+    height_NRT: at 0.
+  """
+
+  slope_NRT: Any
+  height_NRT: Any
+
+
 SPAN_BITS = 15  # a table has fewer than 2^15 segments
 
 
@@ -63,6 +75,7 @@ class Inputs(NamedTuple):
     queries: a `plan.Queries`.
     keys: a `plan.Keys`.
     table: a `piecewise.Table` with the lines of a block of heads in a row, a head's together.
+    lines: the same lines as vectors, where there are breakpoints: see `Lines`.
     constants: see `Constants`.
   """
 
@@ -70,6 +83,7 @@ class Inputs(NamedTuple):
   queries: Any
   keys: Any
   table: Any
+  lines: Any
   constants: Constants
 
 
@@ -79,7 +93,7 @@ class Tile:
   def __init__(self, setup, code, first_head, inputs, scratch):
     self.setup, self.first_head, self.scratch = setup, first_head, scratch
     *self.span, self.in_order = _unpacked(code)
-    self._part_I1Y, self.queries, self.keys, self.table, self.constants = inputs
+    self._part_I1Y, self.queries, self.keys, self.table, self.lines, self.constants = inputs
     self.i_Q1, self.j_1K = self.queries.position_B1Q[0].T, self.keys.position_B1K[0]
     self.visible_QK = self._visible()
 

@@ -86,20 +86,18 @@ class Refs(NamedTuple):
   """Arrays in vector memory of either `Pairs` or `Distances`; None what a kernel does not need.
 
   Attributes:
-    x_ST: what heads share.
-    bias_ST: of a head, with breakpoints.
+    x_ST: what heads share; with breakpoints, a bias of a head in as many rows after it.
     d_bias_ST: of a head.
     d_x_ST: of all heads.
-    of_x_YT: of a head, sums over the rows of each part: of d_bias x.
-    of_one_YT: likewise of d_bias.
+    segment_ST: in which segment of the table x lies, where lines are looked up; of all heads.
+    parts_Y: which parts have breakpoints, in scalar memory.
   """
 
   x_ST: Any
-  bias_ST: Any
   d_bias_ST: Any
   d_x_ST: Any
-  of_x_YT: Any
-  of_one_YT: Any
+  segment_ST: Any
+  parts_Y: Any
 
 
 class Scratch(NamedTuple):
@@ -109,12 +107,10 @@ class Scratch(NamedTuple):
   distances: Refs
 
 
-NOTHING = Scratch(Refs(*[None] * 6), Refs(*[None] * 6))
+NOTHING = Scratch(*[Refs(*[None] * len(Refs._fields))] * 2)
 
 
-def scratch(
-  functions: Functions, table: Any, shape: tuple[int, int], sum_rows: int, learned: bool
-) -> Scratch:
+def scratch(functions: Functions, table: Any, shape: tuple[int, int], learned: bool) -> Scratch:
   """Returns what a kernel needs for a tile of a shape: for the gradient of the table if learned."""
   if table is None:
     return NOTHING
@@ -123,15 +119,14 @@ def scratch(
   wide = width(key_block)
 
   def refs(num_rows, num_parts, has_bias):
+    several = has_bias and pieces
     array = pltpu.VMEM((num_rows, wide), jnp.float32)
-    sums = pltpu.VMEM((num_parts * sum_rows, wide), jnp.float32)
     return Refs(
-      x_ST=array if shared else None,
-      bias_ST=array if has_bias and pieces else None,
+      x_ST=pltpu.VMEM((num_rows * (1 + several), wide), jnp.float32) if shared else None,
       d_bias_ST=array if learned else None,
       d_x_ST=array if has_bias and shared and learned and table.coordinate else None,
-      of_x_YT=sums if has_bias and pieces and learned else None,
-      of_one_YT=sums if has_bias and pieces and learned else None,
+      segment_ST=pltpu.VMEM((num_rows, wide), jnp.int32) if several else None,
+      parts_Y=pltpu.SMEM((num_parts,), jnp.int32) if several else None,
     )
 
   num_rows = query_block * key_block // wide
@@ -163,6 +158,17 @@ class Pairs:
     self.part_rows, _ = part(setup.query_block, setup.key_block)
     self.num_parts = setup.query_block * setup.key_block // self.width // self.part_rows
 
+  @property
+  def x_ST(self) -> Any:
+    """What heads share, a ref."""
+    return self.refs.x_ST.at[: self.num_parts * self.part_rows]
+
+  @property
+  def bias_ST(self) -> Any:
+    """The bias of a head, a ref."""
+    num_rows = self.num_parts * self.part_rows
+    return self.refs.x_ST.at[num_rows : 2 * num_rows]
+
   def _slices(self):
     """Yields which rows are which columns of the tile."""
     setup = self.tile.setup
@@ -184,7 +190,7 @@ class Pairs:
   def fill(self) -> None:
     """Computes what heads share, and clears its gradient."""
     if self.refs.x_ST is not None:
-      self.refs.x_ST[...] = self._x_ST(self.tile.numbers(0))
+      self.x_ST[...] = self._x_ST(self.tile.numbers(0))
     if self.refs.d_x_ST is not None:
       self.refs.d_x_ST[...] = jnp.zeros_like(self.refs.d_x_ST)
 
@@ -192,7 +198,7 @@ class Pairs:
     """Returns x_ST of a head."""
     if self.refs.x_ST is None:
       return self._x_ST(self.tile.numbers(head))
-    return self.refs.x_ST[...]
+    return self.x_ST[...]
 
   def span(self, number: Any) -> tuple[Any, Any]:
     """Returns the first segment that a part can reach, and one past the last."""
@@ -285,7 +291,7 @@ class Factors(Pairs):
     super().fill()
 
   def _of_distance_QK(self):
-    return self.distances.spread(self.distances.refs.x_ST[...])
+    return self.distances.spread(self.distances.x_ST[...])
 
   def _product(self, numbers, of_distance_QK):
     # A column of numbers takes as many registers as if it were 128 wide.

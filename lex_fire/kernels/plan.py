@@ -14,7 +14,9 @@ from lex_fire.kernels import mask as mask_lib
 # Stretches that a query is after a key, after which nothing is left of it. Kernels pack ends of
 # spans in 15 bits.
 MOST_APART = 2**15 - 2
+MOST_SEGMENTS = 2**15 - 1  # of a table, for the same reason
 PAD_QUERY, PAD_KEY = -1, -2  # segments of padding: equal to no segment, nor to each other
+WHOLE = (1, 2)  # axes of bounds that serve all rows of the batch
 
 
 class Queries(NamedTuple):
@@ -162,29 +164,27 @@ def make(
     coordinate: of its encoding.
     part: queries and keys of a part, which divide those of a tile; None: a tile is one part.
   """
-  of_queries = functools.partial(_bounds, block=query_block)
-  of_keys = functools.partial(_bounds, block=key_block)
-  visit_IJ = visits(
-    mask,
-    of_queries(queries.position_B1Q),
-    of_keys(keys.position_B1K),
-    of_queries(queries.segment_B1Q),
-    of_keys(keys.segment_B1K),
-  )
+  visit_IJ = _visits_of_blocks(mask, query_block, key_block, queries, keys)
   low_IJ, high_IJ = 0, 1
   part_low_IJY = part_high_IJY = None
-  whole = (1, 2)  # a span serves all rows of the batch
   if table is not None and table.lower_Z is not None:
     part = part or (query_block, key_block)
-    i_low, i_high = (x_Y[:, None] for x_Y in _bounds(queries.position_B1Q, part[0], axes=whole))
-    j_low, j_high = (x_Y[None] for x_Y in _bounds(keys.position_B1K, part[1], axes=whole))
-    found = segments(table, coordinate, i_low, i_high, j_low, j_high)
-    parts = query_block // part[0], key_block // part[1]
-    part_low_IJY, part_high_IJY = (_by_tile(x_YY, *parts) for x_YY in found)
-    low_IJ, high_IJ = part_low_IJY.min(axis=2), part_high_IJY.max(axis=2)
+    by_tile = functools.partial(
+      _by_tile, of_queries=query_block // part[0], of_keys=key_block // part[1]
+    )
+    visit_IJY = by_tile(_visits_of_blocks(mask, *part, queries, keys))
+    spans = _spans(mask, *part, queries, keys, table, coordinate)
+    part_low_IJY, part_high_IJY = (by_tile(x_YY) for x_YY in spans)
+    # What is hidden computes anything: what costs it nothing.
+    low_IJ = jnp.where(visit_IJY, part_low_IJY, MOST_SEGMENTS).min(axis=2)
+    high_IJ = jnp.where(visit_IJY, part_high_IJY, 0).max(axis=2)
+    part_low_IJY = jnp.where(visit_IJY, part_low_IJY, low_IJ[..., None])
+    part_high_IJY = jnp.where(visit_IJY, part_high_IJY, low_IJ[..., None] + 1)
+    visit_IJ = visit_IJY.any(axis=2)
   elif queries.stretch_B1Q is not None:
     low_IJ, high_IJ = _stretches_apart(
-      of_queries(queries.stretch_B1Q, axes=whole), of_keys(keys.stretch_B1K, axes=whole)
+      _bounds(queries.stretch_B1Q, query_block, axes=WHOLE),
+      _bounds(keys.stretch_B1K, key_block, axes=WHOLE),
     )
   in_order_I = _in_order(queries.position_B1Q, query_block)
   in_order_IJ = in_order_I[:, None] & _in_order(keys.position_B1K, key_block)[None]
@@ -197,6 +197,25 @@ def make(
     part_low_IJY=part_low_IJY,
     part_high_IJY=part_high_IJY,
   )
+
+
+def _visits_of_blocks(mask, query_block, key_block, queries, keys):
+  """Returns `visits` of blocks of so many."""
+  return visits(
+    mask,
+    _bounds(queries.position_B1Q, query_block),
+    _bounds(keys.position_B1K, key_block),
+    _bounds(queries.segment_B1Q, query_block),
+    _bounds(keys.segment_B1K, key_block),
+  )
+
+
+def _spans(mask, query_block, key_block, queries, keys, table, coordinate):
+  """Returns `segments` of blocks of so many."""
+  i_low, i_high = _bounds(queries.position_B1Q, query_block, axes=WHOLE)
+  j_low, j_high = _bounds(keys.position_B1K, key_block, axes=WHOLE)
+  bounds = i_low[:, None], i_high[:, None], j_low[None], j_high[None]
+  return segments(table, coordinate, *bounds, causal=mask.causal)
 
 
 def _by_tile(number_YY, of_queries, of_keys):
@@ -254,11 +273,11 @@ def _next_visited(visit_IJ):
   return jnp.where(next_IJ < columns, next_IJ, last_IJ)
 
 
-def segments(table, coordinate, i_low, i_high, j_low, j_high):
+def segments(table, coordinate, i_low, i_high, j_low, j_high, *, causal=False):
   """Returns the span of a table's segments that x can reach in each tile: the first, and past last.
 
   x is monotone in either position on each side of i = j: so its extremes lie at a tile's corners,
-  or where i = j.
+  or where i = j. If pairs with i < j are hidden, a corner that is one counts as i = j.
 
   Args:
     table: with breakpoints.
@@ -267,9 +286,14 @@ def segments(table, coordinate, i_low, i_high, j_low, j_high):
     i_high: the greatest.
     j_low: the least key positions.
     j_high: the greatest.
+    causal: whether keys after a query are hidden.
   """
   numbers = jax.tree.map(lambda number_1: number_1[0], table.coordinate)
-  corners = [coordinate(numbers, i, j) for i in (i_low, i_high) for j in (j_low, j_high)]
+  corners = [
+    coordinate(numbers, i, jnp.minimum(i, j) if causal else j)
+    for i in (i_low, i_high)
+    for j in (j_low, j_high)
+  ]
   middle = jnp.maximum(i_low, j_low)
   meet = middle <= jnp.minimum(i_high, j_high)
   corners.append(jnp.where(meet, coordinate(numbers, middle, middle), corners[0]))
