@@ -164,11 +164,11 @@ def _forward_kernel(spans, _, inputs, so_far, found, sums, largest, norms, own, 
     tile = Tile(setup, spans[at], first_head, inputs, own)
 
     def add(head, products, bias):
-      logits_QK, height = tile.logits(head, products, bias)
+      logits_QK = tile.logits(head, products, bias)
       _, value_KC = tile.key_and_value(head)
-      largest_QT = jnp.maximum(largest[head], logits_QK.max(axis=1, keepdims=True) + height)
+      largest_QT = jnp.maximum(largest[head], logits_QK.max(axis=1, keepdims=True))
       shrink_QT = jnp.exp(largest[head] - largest_QT)
-      weights_QK = jnp.exp(logits_QK - _widened(largest_QT - height, logits_QK.shape[1]))
+      weights_QK = jnp.exp(logits_QK - _widened(largest_QT, logits_QK.shape[1]))
       values_QC = dot(weights_QK.astype(value_KC.dtype), value_KC, (1, 0))
       sums[head] = sums[head] * _widened(shrink_QT, values_QC.shape[1]) + values_QC
       norms[head] = norms[head] * shrink_QT + weights_QK.sum(axis=1, keepdims=True)

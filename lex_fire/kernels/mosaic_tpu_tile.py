@@ -122,7 +122,7 @@ class Tile:
     return jax.tree.map(of_head, self.table.coordinate)
 
   def logits(self, head, products, bias):
-    """Returns logits_QK of a head, HIDDEN_LOGIT where hidden, and what all have besides."""
+    """Returns logits_QK of a head, HIDDEN_LOGIT where hidden."""
     # Before the products, so that what fills a scratch does not hold them.
     bias_QK = None if bias is None else bias(head)
     logits_QK = products(head)
@@ -130,7 +130,7 @@ class Tile:
       logits_QK += bias_QK
     if self.visible_QK is not None:
       logits_QK = jnp.where(self.visible_QK, logits_QK, mask_lib.HIDDEN_LOGIT)
-    return logits_QK, 0.0 if bias is None else bias.height(head)
+    return logits_QK
 
   def query(self, head):
     """Returns query_QC."""
