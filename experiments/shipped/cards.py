@@ -1,16 +1,18 @@
 """Model cards of the weights that ship: data, command, commit, results and limits of each.
 
-`experiments.shipped.run` writes them, from each run's config, shipped.json and _TRAINED.
+`experiments.shipped.run` writes them, from each run's config, what this directory has and _TRAINED.
 """
 
 import json
 import math
 import pathlib
+import textwrap
 from collections.abc import Sequence
 from typing import NamedTuple
 
 import jax
 
+from experiments import sweep_results
 from lex_fire import report as report_lib
 from lex_fire import zoo
 
@@ -34,6 +36,8 @@ _TRAINED = {
   'fire': Trained('6df3486', ('--config.encoding.hidden_layers=2',)),
   **{'xpos': _BEFORE, 'alibi': _BEFORE, 'rope': _BEFORE},
 }
+# What it is called in seeds.jsonl.
+_OF_SEVERAL_SEEDS = {'fire': 'two hidden layers', 'alibi': 'alibi'}
 MASKS = ('causal', 'blockwise')
 _CARD = """\
 # {name}
@@ -57,11 +61,27 @@ package, for tests, notebooks and demonstrations.
 
 {results}
 
-- **Limits**: it has seen {megabytes:.0f} megabytes of one kind of text. What it writes looks like
-  Python and is none; it knows no other language and no facts. One seed: differences of 0.05 nats
-  between models are not to be leaned on. Lengths past {longest} are not in the table. Nothing was
-  done about what the text that it writes may say.
+{limits}
 """
+_LIMITS = """\
+- **Limits**: it has seen {megabytes:.0f} megabytes of one kind of text. What it writes looks like
+Python and is none; it knows no other language and no facts. {seeds} Differences of 0.05 nats
+between models are not to be leaned on. Lengths past {longest} are not in the table. Nothing was
+done about what the text that it writes may say.
+"""
+
+
+def _of_seeds(encoding: str) -> str:
+  """Returns what other seeds gave, a sentence."""
+  if encoding not in _OF_SEVERAL_SEEDS:
+    return 'It is of one seed.'
+  rows = sweep_results.rows(sweep_results.read(HERE / 'seeds.jsonl'), 'same_tokens', 'causal')
+  (row,) = (row for row in rows if row.variant == _OF_SEVERAL_SEEDS[encoding])
+  first, *_, last = row.values
+  return (
+    f'Over {row.seeds} seeds, of which it is the first, the loss under the causal mask is '
+    f'{row.text(first)} at {first} and {row.text(last)} at {last}.'
+  )
 
 
 def card(name: str, reports: Sequence[report_lib.Report]) -> str:
@@ -79,6 +99,9 @@ def card(name: str, reports: Sequence[report_lib.Report]) -> str:
   for mask, report in zip(MASKS, reports, strict=True):
     losses = ''.join(f'{row["nats_per_token"]:>8.3f}' for row in report['lengths'])
     lines.append(f'{mask:<10}{losses}')
+  limits = _LIMITS.format(
+    megabytes=tokens / 1e6, seeds=_of_seeds(run.encoding.name), longest=rows[-1]['length']
+  )
   return _CARD.format(
     name=name,
     parameters=sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(params)),
@@ -91,9 +114,9 @@ def card(name: str, reports: Sequence[report_lib.Report]) -> str:
     steps=run.train.steps,
     rows=run.data.batch_size,
     tokens=tokens,
-    megabytes=tokens / 1e6,
     scored=rows[-1]['tokens'],
     documents=rows[-1]['documents'],
+    limits=textwrap.fill(limits, 90, subsequent_indent='  '),
     results='\n'.join(f'      {line}' for line in lines),
   )
 

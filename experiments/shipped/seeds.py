@@ -1,6 +1,6 @@
 """Do FIRE's two hidden layers, and its lead over ALiBi, outlast another seed of the shipped recipe?
 
-    python -m experiments.shipped.seeds [--seeds=0,1]
+    python -m experiments.shipped.seeds [--seeds=0,1,2]
 
 A sweep (experiments/sweep.py) of the recipe of configs/zoo.py; writes seeds.{jsonl,txt,png} beside
 this file.
@@ -42,5 +42,5 @@ def main() -> None:
 
 if __name__ == '__main__':
   flags.DEFINE_string('runs', 'runs/shipped_seeds', 'where the runs are kept')
-  flags.DEFINE_list('seeds', ['0', '1'], 'one or more, whole numbers')
+  flags.DEFINE_list('seeds', ['0', '1', '2'], 'one or more, whole numbers')
   cli.run(main, 'interrupted; the same command goes on')
