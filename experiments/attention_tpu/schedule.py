@@ -35,7 +35,7 @@ HERE = pathlib.Path(__file__).parent
 LENGTHS = [2048, 8192, 32_768, 131_072]
 # As the compiler names what jax.grad makes of attention: forward, and backward for queries, keys.
 KERNELS = {'forward': 'jvp__.2', 'queries': 'transpose_jvp___.2', 'keys': 'transpose_jvp___.3'}
-CASES = ['fire', 'nope']
+CASES = ['fire', 'fire 2 layers', 'nope']  # as in run.CASES
 # The same of JAX's kernel.
 SPLASH = {
   'forward': 'splash_mqa_fwd_residuals.1',
@@ -243,15 +243,15 @@ def shapes(length: int) -> tuple:
   )
 
 
-def blocks(length: int) -> mosaic_tpu_size.Blocks:
+def blocks(length: int, case: str = 'fire') -> mosaic_tpu_size.Blocks:
   """Returns what a tile has of each."""
-  segments = mosaic_tpu_size.num_segments(encodings.get('fire'))
+  name, options = run.CASES[case]
+  segments = mosaic_tpu_size.num_segments(encodings.get(name, **options))
   return mosaic_tpu_size.blocks(*shapes(length), mosaic_tpu_size.BLOCK, segments)
 
 
-def reach(params, length: int) -> Work:
+def reach(encoding: encodings.Encoding, params: dict, length: int) -> Work:
   """Returns what a sequence in order asks of a head under FIRE."""
-  encoding = encodings.get('fire')
   table = encoding.table(params, run.SHAPE['num_heads'])
   tile = blocks(length)
   position_1L = np.arange(length, dtype=np.int32)[None]
@@ -289,17 +289,35 @@ def cycles(cost: Work, reach: Work, heads: int) -> float:
   return sum(each[:OF_TILE]) + heads * sum(each[OF_TILE:])
 
 
-def layers() -> dict[str, list]:
-  """Returns FIRE's parameters of layers: as they start, and of a model that was trained."""
+class Layers(NamedTuple):
+  """Layers of FIRE, of one of CASES."""
+
+  case: str
+  encoding: encodings.Encoding
+  params: list[dict]
+
+
+def layers() -> dict[str, Layers]:
+  """Returns layers as they start, of a model that was trained, and of the one that ships."""
+  one = encodings.get('fire')
   sizes = {'num_heads': run.SHAPE['num_heads'], 'head_dim': run.SHAPE['head_dim'], 'd_model': 1024}
-  at_first = [encodings.get('fire').init(jax.random.key(seed), **sizes) for seed in range(8)]
+  at_first = [one.init(jax.random.key(seed), **sizes) for seed in range(8)]
   trained = zoo.read(HERE / 'trained.npz')
-  return {'as it starts': at_first, 'trained': list(trained.values())}
+  model, shipped = zoo.load('fire-tiny')
+  blocks = [shipped[f'block_{layer}'] for layer in range(model.config.num_layers)]
+  of_shipped = [block['attention']['encoding'] for block in blocks]
+  return {
+    'as it starts': Layers('fire', one, at_first),
+    'trained': Layers('fire', one, list(trained.values())),
+    'two layers': Layers('fire 2 layers', model.encoding, of_shipped),
+  }
 
 
 def table(results: dict) -> str:
   """Returns FIRE's cycles and FLOPs over NoPE's, a line for each chip, kernel and model."""
   tile = blocks(LENGTHS[0])
+  if any(blocks(LENGTHS[0], case)[:4] != tile[:4] for case in CASES):
+    raise ValueError('tiles under FIRE are not alike')
   if tile.heads % mosaic_tpu_bias.HEADS_TOGETHER:
     raise ValueError(f'{tile.heads} heads of a tile are not visited together, as `cost` has it')
   products = {
@@ -316,25 +334,31 @@ def table(results: dict) -> str:
 
   heads = ''.join(f'{length:>9}' for length in LENGTHS)
   cycle_lines, flop_lines = [f'{"":28}{heads}'], [f'{"":28}{heads}']
-  for name, of_layers in layers().items():
-    reached = [[reach(params, length) for params in of_layers] for length in LENGTHS]
+  for name, (fire, encoding, of_layers) in layers().items():
+    reached = [[reach(encoding, params, length) for params in of_layers] for length in LENGTHS]
     for chip, costs in results['chips'].items():
-
-      def line(label, kernels, count, costs=costs, where=f'{name:14}{chip:4}', reached=reached):
-        """Returns the ratios by length of what is counted of kernels together."""
-        sums = (
-          [
-            sum(count(costs, case, kernel, one) for kernel in kernels for one in of_length)
-            for case in CASES
-          ]
-          for of_length in reached
-        )
-        return f'{where}{label:10}' + ''.join(f'{fire / nope:>9.2f}' for fire, nope in sums)
-
-      cycle_lines += [line(kernel, [kernel], of_bundles) for kernel in KERNELS]
-      cycle_lines.append(line('all', list(KERNELS), of_bundles))
-      flop_lines.append(line('all', list(KERNELS), flops))
+      where, whole = f'{name:14}{chip:4}', ('all', list(KERNELS))
+      for label, kernels in (*((kernel, [kernel]) for kernel in KERNELS), whole):
+        columns = ratios(of_bundles, costs, fire, kernels, reached)
+        cycle_lines.append(f'{where}{label:10}{columns}')
+      columns = ratios(flops, costs, fire, whole[1], reached)
+      flop_lines.append(f'{where}{whole[0]:10}{columns}')
   return '\n'.join([*cycle_lines, '', *flop_lines, '', *beside_splash(results, tile.heads)])
+
+
+def ratios(
+  count: Callable[..., float],
+  costs: dict,
+  fire: str,
+  kernels: list[str],
+  reached: list[list[Work]],
+) -> str:
+  """Returns the columns of a line: what is counted of kernels together under FIRE, over NoPE's."""
+
+  def total(case, of_length):
+    return sum(count(costs, case, kernel, one) for kernel in kernels for one in of_length)
+
+  return ''.join(f'{total(fire, one) / total("nope", one):>9.2f}' for one in reached)
 
 
 def beside_splash(results: dict, heads: int) -> list[str]:
@@ -355,11 +379,12 @@ def main() -> None:
   parser.add_argument('--compile', help=argparse.SUPPRESS)
   options = parser.parse_args()
   if options.compile:  # what `dump` asks of another process
-    chip, case = options.compile.split(' ')
+    chip, case = options.compile.split(' ', 1)
     if case == 'splash':
       compile_splash(chip, LENGTHS[0])
     else:
-      run.compiled(chip, case, LENGTHS[0], batch=BATCH)
+      name, options = run.CASES[case]
+      run.compiled(chip, name, LENGTHS[0], batch=BATCH, **options)
     return
   results = {'shape': run.SHAPE | {'batch': BATCH}, 'jax': jax.__version__, 'chips': {}}
   for chip in options.chips.split(','):
@@ -368,9 +393,9 @@ def main() -> None:
     for case in CASES:
       listings = dump(chip, case, KERNELS)
       grids = {name: parse(text) for name, text in listings.items()}
-      costs[case] = {name: cost(grid, case == 'fire') for name, grid in grids.items()}
+      costs[case] = {name: cost(grid, case != 'nope') for name, grid in grids.items()}
       computed[case] = {
-        name: cost(grid, case == 'fire', parse(listings[name], arithmetic))
+        name: cost(grid, case != 'nope', parse(listings[name], arithmetic))
         for name, grid in grids.items()
       }
       print(chip, case, costs[case], computed[case], flush=True)

@@ -21,7 +21,7 @@ from lex_fire.kernels.mosaic_tpu_x import Distances, Factors, Pairs
 HEADS_TOGETHER = 2
 # Segments of a part of few breakpoints. By the compiler's schedule, to look up the lines of a part
 # takes as long as to go through so many.
-MOST_OF_FEW = 9
+MOST_OF_FEW = 6
 TOGETHER = 3  # segments of a part whose lines are chosen from in registers
 LANE_BITS = LANES.bit_length() - 1
 

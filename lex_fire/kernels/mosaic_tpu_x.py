@@ -16,7 +16,7 @@ from lex_fire.encodings import base
 from lex_fire.kernels.mosaic_tpu_size import LANES, SUBLANES
 
 # Queries of a part. Fewer have fewer breakpoints, but each part takes its time to begin.
-PART = 256
+PART = 128
 
 
 class Functions(NamedTuple):
