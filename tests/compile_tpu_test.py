@@ -35,9 +35,12 @@ def test_the_kernels_of_fire_move_what_those_without_bias_do(chip):
   assert attention_tpu.kernel_bytes(with_bias) < 1.05 * attention_tpu.kernel_bytes(without)
 
 
-@pytest.mark.parametrize(('case', 'most'), [('fire', 1.002), ('fire 2 layers', 1.01)])
+@pytest.mark.parametrize(('case', 'most'), [('fire', 1.002), ('fire 2 layers', 1.015)])
 def test_of_the_gradient_of_a_table_memory_sees_one_number_a_line(case, most):
-  """The sums of which it is made, in each lane, would be 5% of a short row's bytes, and 20%."""
+  """The sums of which it is made, in each lane, would be 5% of a short row's bytes, and 20%.
+
+  The lines, in registers and as scalars, are what is left.
+  """
   name, options = attention_tpu.CASES[case]
   with_bias = attention_tpu.compiled('v5e', name, 2048, **options)
 

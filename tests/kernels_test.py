@@ -305,12 +305,12 @@ MANY_LINES = {
 }
 
 
-@pytest.mark.parametrize('most_of_few', [1, 2**15])
+@pytest.mark.parametrize('most_of_few', [1, mosaic_tpu_bias.MOST_OF_FEW, 2**15])
 @pytest.mark.parametrize('case', MANY_LINES)
 def test_lines_that_are_looked_up_and_lines_gone_through_equal_the_reference(
   case, most_of_few, monkeypatch
 ):
-  """In the TPU kernel, which chooses by how many breakpoints a part of a tile has."""
+  """In the TPU kernel, which does either, by how many breakpoints a part of a tile has."""
   name, options, row = MANY_LINES[case]
   monkeypatch.setattr(mosaic_tpu_bias, 'MOST_OF_FEW', most_of_few)
   encoding = encodings.get(name, **options)

@@ -53,17 +53,17 @@ def planned(
     (x_BL1C, x_BL1C, position_BL, segment_BL),
   )
   blocks = QUERY_BLOCK, KEY_BLOCK
-  made = plan.make(kernels.Mask(**mask), *blocks, queries, keys, table, coordinate, part)
+  made = plan.make(kernels.Mask(**mask), *blocks, queries, keys, table, coordinate, part or blocks)
   return jax.tree.map(np.array, made)
 
 
-def with_segments(case, seed, mask, position_BL, **options):
+def with_segments(case, seed, mask, position_BL, documents_BL=None, **options):
   """Returns the plan of rows under a table, and the segment of each pair, _BQK."""
   name, of_encoding = TABLES[case]
   encoding = encodings.get(name, **of_encoding)
   params = encoding.init(jax.random.key(seed), num_heads=2, head_dim=8, d_model=16)
   table = encoding.table(params, 2)
-  made = planned(mask, position_BL, None, table, encoding.coordinate, **options)
+  made = planned(mask, position_BL, documents_BL, table, encoding.coordinate, **options)
   numbers = jax.tree.map(lambda number_1: number_1[0], table.coordinate)
   x_BQK = encoding.coordinate(numbers, position_BL[:, :, None], position_BL[:, None])
   return made, np.searchsorted(table.lower_Z, x_BQK) - 1
@@ -75,6 +75,16 @@ def tiles(number_BQK):
     for j in range(-(-number_BQK.shape[2] // KEY_BLOCK)):
       rows = slice(i * QUERY_BLOCK, (i + 1) * QUERY_BLOCK)
       yield (i, j), number_BQK[:, rows, j * KEY_BLOCK : (j + 1) * KEY_BLOCK]
+
+
+def parts(number_BQK, made, part):
+  """Yields ((I, J), the numbers of a part, its span in a plan) of every part that has some."""
+  down, across = QUERY_BLOCK // part[0], KEY_BLOCK // part[1]
+  for at, tile_BQK in tiles(number_BQK):
+    for n, (column, row) in enumerate(itertools.product(range(across), range(down))):
+      own = tile_BQK[:, row * part[0] :][:, : part[0], column * part[1] :][..., : part[1]]
+      if own.size:
+        yield at, own, (made.part_low_IJY[at][n], made.part_high_IJY[at][n])
 
 
 @pytest.mark.parametrize('seed', range(4))
@@ -113,15 +123,9 @@ def test_a_part_has_the_segment_of_every_visible_pair_and_a_tile_those_of_its_pa
 
   made, segment_BQK = with_segments(case, seed, MASKS[mask], position_BL, part=part)
 
-  def parts(tile_BQK):
-    for column, row in itertools.product(range(4), range(2)):
-      yield tile_BQK[:, row * part[0] :][:, : part[0], column * part[1] :][..., : part[1]]
-
-  for (at, segment), (_, visible) in zip(tiles(segment_BQK), tiles(visible_BQK), strict=True):
-    for n, (own, is_seen) in enumerate(zip(parts(segment), parts(visible), strict=True)):
-      if is_seen.any():
-        seen = own[is_seen]
-        assert made.part_low_IJY[at][n] <= seen.min() and seen.max() < made.part_high_IJY[at][n], at
+  for at, own, found in parts(np.where(visible_BQK, segment_BQK, -1), made, part):
+    if (own >= 0).any():
+      assert found[0] <= own[own >= 0].min() and own.max() < found[1], at
   visited = made.high_IJ > 0
   assert (made.part_low_IJY < made.part_high_IJY)[visited].all()
   assert (made.low_IJ == made.part_low_IJY.min(axis=2))[visited].all()
@@ -145,24 +149,38 @@ def test_a_tile_is_in_order_if_its_positions_rise_by_one_in_every_row():
 
 @pytest.mark.parametrize('case', TABLES)
 def test_a_part_has_no_segment_that_a_row_in_order_does_not_reach(case):
-  """Nor what only a hidden pair reaches: a part without a visible one has a segment of its tile."""
+  """Nor what only a hidden pair reaches."""
   position_BL = np.arange(700, 764, dtype=np.int32)[None]
-  (visible_QK,) = oracles.visible_pairs(position_BL, position_BL)
+  visible_BQK = oracles.visible_pairs(position_BL, position_BL)
   part = QUERY_BLOCK // 4, KEY_BLOCK // 4
 
   made, segment_BQK = with_segments(case, 3, {}, position_BL, part=part)
 
-  some_are_hidden = False
-  for at, segment in tiles(np.where(visible_QK, segment_BQK, -1)):
-    for n, (column, row) in enumerate(itertools.product(range(4), range(4))):
-      own = segment[0, row * part[0] :][: part[0], column * part[1] :][:, : part[1]]
-      found = made.part_low_IJY[at][n], made.part_high_IJY[at][n]
-      if (own >= 0).any():
-        assert found == (own[own >= 0].min(), own.max() + 1), at
-      elif made.high_IJ[at]:
-        some_are_hidden = True
-        assert found == (made.low_IJ[at], made.low_IJ[at] + 1), at
-  assert some_are_hidden
+  for at, own, found in parts(np.where(visible_BQK, segment_BQK, -1), made, part):
+    if (own >= 0).any():
+      assert found == (own[own >= 0].min(), own.max() + 1), at
+
+
+@pytest.mark.parametrize('packed', [False, True])
+@pytest.mark.parametrize('mask', MASKS)
+@pytest.mark.parametrize('case', TABLES)
+def test_a_part_that_is_hidden_has_a_segment_of_its_tile(case, mask, packed):
+  position_BL = np.arange(700, 764, dtype=np.int32)[None]
+  part = QUERY_BLOCK // 4, KEY_BLOCK // 4
+  documents_BL = np.arange(64, dtype=np.int32)[None] // (20 if packed else 64)  # 20: whole parts
+  visible_BQK = oracles.visible_pairs(
+    position_BL, position_BL, documents_BL, documents_BL, **MASKS[mask]
+  )
+
+  made, segment_BQK = with_segments(case, 3, MASKS[mask], position_BL, documents_BL, part=part)
+
+  hidden = [
+    (found, made.low_IJ[at])
+    for at, own, found in parts(np.where(visible_BQK, segment_BQK, -1), made, part)
+    if made.high_IJ[at] and (own < 0).all()
+  ]
+  assert all(found == (low, low + 1) for found, low in hidden)
+  assert bool(hidden) == (packed or mask != 'bidirectional')
 
 
 def test_a_span_has_every_number_of_stretches_that_a_query_is_after_a_key():

@@ -4,7 +4,6 @@ Where positions are in order, what depends on the distance alone is computed onc
 not once a pair: see `Distances`.
 """
 
-import math
 from typing import Any, NamedTuple
 
 import jax
@@ -42,7 +41,7 @@ def width(key_block: int) -> int:
 
 def part(query_block: int, key_block: int) -> tuple[int, int]:
   """Returns queries and keys of a part of a tile, which has a span of segments of its own."""
-  queries = math.gcd(query_block, PART) if query_block % LANES == 0 else SUBLANES
+  queries = PART if query_block % PART == 0 else SUBLANES
   return queries, width(key_block)
 
 

@@ -14,7 +14,7 @@ from lex_fire.kernels import mask as mask_lib
 # Stretches that a query is after a key, after which nothing is left of it. Kernels pack ends of
 # spans in 15 bits.
 MOST_APART = 2**15 - 2
-MOST_SEGMENTS = 2**15 - 1  # of a table, for the same reason
+MOST_SEGMENTS = 2**15 - 2  # of a table, for the same reason
 PAD_QUERY, PAD_KEY = -1, -2  # segments of padding: equal to no segment, nor to each other
 WHOLE = (1, 2)  # axes of bounds that serve all rows of the batch
 
@@ -150,7 +150,7 @@ def make(
   keys: Keys,
   table: Any,
   coordinate: Any,
-  part: tuple[int, int] | None = None,
+  part: tuple[int, int],
 ) -> Plan:
   """Returns the plan of all tiles.
 
@@ -162,13 +162,12 @@ def make(
     keys: likewise.
     table: a `piecewise.Table`, or None.
     coordinate: of its encoding.
-    part: queries and keys of a part, which divide those of a tile; None: a tile is one part.
+    part: queries and keys of a part, which divide those of a tile.
   """
   visit_IJ = _visits_of_blocks(mask, query_block, key_block, queries, keys)
   low_IJ, high_IJ = 0, 1
   part_low_IJY = part_high_IJY = None
   if table is not None and table.lower_Z is not None:
-    part = part or (query_block, key_block)
     by_tile = functools.partial(
       _by_tile, of_queries=query_block // part[0], of_keys=key_block // part[1]
     )
