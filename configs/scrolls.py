@@ -13,6 +13,10 @@ N parts, one after another; N times the number of devices must divide 128.
 Published: Li et al. 2023, sections 1 and 4.3: an unknown number of tokens, on unknown hardware;
 FIRE has the best mean score over SCROLLS, by over 1 point, in both sizes.
 
+By `python -m lex_fire.compile --config=configs/scrolls.py:size=base --topology=v5e:4x4
+--config.mesh.fsdp=4` a step at 8192 takes 4.97 of 15.75 GiB of each of 16 chips of TPU v5e, of
+`size=large` 9.65 (at ba915c2), without `accumulation`.
+
 Arguments: task (of SCROLLS), length, checkpoint (the workdir of a run: its model, encoding and
 vocabulary are taken, and its newest parameters to start from); or, to learn from nothing, size (a
 preset), encoding and vocabulary.
