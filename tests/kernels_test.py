@@ -296,8 +296,8 @@ def test_sums_of_a_table_in_one_row_or_in_a_register_equal_the_oracle(sum_rows, 
   oracles.assert_gradients(found, of_pairs, visible_BQK, arrays, probe(arrays))
 
 
-# (encoding, options, positions of a row in order): T5's with more lines than a register has lanes,
-# which a few tiles reach on both sides of a register's end.
+# (encoding, options, positions of a row): T5's with more lines than a register has lanes, of which
+# a few tiles reach some on both sides of a register's end.
 MANY_LINES = {
   'fire 2 layers': ('fire', {'hidden_layers': 2}, range(700, 748)),
   'fire 2 layers, sparse': ('fire', {'hidden_layers': 2}, range(9, 1000, 21)),

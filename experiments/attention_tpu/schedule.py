@@ -304,8 +304,8 @@ def layers() -> dict[str, Layers]:
   at_first = [one.init(jax.random.key(seed), **sizes) for seed in range(8)]
   trained = zoo.read(HERE / 'trained.npz')
   model, shipped = zoo.load('fire-tiny')
-  blocks = [shipped[f'block_{layer}'] for layer in range(model.config.num_layers)]
-  of_shipped = [block['attention']['encoding'] for block in blocks]
+  names = (f'block_{layer}' for layer in range(model.config.num_layers))
+  of_shipped = [shipped[name]['attention']['encoding'] for name in names]
   return {
     'as it starts': Layers('fire', one, at_first),
     'trained': Layers('fire', one, list(trained.values())),
