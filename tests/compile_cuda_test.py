@@ -1,6 +1,10 @@
-"""Kernels and steps compile for NVIDIA's H200, without one: `make test-cuda`."""
+"""Kernels and steps compile for NVIDIA's H200 and B200, without one: `make test-cuda`."""
 
+import concurrent.futures
+import functools
+import itertools
 import json
+import multiprocessing
 import subprocess
 import sys
 
@@ -19,10 +23,21 @@ NUM_HEADS, NUM_KV_HEADS = 2, 1
 GIB = 2**30
 
 
-def compiled_gradients(name, channels, length, options, mask, dtype):
-  """Compiles attention with its gradients; returns it, and the bytes of what it is given."""
+@pytest.fixture(scope='module')
+def bytes_on():
+  """{chip: `bytes_of_gradients`}, a process each: kernels are made for the chip that is first."""
+  spawn = multiprocessing.get_context('spawn')
+  with concurrent.futures.ProcessPoolExecutor(1, mp_context=spawn) as other:
+    yield {
+      'h200': functools.partial(bytes_of_gradients, 'h200'),
+      'b200': lambda *case: other.submit(bytes_of_gradients, 'b200', *case).result(),
+    }
+
+
+def bytes_of_gradients(chip, name, channels, length, options, mask, dtype):
+  """Compiles attention with its gradients; returns its temporary bytes, and of what it is given."""
   encoding = encodings.get(name, **options)._replace(rotate=None)
-  topology = topologies.find('cuda:h200x1')
+  topology = topologies.find(f'cuda:{chip}x1')
   sharding = jax.sharding.SingleDeviceSharding(topology.devices[0])
 
   def struct(shape, dtype):
@@ -49,55 +64,65 @@ def compiled_gradients(name, channels, length, options, mask, dtype):
   heads = NUM_HEADS, NUM_KV_HEADS, NUM_KV_HEADS
   arrays = [struct((1, length, n, channels), dtype) for n in heads]
   integers = struct((1, length), jnp.int32)
-  lowered = jax.jit(gradients).lower(params, arrays, integers, integers, arrays[0])
   given = sum(x.size * x.dtype.itemsize for x in arrays)
-  return lowered.compile(dict(topology.options)), given
+  with jax.default_device(topology.devices[0]):
+    lowered = jax.jit(gradients).lower(params, arrays, integers, integers, arrays[0])
+    compiled = lowered.compile(dict(topology.options))
+  return compiled.memory_analysis().temp_size_in_bytes, given
+
+
+CELLS = [
+  ('nope', 64, 131_072, {}, {}),
+  ('fire', 64, 2048, {}, {}),
+  ('fire', 64, 131_072, {}, {}),
+  ('fire', 128, 131_072, {}, {'block': 1024}),
+  ('fire', 256, 32_768, {}, {'window': 4096}),
+  ('fire', 128, 8192, {'hidden_layers': 2, 'width': 32}, {'causal': False}),
+  # Whose segments' sums are an odd number of rows.
+  ('fire', 64, 2048, {'hidden_layers': 2, 'width': 16}, {}),
+  ('fire_s', 64, 32_768, {}, {}),
+  ('t5', 128, 32_768, {}, {}),
+  ('alibi', 64, 32_768, {}, {}),
+  ('kerple_log', 256, 32_768, {}, {}),
+  ('kerple_power', 128, 32_768, {}, {}),
+  ('sandwich', 64, 131_072, {}, {}),
+  ('sandwich', 128, 32_768, {}, {'window': 4096}),
+  ('sandwich', 256, 32_768, {}, {'causal': False}),
+  ('xpos', 64, 131_072, {}, {}),
+  ('xpos', 128, 32_768, {}, {'block': 1024}),
+  ('xpos', 256, 32_768, {}, {}),
+  ('xpos', 64, 32_768, {}, {'causal': False}),
+]
+FLOAT32 = [
+  ('h200', *cell) for cell in itertools.product(('fire', 'sandwich', 'xpos'), (64, 128, 256))
+]
+FLOAT32 += [('b200', 'fire', 64), ('b200', 'sandwich', 128), ('b200', 'xpos', 256)]
 
 
 @pytest.mark.parametrize(
-  ('name', 'channels', 'length', 'options', 'mask'),
-  [
-    ('nope', 64, 131_072, {}, {}),
-    ('fire', 64, 2048, {}, {}),
-    ('fire', 64, 131_072, {}, {}),
-    ('fire', 128, 131_072, {}, {'block': 1024}),
-    ('fire', 256, 32_768, {}, {'window': 4096}),
-    ('fire', 128, 8192, {'hidden_layers': 2, 'width': 32}, {'causal': False}),
-    # Whose segments' sums are an odd number of rows.
-    ('fire', 64, 2048, {'hidden_layers': 2, 'width': 16}, {}),
-    ('fire_s', 64, 32_768, {}, {}),
-    ('t5', 128, 32_768, {}, {}),
-    ('alibi', 64, 32_768, {}, {}),
-    ('kerple_log', 256, 32_768, {}, {}),
-    ('kerple_power', 128, 32_768, {}, {}),
-    ('sandwich', 64, 131_072, {}, {}),
-    ('sandwich', 128, 32_768, {}, {'window': 4096}),
-    ('sandwich', 256, 32_768, {}, {'causal': False}),
-    ('xpos', 64, 131_072, {}, {}),
-    ('xpos', 128, 32_768, {}, {'block': 1024}),
-    ('xpos', 256, 32_768, {}, {}),
-    ('xpos', 64, 32_768, {}, {'causal': False}),
-  ],
+  ('chip', 'name', 'channels', 'length', 'options', 'mask'),
+  [('h200', *cell) for cell in CELLS] + [('b200', *cell) for cell in CELLS[::2]],
 )
-def test_attention_compiles_with_little_memory(name, channels, length, options, mask):
+def test_attention_compiles_with_little_memory(
+  bytes_on, chip, name, channels, length, options, mask
+):
   mask = kernels.Mask(**mask)
-  compiled, given = compiled_gradients(name, channels, length, options, mask, jnp.bfloat16)
+  temporary, given = bytes_on[chip](name, channels, length, options, mask, jnp.bfloat16)
 
   # The logits of one head alone would take 64 GiB at 131,072 tokens, where the plan of its tiles,
   # an integer each, takes 8 MiB or, of Sandwich's smaller ones, 16. Under a decay keys are written
   # again, with their share of it; for either side of a query so are queries, outputs and their
   # gradients. And Sandwich has its waves, 128 of two parts for each position.
   shares = {'xpos': 1.4 if mask.causal else 4.0, 'sandwich': 2.5}.get(name, 1.1)
-  assert compiled.memory_analysis().temp_size_in_bytes < shares * given
+  assert temporary < shares * given
 
 
-@pytest.mark.parametrize('channels', [64, 128, 256])
-@pytest.mark.parametrize('name', ['fire', 'sandwich', 'xpos'])
-def test_attention_of_float32_compiles(name, channels):
-  compiled, given = compiled_gradients(name, channels, 8192, {}, kernels.Mask(), jnp.float32)
+@pytest.mark.parametrize(('chip', 'name', 'channels'), FLOAT32)
+def test_attention_of_float32_compiles(bytes_on, chip, name, channels):
+  temporary, given = bytes_on[chip](name, channels, 8192, {}, kernels.Mask(), jnp.float32)
 
   # Besides, queries, keys, values and the output's gradient in parts, and gradients likewise.
-  assert compiled.memory_analysis().temp_size_in_bytes < 4 * given
+  assert temporary < 4 * given
 
 
 def compiled(function, arguments):
@@ -137,18 +162,29 @@ def report_of(directory, *flags):
   return done.returncode, json.loads(output.read_text()), done.stderr
 
 
-@pytest.mark.parametrize('asked, taken', [('auto', 'chunked'), ('mosaic_gpu', 'mosaic_gpu')])
-def test_a_preset_of_eight_gpus_compiles_for_them(tmp_path, asked, taken):
+@pytest.mark.parametrize(
+  ('chip', 'asked', 'taken'),
+  [
+    ('h200', 'auto', 'chunked'),
+    ('h200', 'mosaic_gpu', 'mosaic_gpu'),
+    ('b200', 'mosaic_gpu', 'mosaic_gpu'),
+  ],
+)
+def test_a_preset_of_eight_gpus_compiles_for_them(tmp_path, chip, asked, taken):
   status, report, stderr = report_of(
     tmp_path,
     '--config=configs/c4.py:size=base,encoding=fire,mesh=8-gpus',
-    '--topology=cuda:h200x8',
+    f'--topology=cuda:{chip}x8',
     '--config.evaluate.lengths=(32768,)',
     f'--config.model.attention={asked}',
   )
 
   assert (status, stderr) == (0, '')
-  assert (report['chips'], report['kind'], report['mesh']['fsdp']) == (8, 'NVIDIA H200', 8)
+  assert (report['chips'], report['kind'], report['mesh']['fsdp']) == (
+    8,
+    f'NVIDIA {chip.upper()}',
+    8,
+  )
   step, evaluation = report['programs']
   assert step['messages']['reduce-scatter']['bytes'] > 0
   assert report['parameters'] * 4 / 8 < step['bytes']['parameters'] < report['parameters'] * 4 / 4

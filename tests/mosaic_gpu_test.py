@@ -1,6 +1,7 @@
 """The kernel for NVIDIA GPUs, interpreted, against the oracle."""
 
 import functools
+import re
 import threading
 
 import jax
@@ -18,6 +19,7 @@ from lex_fire.kernels import (
   mosaic_gpu,
   mosaic_gpu_elementwise,
   mosaic_gpu_plan,
+  mosaic_gpu_tensor_memory,
   mosaic_gpu_tile,
 )
 
@@ -100,6 +102,45 @@ def _a_kernel_compiles_once(monkeypatch):
     programs[id(jaxpr)][0](consts, *args)
 
   monkeypatch.setattr(thread_map, '_run_jaxpr', run)
+
+
+@pytest.fixture
+def tensor_memory(monkeypatch):
+  """Blackwell's instructions, which the interpreter has not, by what they are documented to do."""
+  plgpu = mosaic_gpu_tensor_memory.plgpu
+
+  class Transposed:
+    def __init__(self, ref, permutation):
+      self.ref, self.permutation = ref, permutation
+
+    def __getitem__(self, index):
+      return self.ref[index].transpose(self.permutation)
+
+  def store(ref, x):
+    ref[...] = x
+
+  def multiply(sum_ref, a, b, *, accumulate):
+    product = jnp.dot(a[...], b[...], preferred_element_type=jnp.float32)
+    sum_ref[...] = sum_ref[...] + product if accumulate else product
+
+  def load(ref, layout):
+    del layout
+    x = ref[...]
+    ref[...] = jnp.full(ref.shape, jnp.nan)  # what is left there is not to be used again
+    return x
+
+  monkeypatch.setattr(mosaic_gpu_tensor_memory, 'capability', lambda: '10')
+  for name, function in {
+    'TMEM': plgpu.SMEM,
+    'transpose_ref': Transposed,
+    'async_store_tmem': store,
+    'commit_tmem': lambda: None,
+    'tcgen05_mma': multiply,
+    'tcgen05_commit_arrive': plgpu.barrier_arrive,
+    'async_load_tmem': load,
+    'wait_load_tmem': lambda: None,
+  }.items():
+    monkeypatch.setattr(plgpu, name, function)
 
 
 def make(name, options, channels=64):
@@ -201,6 +242,46 @@ def test_outputs_and_gradients_equal_the_oracles(case, mask, layout, width):
   found = interpreted(encoding, params, arrays, *where(layout, mask))
 
   assert_equal_the_oracle(found, case, mask, layout, arrays, dtype)
+
+
+@pytest.mark.usefixtures('tensor_memory')
+@pytest.mark.parametrize(
+  ('case', 'layout', 'width'),
+  [
+    ('nope', ROWS, (128, 'two parts')),
+    ('fire', SPARSE, (64, 'two parts')),
+    ('fire', PACKED, (256, 'wide bfloat16')),
+    ('sandwich', SPARSE, (64, 'two parts')),
+    ('xpos', FAR, (64, 'two parts')),
+  ],
+)
+def test_products_in_tensor_memory_equal_the_oracles_too(case, layout, width):
+  channels, dtype = width
+  arrays = inputs(len(layout[0]), channels)
+  if dtype == 'wide bfloat16':
+    arrays = [jnp.bfloat16(x) for x in arrays]
+
+  found = interpreted(*make(*CASES[case]), arrays, *where(layout, 'causal'))
+
+  assert_equal_the_oracle(found, case, 'causal', layout, arrays, dtype)
+
+
+@pytest.mark.parametrize(
+  ('capability', 'name', 'dtype', 'reason'),
+  [
+    ('8', 'fire', jnp.bfloat16, 'is for compute capabilities 9 and 10, not 8'),
+    ('12', 'nope', jnp.bfloat16, 'not 12'),
+    ('gfx942', 'nope', jnp.bfloat16, 'not gfx942'),
+    ('10', 'sandwich', jnp.float32, "no room.* 'sandwich' beside heads of 256 .*float32"),
+  ],
+)
+def test_a_gpu_that_it_is_not_for_is_told(monkeypatch, capability, name, dtype, reason):
+  encoding = make(name, {})[0]
+  assert mosaic_gpu.why_not(encoding, 256, dtype) is None
+  monkeypatch.setattr(mosaic_gpu_tensor_memory, 'capability', lambda: capability)
+
+  assert re.search(reason, mosaic_gpu.why_not(encoding, 256, dtype))
+  assert mosaic_gpu.why_not(encoding, 128, dtype) is None or capability != '10'
 
 
 @pytest.mark.parametrize('channels', [128, 256])

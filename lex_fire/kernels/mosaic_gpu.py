@@ -1,8 +1,9 @@
-"""Attention as a Pallas kernel for NVIDIA Hopper (Mosaic GPU), bias and decay computed in the tile.
+"""Attention as a Pallas kernel for NVIDIA's GPUs (Mosaic GPU), bias and decay computed in the tile.
 
 The online softmax of FlashAttention (Dao et al. 2022, arXiv:2205.14135; for Hopper Shah et al.
 2024, arXiv:2407.08608): one warpgroup copies blocks of keys and values to shared memory, two others
-(one, of the widest heads) each multiply 64 queries by them. A bias is its encoding's
+(one, of the widest heads) each multiply 64 queries by them. It is for Hopper, and for Blackwell by
+other products (`mosaic_gpu_tensor_memory`). A bias is its encoding's
 `piecewise.Table`: from positions alone, a tile computes x and a line of it, and more only for
 breakpoints that x can reach there, which are found beforehand from the bounds of each block.
 Neither a [Q, K] array nor an atomic operation exists, so that gradients have the same bits each
@@ -29,12 +30,13 @@ from lex_fire.kernels import mosaic_gpu_backward as backward
 from lex_fire.kernels import mosaic_gpu_elementwise as elementwise
 from lex_fire.kernels import mosaic_gpu_plan as plan_lib
 from lex_fire.kernels import mosaic_gpu_products as products
+from lex_fire.kernels import mosaic_gpu_tensor_memory as tensor_memory
 from lex_fire.kernels import mosaic_gpu_tile as tile_lib
 
 CHANNELS = (64, 128, 256)  # of a head
 MOST_SEGMENTS = 1280  # of a table, whose gradient is summed in shared memory
 ROWS, UNITS = tile_lib.ROWS, tile_lib.UNITS
-# By `Setup.block_kind`: what shared memory has room for.
+# By `Setup.size`: what shared memory has room for.
 SIZES = {
   (64, False): tile_lib.Size(columns=128, stages=4),
   (128, False): tile_lib.Size(columns=128, stages=2),
@@ -81,12 +83,21 @@ def why_not(encoding: base.Encoding, channels: int, dtype: Any) -> str | None:
     channels: of a head.
     dtype: of queries, keys and values.
   """
+  capability = tensor_memory.capability()
+  if capability not in ('', tensor_memory.HOPPER, tensor_memory.BLACKWELL):
+    return f'mosaic_gpu is for compute capabilities 9 and 10, not {capability}'
   if encoding.log_decay is not None and encoding.bias is not None:
     return f'mosaic_gpu has a decay or a bias, but {encoding.name!r} has both'
   if channels not in CHANNELS:
     return f'mosaic_gpu has heads of 64, 128 or 256 channels, not {channels}'
   if jnp.dtype(dtype).name not in products.PARTS:
     return f'mosaic_gpu takes bfloat16 and float32, not {jnp.dtype(dtype).name}'
+  wide = channels * products.PARTS[jnp.dtype(dtype).name] > tensor_memory.MOST_BESIDE_WAVES
+  if capability == tensor_memory.BLACKWELL and encoding.waves is not None and wide:
+    return (
+      f'mosaic_gpu has no room, with compute capability 10, for the waves of {encoding.name!r} '
+      f'beside heads of {channels} channels in {jnp.dtype(dtype).name}'
+    )
   return _why_no_bias(encoding)
 
 
@@ -166,7 +177,7 @@ def attention(
   query_BNQ = plan_lib.query_numbers(mask, *of_queries, stretch)
   key_BNK = plan_lib.key_numbers(key_position_BK, key_segment_BK, key_padding, stretch)
   setup = _setup(encoding, table, query_BQHC.dtype, interpret)
-  size, backward_size = (sizes[setup.block_kind(channels)] for sizes in (SIZES, backward.SIZES))
+  size, backward_size = _size(setup, channels), backward.size_of(setup, channels)
   columns = backward_size.columns
   codes = functools.partial(plan_lib.codes, query_BNQ, key_BNK, table, encoding.coordinate)
   inputs = Inputs(
@@ -197,8 +208,14 @@ def _setup(encoding, table, dtype, interpret):
     decays=encoding.log_decay is not None,
     waves=encoding.waves is not None,
     parts=products.PARTS[dtype.name],
+    tensor_memory=tensor_memory.capability() == tensor_memory.BLACKWELL,
+    room=None,
     interpret=interpret,
   )
+
+
+def _size(setup, channels):
+  return setup.size(SIZES, tensor_memory.FORWARD_SIZES, channels)
 
 
 def _padded(x_BLHC, padding):
@@ -252,7 +269,7 @@ def _forward(setup, rate_C, table, inputs):
   """Returns out_BQHC and log_norm_BHQ, the logarithm of the softmax's normaliser."""
   batch, num_queries, num_heads, channels = inputs.query_BQHC.shape
   parts = setup.parts
-  size = SIZES[setup.block_kind(channels)]
+  size = _size(setup, channels)
   columns, stages, units = size
   arrays = split(setup, inputs)
   out_YBQHC, log_norm_BHQ = tile_lib.run(
@@ -265,9 +282,9 @@ def _forward(setup, rate_C, table, inputs):
       jax.ShapeDtypeStruct((batch, num_heads, num_queries), jnp.float32),
     ),
     scratch_types=dict(
-      query_IYQC=products.blocks((units, parts, ROWS, channels), columns),
-      key_JYKC=products.blocks((stages, parts, columns, channels), columns),
-      value_JYKC=products.blocks((stages, parts, columns, channels), columns),
+      query_IYQC=products.blocks(setup, (units, parts, ROWS, channels), columns),
+      key_JYKC=products.blocks(setup, (stages, parts, columns, channels), columns),
+      value_JYKC=products.blocks(setup, (stages, parts, columns, channels), columns),
       query_INQ=plgpu.SMEM((units, inputs.query_BNQ.shape[1], ROWS), jnp.int32),
       key_JNK=plgpu.SMEM((stages, inputs.key_BNK.shape[1], columns), jnp.int32),
       query_waves=products.wave_blocks(setup, units, ROWS, columns),
@@ -276,6 +293,7 @@ def _forward(setup, rate_C, table, inputs):
       query_ready=plgpu.Barrier(num_arrivals=products.copies(setup, parts), num_barriers=units),
       ready=plgpu.Barrier(num_arrivals=products.copies(setup, 2 * parts), num_barriers=stages),
       free=plgpu.Barrier(num_arrivals=units, num_barriers=stages),
+      rooms=products.rooms(setup, size, channels),
     ),
     grid=dict(head=num_heads, row=num_queries // (units * ROWS), batch=batch),
   )
@@ -297,6 +315,7 @@ def _forward_kernel(
   query_ready,
   ready,
   free,
+  rooms,
 ):
   given, (code_BIJ, range_BIP, out_YBQHC, log_norm_BHQ) = products.given(refs)
   batch, head, row = (jax.lax.axis_index(name) for name in ('batch', 'head', 'row'))
@@ -310,7 +329,7 @@ def _forward_kernel(
     waves = [ref.at[slot] for ref in key_waves]
     tile_lib.copy(given.keys(batch, keys, group, *blocks, waves=waves), ready.at[slot])
 
-  def compute(unit):
+  def compute(setup, unit):
     block = size.units * row + unit
     rows = pl.ds(block * ROWS, ROWS)
     query_YQC, query_NQ, log_norm_Q = query_IYQC.at[unit], query_INQ.at[unit], log_norm_IQ.at[unit]
@@ -344,7 +363,7 @@ def _forward_kernel(
     tile_lib.copy_back(pairs)
 
   pipeline = functools.partial(tile_lib.pipeline, copy, count, size.stages, free)
-  tile_lib.warpgroups(size.units, compute, pipeline)
+  tile_lib.warpgroups(setup, size.units, rooms, compute, pipeline)
 
 
 def _softmax_step(setup, so_far, logits_QK, value_YKC):

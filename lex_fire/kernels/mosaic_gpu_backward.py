@@ -19,11 +19,12 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from lex_fire.kernels import mosaic_gpu_plan as plan_lib
 from lex_fire.kernels import mosaic_gpu_products as products
+from lex_fire.kernels import mosaic_gpu_tensor_memory as tensor_memory
 from lex_fire.kernels import mosaic_gpu_tile as tile_lib
 
 ROWS = tile_lib.ROWS
 LANES = 128  # of a row of the sums of a table's gradient
-# By `Setup.block_kind`.
+# By `Setup.size`.
 SIZES = {
   (64, False): tile_lib.Size(columns=64, stages=4),
   (128, False): tile_lib.Size(columns=64, stages=2),
@@ -34,6 +35,11 @@ SIZES = {
   (256, True): tile_lib.Size(columns=64, stages=1, units=1),
   (512, True): tile_lib.Size(columns=16, stages=1, units=1),
 }
+
+
+def size_of(setup, channels):
+  """Returns how much a kernel of this pass holds, with heads of so many channels."""
+  return setup.size(SIZES, tensor_memory.BACKWARD_SIZES, channels)
 
 
 def of_queries(setup, table, operands, arrays, inputs, d_out_YBQHC, norm_BHPQ):
@@ -50,7 +56,7 @@ def of_queries(setup, table, operands, arrays, inputs, d_out_YBQHC, norm_BHPQ):
   """
   batch, num_queries, num_heads, channels = inputs.query_BQHC.shape
   parts = setup.parts
-  size = SIZES[setup.block_kind(channels)]
+  size = size_of(setup, channels)
   columns, stages, units = size
   blocks = num_queries // ROWS
   sums = _sums_shape(setup)
@@ -62,10 +68,10 @@ def of_queries(setup, table, operands, arrays, inputs, d_out_YBQHC, norm_BHPQ):
     out_type=[d_out_YBQHC]
     + [jax.ShapeDtypeStruct((batch, num_heads, blocks, *shape), jnp.float32) for shape in sums],
     scratch_types=dict(
-      query_IYQC=products.blocks((units, parts, ROWS, channels), columns),
-      d_out_IYQC=products.blocks((units, parts, ROWS, channels), columns),
-      key_JYKC=products.blocks((stages, parts, columns, channels), columns),
-      value_JYKC=products.blocks((stages, parts, columns, channels), columns),
+      query_IYQC=products.blocks(setup, (units, parts, ROWS, channels), columns),
+      d_out_IYQC=products.blocks(setup, (units, parts, ROWS, channels), columns),
+      key_JYKC=products.blocks(setup, (stages, parts, columns, channels), columns),
+      value_JYKC=products.blocks(setup, (stages, parts, columns, channels), columns),
       query_INQ=plgpu.SMEM((units, inputs.query_BNQ.shape[1], ROWS), jnp.int32),
       norm_IPQ=plgpu.SMEM((units, 2, ROWS), jnp.float32),
       key_JNK=plgpu.SMEM((stages, inputs.key_BNK.shape[1], columns), jnp.int32),
@@ -78,6 +84,7 @@ def of_queries(setup, table, operands, arrays, inputs, d_out_YBQHC, norm_BHPQ):
       ),
       ready=plgpu.Barrier(num_arrivals=products.copies(setup, 2 * parts), num_barriers=stages),
       free=plgpu.Barrier(num_arrivals=units, num_barriers=stages),
+      rooms=products.rooms(setup, size, channels),
     ),
     grid=dict(head=num_heads, row=blocks // units, batch=batch),
   )
@@ -127,6 +134,7 @@ def _query_kernel(
   query_ready,
   ready,
   free,
+  rooms,
 ):
   given, others = products.given(refs)
   d_out_YBQHC, norm_BHPQ, code_BIJ, range_BIP, d_query_YBQHC, *sums_BHI = others
@@ -141,7 +149,7 @@ def _query_kernel(
     waves = [ref.at[slot] for ref in key_waves]
     tile_lib.copy(given.keys(batch, keys, group, *blocks, waves=waves), ready.at[slot])
 
-  def compute(unit):
+  def compute(setup, unit):
     block = size.units * row + unit
     rows = pl.ds(block * ROWS, ROWS)
     query_YQC, d_out_YQC, query_NQ = query_IYQC.at[unit], d_out_IYQC.at[unit], query_INQ.at[unit]
@@ -185,7 +193,7 @@ def _query_kernel(
     tile_lib.copy_back(pairs)
 
   pipeline = functools.partial(tile_lib.pipeline, copy, count, size.stages, free)
-  tile_lib.warpgroups(size.units, compute, pipeline)
+  tile_lib.warpgroups(setup, size.units, rooms, compute, pipeline)
 
 
 class TableGradient:
@@ -278,7 +286,7 @@ def of_keys(setup, *given):
 def _of_keys(setup, operands, arrays, inputs, d_out_YBQHC, norm_BHPQ, wanted):
   batch, num_keys, num_groups, channels = inputs.key_BKGC.shape
   parts = setup.parts
-  size = SIZES[setup.block_kind(channels)]
+  size = size_of(setup, channels)
   columns, stages, units = size
   d_YBKGC = tile_lib.run(
     setup,
@@ -287,10 +295,10 @@ def _of_keys(setup, operands, arrays, inputs, d_out_YBQHC, norm_BHPQ, wanted):
     (*operands, *arrays, d_out_YBQHC, norm_BHPQ, *inputs.keys),
     out_type=[arrays[1]] * sum(wanted),
     scratch_types=dict(
-      key_JYKC=products.blocks((units, parts, ROWS, channels), columns),
-      value_JYKC=products.blocks((units, parts, ROWS, channels), columns),
-      query_IYQC=products.blocks((stages, parts, columns, channels), columns),
-      d_out_IYQC=products.blocks((stages, parts, columns, channels), columns),
+      key_JYKC=products.blocks(setup, (units, parts, ROWS, channels), columns),
+      value_JYKC=products.blocks(setup, (units, parts, ROWS, channels), columns),
+      query_IYQC=products.blocks(setup, (stages, parts, columns, channels), columns),
+      d_out_IYQC=products.blocks(setup, (stages, parts, columns, channels), columns),
       key_JNK=plgpu.SMEM((units, inputs.key_BNK.shape[1], ROWS), jnp.int32),
       query_INQ=plgpu.SMEM((stages, inputs.query_BNQ.shape[1], columns), jnp.int32),
       norm_IPQ=plgpu.SMEM((stages, 2, columns), jnp.float32),
@@ -299,6 +307,7 @@ def _of_keys(setup, operands, arrays, inputs, d_out_YBQHC, norm_BHPQ, wanted):
       key_ready=plgpu.Barrier(num_arrivals=products.copies(setup, 2 * parts), num_barriers=units),
       ready=plgpu.Barrier(num_arrivals=products.copies(setup, 2 * parts) + 1, num_barriers=stages),
       free=plgpu.Barrier(num_arrivals=units, num_barriers=stages),
+      rooms=products.rooms(setup, size, channels),
     ),
     grid=dict(group=num_groups, row=num_keys // (units * ROWS), batch=batch),
   )
@@ -322,6 +331,7 @@ def _key_kernel(
   key_ready,
   ready,
   free,
+  rooms,
 ):
   given, others = products.given(refs)
   d_out_YBQHC, norm_BHPQ, code_BIJ, range_BIP, *d_YBKGC = others
@@ -346,7 +356,7 @@ def _key_kernel(
     )
     tile_lib.copy(pairs, ready.at[slot])
 
-  def compute(unit):
+  def compute(setup, unit):
     block = size.units * row + unit
     rows = pl.ds(block * ROWS, ROWS)
     key_YKC, value_YKC, key_NK = key_JYKC.at[unit], value_JYKC.at[unit], key_JNK.at[unit]
@@ -383,4 +393,4 @@ def _key_kernel(
       tile_lib.copy_back(products.of_parts(d_YBGC, batch, rows, group, block_YKC))
 
   pipeline = functools.partial(tile_lib.pipeline, copy, count, size.stages, free)
-  tile_lib.warpgroups(size.units, compute, pipeline)
+  tile_lib.warpgroups(setup, size.units, rooms, compute, pipeline)

@@ -24,6 +24,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from lex_fire.encodings import base
+from lex_fire.kernels import mosaic_gpu_tensor_memory as tensor_memory
 from lex_fire.kernels import mosaic_gpu_tile as tile_lib
 
 PARTS = {'bfloat16': 1, 'float32': 2}  # of bfloat16, by the type of queries, keys and values
@@ -58,14 +59,19 @@ def _split(x, parts, in_kernel):
   return found
 
 
-def blocks(shape, columns) -> Any:
+def blocks(setup, shape, columns, channels=None) -> Any:
   """Returns room in shared memory for blocks [..., rows, channels], as products read them.
 
   Args:
+    setup: of the kernel.
     shape: of all of them.
     columns: of a tile. A product takes as many at once as channels are swizzled together.
+    channels: of the blocks that they are multiplied by; None: as many as theirs.
   """
-  channels = min(64, columns)
+  if setup.tensor_memory:
+    channels = tensor_memory.swizzled(columns, channels or shape[-1])
+  else:
+    channels = min(64, columns)
   tiling, swizzle = plgpu.TilingTransform((8, channels)), plgpu.SwizzleTransform(2 * channels)
   return plgpu.SMEM(shape, jnp.bfloat16, transforms=(tiling, swizzle))
 
@@ -84,7 +90,17 @@ def waves_of(encoding: base.Encoding, position_BL: jax.Array, padding: int) -> j
 
 def wave_blocks(setup, count, rows, columns) -> list:
   """Returns room in shared memory for waves of so many blocks of rows, in a list; [] without."""
-  return [blocks((count, WAVE_PARTS, rows, WAVES), columns)] if setup.waves else []
+  return [blocks(setup, (count, WAVE_PARTS, rows, WAVES), columns)] if setup.waves else []
+
+
+def rooms(setup, size, channels) -> list:
+  """Returns what each warpgroup makes its products in beside its registers; [] for none."""
+  if not setup.tensor_memory:
+    return []
+  # Rows under a decay come from registers as well, some channels at a time.
+  width = max(size.columns, CHANNELS if setup.decays else 0)
+  block = blocks(setup, (setup.parts, tile_lib.ROWS, width), size.columns, channels)
+  return [tensor_memory.room(setup, size.columns, channels, block)] * size.units
 
 
 def copies(setup, parts) -> int:
@@ -114,6 +130,10 @@ def product(setup, a, b, start=None):
   """
   of_b = [b.at[part] for part in range(b.shape[0])]
   of_a = a if isinstance(a, list) else [a.at[part] for part in range(len(of_b))]
+  if setup.tensor_memory:
+    of_a = tensor_memory.held(setup.room, of_a) if isinstance(a, list) else of_a
+    pairs = [(of_a[m], plgpu.transpose_ref(of_b[n], (1, 0))) for m, n in _pairs(len(of_b))]
+    return tensor_memory.add(setup.room, setup.room.tile_ref, start, pairs)
   if setup.interpret:
     products = [_dot(of_a[m][...], of_b[n][...], 1) for m, n in _pairs(len(of_b))]
     return sum(products, 0.0 if start is None else start)
@@ -136,6 +156,10 @@ def add_product(setup, so_far, weights, b):
   """Returns so_far + weights b, of a tile [rows, columns] and a block of its columns."""
   of_a = _split(weights, setup.parts, not setup.interpret)
   of_b = [b.at[part] for part in range(setup.parts)]
+  if setup.tensor_memory:
+    of_a = tensor_memory.held(setup.room, of_a)
+    pairs = [(of_a[m], of_b[n]) for m, n in _pairs(setup.parts)]
+    return tensor_memory.add(setup.room, setup.room.rows_ref, so_far, pairs)
   if setup.interpret:
     return sum((_dot(of_a[m], of_b[n][...], 0) for m, n in _pairs(setup.parts)), so_far)
 

@@ -8,6 +8,7 @@ computed once for each, as vectors, and not a pair.
 # Not strict, as its neighbours are: kernels carry no types.
 # pyright: basic
 
+import functools
 import math
 from typing import Any, NamedTuple
 
@@ -43,6 +44,8 @@ class Setup(NamedTuple):
     decays: whether a decay with distance is left to the tiles.
     waves: whether x is a product of waves of the positions; see `mosaic_gpu_products`.
     parts: of bfloat16 that a number is made of; see `mosaic_gpu_products`.
+    tensor_memory: whether products are made there; see `mosaic_gpu_tensor_memory`.
+    room: that a warpgroup makes them in, inside a kernel.
     interpret: what `plgpu.kernel` takes; False on a GPU.
   """
 
@@ -53,11 +56,20 @@ class Setup(NamedTuple):
   decays: bool
   waves: bool
   parts: int
+  tensor_memory: bool
+  room: Any
   interpret: Any
 
-  def block_kind(self, channels):
-    """Returns a head's channels times their parts, and whether there are waves beside them."""
-    return self.parts * channels, self.waves
+  def size(self, sizes, others, channels):
+    """Returns the `Size` of a kernel.
+
+    Args:
+      sizes: by a head's channels times their parts, and whether there are waves beside them.
+      others: of those with tensor memory, that differ, by parts, channels and waves.
+      channels: of a head.
+    """
+    own = others.get((self.parts, channels, self.waves)) if self.tensor_memory else None
+    return own or sizes[self.parts * channels, self.waves]
 
 
 def vector(setup, ref, axis):
@@ -294,14 +306,21 @@ def walk(visit, code, start, count, stages, ready, free):
   return jax.lax.fori_loop(0, count, step, start)
 
 
-def warpgroups(units, compute, copy):
-  """Runs compute of each unit and copy() side by side, registers divided accordingly."""
+def warpgroups(setup, units, rooms, compute, copy):
+  """Runs compute(setup, unit) of each unit and copy() side by side, registers divided accordingly.
+
+  With a room for each unit a unit has code of its own, as tensor memory is addressed there.
+  """
   index = jax.lax.axis_index('warpgroup')
 
-  @pl.when(index < units)
-  def _():
+  def run(setup, unit):
     plgpu.set_max_registers(240, action='increase')
-    compute(index)
+    compute(setup, unit)
+
+  if not rooms:
+    pl.when(index < units)(lambda: run(setup, index))
+  for unit, room in enumerate(rooms):
+    pl.when(index == unit)(functools.partial(run, setup._replace(room=room), unit))
 
   @pl.when(index == units)
   def _():
