@@ -1,6 +1,6 @@
 # `make quickstart` trains, evaluates and plots; `make test` lints, checks types and tests.
 # `make test-tpu` compiles kernels and steps for TPUs, in an environment of its own, without one; `make test-cuda` does the
-# same for NVIDIA's H200, and `make test-beam` prepares streams by Apache Beam, each in one of its own as well.
+# same for NVIDIA's H200 and B200, and `make test-beam` prepares streams by Apache Beam, each in one of its own as well.
 # `make docs` builds the pages of docs/ and those that they lead to, with warnings as errors.
 # `quickstart`, `test` and `docs` make .venv from PYTHON (3.11 or newer) first; another PYTHON makes it anew.
 # `make clean` removes the environments, the pages, and `runs` with all that was trained there.
