@@ -96,7 +96,8 @@ CELLS = [
 FLOAT32 = [
   ('h200', *cell) for cell in itertools.product(('fire', 'sandwich', 'xpos'), (64, 128, 256))
 ]
-FLOAT32 += [('b200', 'fire', 64), ('b200', 'sandwich', 128), ('b200', 'xpos', 256)]
+FLOAT32 += [('b200', 'fire', 64), ('b200', 'fire', 128), ('b200', 'fire', 256)]
+FLOAT32 += [('b200', 'sandwich', 64), ('b200', 'sandwich', 128), ('b200', 'xpos', 256)]
 
 
 @pytest.mark.parametrize(

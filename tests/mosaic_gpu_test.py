@@ -104,43 +104,80 @@ def _a_kernel_compiles_once(monkeypatch):
   monkeypatch.setattr(thread_map, '_run_jaxpr', run)
 
 
-@pytest.fixture
-def tensor_memory(monkeypatch):
-  """Blackwell's instructions, which the interpreter has not, by what they are documented to do."""
-  plgpu = mosaic_gpu_tensor_memory.plgpu
+class TensorMemory:
+  """Blackwell's instructions, which the interpreter has not, by what they are documented to do.
 
-  class Transposed:
-    def __init__(self, ref, permutation):
-      self.ref, self.permutation = ref, permutation
+  A product is there when a barrier says so, and then once; they are to be given in their order.
+  """
 
-    def __getitem__(self, index):
-      return self.ref[index].transpose(self.permutation)
+  def __init__(self, plgpu):
+    self.arrive, self.wait = plgpu.barrier_arrive, plgpu.barrier_wait
+    self.order, self.products = [], []
 
-  def store(ref, x):
+  def barrier_arrive(self, barrier):
+    self.order.append('arrive')
+    self.arrive(barrier)
+
+  def barrier_wait(self, barrier):
+    self.order.append('wait')
+    self.wait(barrier)
+
+  def async_store_tmem(self, ref, x):
+    assert self.order[-1] != 'load', 'it may still be read'
+    self.order.append('store')
     ref[...] = x
 
-  def multiply(sum_ref, a, b, *, accumulate):
-    product = jnp.dot(a[...], b[...], preferred_element_type=jnp.float32)
-    sum_ref[...] = sum_ref[...] + product if accumulate else product
+  def commit_tmem(self):
+    self.order.append('commit')
 
-  def load(ref, layout):
-    del layout
+  def tcgen05_mma(self, *factors, accumulate):
+    assert self.order[-2:] == ['arrive', 'wait'], 'other threads may still write or read'
+    if accumulate and not self.products:
+      assert self.order[-4:-2] == ['store', 'commit']
+    self.products.append((*factors, accumulate))
+
+  def tcgen05_commit_arrive(self, barrier):
+    for sum_ref, a, b, accumulate in self.products:
+      product = jnp.dot(a[...], b[...], preferred_element_type=jnp.float32)
+      sum_ref[...] = sum_ref[...] + product if accumulate else product
+    self.products.clear()
+    self.order.append('product')
+    self.arrive(barrier)
+
+  def async_load_tmem(self, ref, layout):
+    assert layout == mosaic_gpu_tensor_memory.plgpu.Layout.WGMMA
+    assert self.order[-2:] == ['product', 'wait']
+    self.order.append('load')
     x = ref[...]
     ref[...] = jnp.full(ref.shape, jnp.nan)  # what is left there is not to be used again
     return x
 
-  monkeypatch.setattr(mosaic_gpu_tensor_memory, 'capability', lambda: '10')
-  for name, function in {
-    'TMEM': plgpu.SMEM,
-    'transpose_ref': Transposed,
-    'async_store_tmem': store,
-    'commit_tmem': lambda: None,
-    'tcgen05_mma': multiply,
-    'tcgen05_commit_arrive': plgpu.barrier_arrive,
-    'async_load_tmem': load,
-    'wait_load_tmem': lambda: None,
-  }.items():
-    monkeypatch.setattr(plgpu, name, function)
+  def wait_load_tmem(self):
+    self.order.append('loaded')
+
+
+class Transposed:
+  """What `plgpu.transpose_ref` returns, which the interpreter does not read."""
+
+  def __init__(self, ref, permutation):
+    self.ref, self.permutation = ref, permutation
+
+  def __getitem__(self, index):
+    return self.ref[index].transpose(self.permutation)
+
+
+@pytest.fixture
+def on_blackwell(monkeypatch):
+  """`interpreted`, with tensor memory."""
+  plgpu = mosaic_gpu_tensor_memory.plgpu
+  instructions = TensorMemory(plgpu)
+  for name in vars(TensorMemory):
+    if not name.startswith('__'):
+      monkeypatch.setattr(plgpu, name, getattr(instructions, name))
+  monkeypatch.setattr(plgpu, 'TMEM', plgpu.SMEM)
+  monkeypatch.setattr(plgpu, 'transpose_ref', Transposed)
+  yield functools.partial(interpreted, capability=mosaic_gpu_tensor_memory.BLACKWELL)
+  assert 'loaded' in instructions.order
 
 
 def make(name, options, channels=64):
@@ -244,24 +281,24 @@ def test_outputs_and_gradients_equal_the_oracles(case, mask, layout, width):
   assert_equal_the_oracle(found, case, mask, layout, arrays, dtype)
 
 
-@pytest.mark.usefixtures('tensor_memory')
 @pytest.mark.parametrize(
   ('case', 'layout', 'width'),
   [
     ('nope', ROWS, (128, 'two parts')),
     ('fire', SPARSE, (64, 'two parts')),
     ('fire', PACKED, (256, 'wide bfloat16')),
+    ('fire', SPARSE, (256, 'two parts')),
     ('sandwich', SPARSE, (64, 'two parts')),
     ('xpos', FAR, (64, 'two parts')),
   ],
 )
-def test_products_in_tensor_memory_equal_the_oracles_too(case, layout, width):
+def test_products_in_tensor_memory_equal_the_oracles_too(on_blackwell, case, layout, width):
   channels, dtype = width
   arrays = inputs(len(layout[0]), channels)
   if dtype == 'wide bfloat16':
     arrays = [jnp.bfloat16(x) for x in arrays]
 
-  found = interpreted(*make(*CASES[case]), arrays, *where(layout, 'causal'))
+  found = on_blackwell(*make(*CASES[case]), arrays, *where(layout, 'causal'))
 
   assert_equal_the_oracle(found, case, 'causal', layout, arrays, dtype)
 
@@ -275,13 +312,26 @@ def test_products_in_tensor_memory_equal_the_oracles_too(case, layout, width):
     ('10', 'sandwich', jnp.float32, "no room.* 'sandwich' beside heads of 256 .*float32"),
   ],
 )
-def test_a_gpu_that_it_is_not_for_is_told(monkeypatch, capability, name, dtype, reason):
+def test_a_gpu_that_it_is_not_for_is_told(capability, name, dtype, reason):
   encoding = make(name, {})[0]
-  assert mosaic_gpu.why_not(encoding, 256, dtype) is None
-  monkeypatch.setattr(mosaic_gpu_tensor_memory, 'capability', lambda: capability)
 
-  assert re.search(reason, mosaic_gpu.why_not(encoding, 256, dtype))
-  assert mosaic_gpu.why_not(encoding, 128, dtype) is None or capability != '10'
+  assert mosaic_gpu.why_not(encoding, 256, dtype) is None
+  assert re.search(reason, mosaic_gpu.why_not(encoding, 256, dtype, capability))
+  assert mosaic_gpu.why_not(encoding, 128, dtype, capability) is None or capability != '10'
+
+
+def test_a_gpu_that_is_here_says_its_capability_and_the_interpreter_asks_for_none(monkeypatch):
+  monkeypatch.setattr(mosaic_gpu_tensor_memory, 'capability', lambda: '8')
+  encoding, params = make('nope', {})
+
+  def traced(attention):
+    jax.eval_shape(
+      lambda arrays: attention(encoding, params, arrays, *where(PLAIN, 'causal')), inputs(1, 64)
+    )
+
+  with pytest.raises(errors.UserError, match='not 8'):
+    traced(functools.partial(out_and_gradients, mosaic_gpu.attention))
+  traced(interpreted)
 
 
 @pytest.mark.parametrize('channels', [128, 256])
@@ -293,6 +343,13 @@ def test_decayed_heads_of_many_channels_equal_those_of_tiles_in_xla(channels):
   found = interpreted(*given)
 
   assert_agree(found, out_and_gradients(chunked.attention, *given), 1e-4)
+
+
+def test_decayed_heads_of_many_channels_do_so_in_tensor_memory(on_blackwell):
+  encoding, params = make('xpos', {}, 128)
+  given = encoding, params, inputs(1, 128), *where(FAR, 'causal')
+
+  assert_agree(on_blackwell(*given), out_and_gradients(chunked.attention, *given), 1e-4)
 
 
 def test_gradients_under_a_decay_are_finite_if_those_of_what_follows_are_large():

@@ -75,15 +75,15 @@ class Inputs(NamedTuple):
   keys: Any
 
 
-def why_not(encoding: base.Encoding, channels: int, dtype: Any) -> str | None:
+def why_not(encoding: base.Encoding, channels: int, dtype: Any, capability: str = '') -> str | None:
   """Returns why this kernel cannot serve, or None if it can.
 
   Args:
     encoding: says the decay and the bias of the logits.
     channels: of a head.
     dtype: of queries, keys and values.
+    capability: of the GPU, before the point; '': any that it is for.
   """
-  capability = tensor_memory.capability()
   if capability not in ('', tensor_memory.HOPPER, tensor_memory.BLACKWELL):
     return f'mosaic_gpu is for compute capabilities 9 and 10, not {capability}'
   if encoding.log_decay is not None and encoding.bias is not None:
@@ -145,16 +145,19 @@ def attention(
   key_segment_BK: jax.Array | None,
   mask: mask_lib.Mask,
   interpret: Any = False,
+  capability: str = tensor_memory.HOPPER,
 ) -> tuple[jax.Array, jax.Array]:
   """Attention like `reference.attention`.
 
   `interpret` is what `plgpu.kernel` takes: False on a GPU; its interpreter's parameters to run on
-  any platform, slowly.
+  any platform, slowly, as a GPU of a compute capability would.
 
   Raises:
     errors.UserError: as `why_not` says.
   """
-  reason = why_not(encoding, query_BQHC.shape[3], query_BQHC.dtype)
+  if not interpret:
+    capability = tensor_memory.capability()
+  reason = why_not(encoding, query_BQHC.shape[3], query_BQHC.dtype, capability)
   if reason:
     raise errors.UserError(f"{reason}; use implementation='chunked'")
   num_queries, num_heads, channels = query_BQHC.shape[1:]
@@ -176,7 +179,7 @@ def attention(
   of_queries = query_position_BQ, query_segment_BQ, query_padding
   query_BNQ = plan_lib.query_numbers(mask, *of_queries, stretch)
   key_BNK = plan_lib.key_numbers(key_position_BK, key_segment_BK, key_padding, stretch)
-  setup = _setup(encoding, table, query_BQHC.dtype, interpret)
+  setup = _setup(encoding, table, query_BQHC.dtype, interpret, capability)
   size, backward_size = _size(setup, channels), backward.size_of(setup, channels)
   columns = backward_size.columns
   codes = functools.partial(plan_lib.codes, query_BNQ, key_BNK, table, encoding.coordinate)
@@ -199,7 +202,7 @@ def attention(
   return out_BQHC[:, :num_queries], log_norm_BHQ[..., :num_queries]
 
 
-def _setup(encoding, table, dtype, interpret):
+def _setup(encoding, table, dtype, interpret, capability):
   return tile_lib.Setup(
     coordinate=encoding.coordinate,
     numbers=jax.tree.structure({} if table is None else table.coordinate),
@@ -208,7 +211,7 @@ def _setup(encoding, table, dtype, interpret):
     decays=encoding.log_decay is not None,
     waves=encoding.waves is not None,
     parts=products.PARTS[dtype.name],
-    tensor_memory=tensor_memory.capability() == tensor_memory.BLACKWELL,
+    tensor_memory=capability == tensor_memory.BLACKWELL,
     room=None,
     interpret=interpret,
   )

@@ -40,7 +40,8 @@ BACKWARD_SIZES = {
 def capability() -> str:
   """Returns the compute capability that is compiled for, before the point; '' where there is none.
 
-  As JAX's compiler asks for it, of `jax.default_device`, if set, or else of the host's first.
+  It is that of `jax.default_device`, if set, or else of the host's first device, as in
+  `kernels.platform`: a mesh says of its devices what kind they are, not this.
   """
   device = jax.extend.backend.get_default_device()
   return getattr(device, 'compute_capability', '').partition('.')[0]
@@ -53,7 +54,7 @@ class Room(NamedTuple):
     tile_ref: tensor memory for sums [rows, columns].
     rows_ref: for sums [rows, channels].
     block_YLC: shared memory for parts of rows that are in registers.
-    begin: a barrier at which all threads arrive before one of them starts products.
+    begin: a barrier at which all threads wait for each other before one of them starts products.
     done: a barrier at which products arrive.
   """
 
