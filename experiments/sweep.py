@@ -103,11 +103,13 @@ class Variant(NamedTuple):
     encoding: a key of encodings.ENCODINGS.
     options: of it.
     after: {name: text}: encodings that take its place after training, each a variant by its name.
+    optimizer: fields of that section in which it differs from the scale.
   """
 
   encoding: str
   options: Mapping[str, Any] = {}
   after: Mapping[str, str] = {}
+  optimizer: Mapping[str, Any] = {}
 
   @property
   def texts(self) -> tuple[str, ...]:
@@ -141,6 +143,7 @@ def config(scale: Scale, of: Corpus, variant: Variant, seed: int) -> config_lib.
   sections = scale.sections | {
     'encoding': dict(variant.options),
     'data': scale.sections['data'] | of.files,
+    'optimizer': {**scale.sections['optimizer'], **variant.optimizer},
     'train': scale.sections['train'] | {'seed': seed},
     'evaluate': {'lengths': scale.lengths, 'max_tokens': scale.max_tokens, 'masks': MASKS},
   }

@@ -1,5 +1,6 @@
 """Tests of `experiments/sweep.py`, of the sweeps, and that what they show is what they measured."""
 
+import dataclasses
 import importlib
 import json
 import math
@@ -77,6 +78,17 @@ def test_runs_that_lack_a_line_are_left_seed_by_seed():
   assert left((0,), []) == [('a', 0), ('b', 0)]
   assert left((0, 1), lines) == [('a', 1), ('b', 1)]
   assert left((0,), lines[:-1]) == [('b', 0)]
+
+
+def test_a_variant_may_differ_in_how_it_is_trained():
+  scale = sweep.SCALES['laptop']
+  variant = sweep.Variant('fire', optimizer={'encoding_rate': 30.0})
+
+  as_ever, other = (
+    sweep.config(scale, ANYWHERE, of, 0).optimizer for of in (sweep.Variant('fire'), variant)
+  )
+
+  assert other == dataclasses.replace(as_ever, encoding_rate=30.0) != as_ever
 
 
 def test_a_directory_without_books_is_named(tmp_path):
