@@ -29,7 +29,8 @@ PLAIN = np.arange(LENGTH, dtype=np.int32)[None], None
 # no derivative.
 SPARSE = 9 + 16 * PLAIN[0], None
 PACKED = tuple(np.int32([row]) for row in (np.r_[0:90, 0:50], np.repeat([1, 2], [90, 50])))
-LAYOUTS = (SPARSE, PACKED)
+SCATTERED = 9 + 16 * PACKED[0], PACKED[1]  # both
+LAYOUTS = (SCATTERED, PACKED)
 # Over four stretches of xPos' decay: tiles in which pairs are in one, or as many apart, or differ.
 STRETCH = decay.stretch_of(encodings.get('xpos').log_decay(64))
 FAR = (
