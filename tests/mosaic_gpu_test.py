@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import oracles
 import pytest
+import tensor_memory
 from jax._src.pallas.mosaic.interpret import thread_map
 from jax._src.pallas.mosaic_gpu.interpret import params as interpreter
 
@@ -105,78 +106,10 @@ def _a_kernel_compiles_once(monkeypatch):
   monkeypatch.setattr(thread_map, '_run_jaxpr', run)
 
 
-class TensorMemory:
-  """Blackwell's instructions, which the interpreter has not, by what they are documented to do.
-
-  A product is there when a barrier says so, and then once; they are to be given in their order.
-  """
-
-  def __init__(self, plgpu):
-    self.arrive, self.wait = plgpu.barrier_arrive, plgpu.barrier_wait
-    self.order, self.products = [], []
-
-  def barrier_arrive(self, barrier):
-    self.order.append('arrive')
-    self.arrive(barrier)
-
-  def barrier_wait(self, barrier):
-    self.order.append('wait')
-    self.wait(barrier)
-
-  def async_store_tmem(self, ref, x):
-    assert self.order[-1] != 'load', 'it may still be read'
-    self.order.append('store')
-    ref[...] = x
-
-  def commit_tmem(self):
-    self.order.append('commit')
-
-  def tcgen05_mma(self, *factors, accumulate):
-    assert self.order[-2:] == ['arrive', 'wait'], 'other threads may still write or read'
-    if accumulate and not self.products:
-      assert self.order[-4:-2] == ['store', 'commit']
-    self.products.append((*factors, accumulate))
-
-  def tcgen05_commit_arrive(self, barrier):
-    for sum_ref, a, b, accumulate in self.products:
-      product = jnp.dot(a[...], b[...], preferred_element_type=jnp.float32)
-      sum_ref[...] = sum_ref[...] + product if accumulate else product
-    self.products.clear()
-    self.order.append('product')
-    self.arrive(barrier)
-
-  def async_load_tmem(self, ref, layout):
-    assert layout == mosaic_gpu_tensor_memory.plgpu.Layout.WGMMA
-    assert self.order[-2:] == ['product', 'wait']
-    self.order.append('load')
-    x = ref[...]
-    ref[...] = jnp.full(ref.shape, jnp.nan)  # what is left there is not to be used again
-    return x
-
-  def wait_load_tmem(self):
-    self.order.append('loaded')
-
-
-class Transposed:
-  """What `plgpu.transpose_ref` returns, which the interpreter does not read."""
-
-  def __init__(self, ref, permutation):
-    self.ref, self.permutation = ref, permutation
-
-  def __getitem__(self, index):
-    return self.ref[index].transpose(self.permutation)
-
-
 @pytest.fixture
 def on_blackwell(monkeypatch):
   """`interpreted`, with tensor memory."""
-  plgpu = mosaic_gpu_tensor_memory.plgpu
-  instructions = TensorMemory(plgpu)
-  for name in vars(TensorMemory):
-    if not name.startswith('__'):
-      monkeypatch.setattr(plgpu, name, getattr(instructions, name))
-  monkeypatch.setattr(plgpu, 'TMEM', plgpu.SMEM)
-  monkeypatch.setattr(plgpu, 'transpose_ref', Transposed)
+  instructions = tensor_memory.stand_in(monkeypatch)
   yield functools.partial(interpreted, capability=mosaic_gpu_tensor_memory.BLACKWELL)
   assert 'loaded' in instructions.order
 
@@ -316,9 +249,17 @@ def test_products_in_tensor_memory_equal_the_oracles_too(on_blackwell, case, lay
 def test_a_gpu_that_it_is_not_for_is_told(capability, name, dtype, reason):
   encoding = make(name, {})[0]
 
-  assert mosaic_gpu.why_not(encoding, 256, dtype) is None
+  assert mosaic_gpu.why_not(encoding, 256, dtype, '9') is None
   assert re.search(reason, mosaic_gpu.why_not(encoding, 256, dtype, capability))
-  assert mosaic_gpu.why_not(encoding, 128, dtype, capability) is None or capability != '10'
+
+
+@pytest.mark.parametrize('channels', [64, 128, 256])
+@pytest.mark.parametrize('case', CASES)
+def test_blackwell_lacks_room_for_nothing_else(case, channels):
+  encoding = make(*CASES[case], channels)[0]
+  for dtype in (jnp.bfloat16, jnp.float32):
+    refused = mosaic_gpu.why_not(encoding, channels, dtype, '10') is not None
+    assert refused == ((case, channels, dtype) == ('sandwich', 256, jnp.float32))
 
 
 def test_a_gpu_that_is_here_says_its_capability_and_the_interpreter_asks_for_none(monkeypatch):

@@ -28,7 +28,7 @@ def variants() -> sweep.Variants:
   reaching = presets.reaching('fire', max(zoo_config.LENGTHS))
   return {
     'two hidden layers': sweep.Variant('fire', reaching | zoo_config.BETTER['fire']),
-    'two, 30 times': sweep.Variant(
+    'two, rate 30': sweep.Variant(
       'fire', reaching | zoo_config.BETTER['fire'], optimizer={'encoding_rate': 30.0}
     ),
     'one hidden layer': sweep.Variant('fire', reaching),

@@ -29,12 +29,12 @@ FORWARD_SIZES = {
   (2, 128, False): tile_lib.Size(columns=64, stages=1),
   (2, 256, False): tile_lib.Size(columns=32, stages=1, units=1),
 }
-MOST_BESIDE_WAVES = 256  # channels of a head times their parts
 BACKWARD_SIZES = {
   (1, 256, False): tile_lib.Size(columns=32, stages=1),
   (2, 128, False): tile_lib.Size(columns=32, stages=1),
   (2, 64, True): tile_lib.Size(columns=32, stages=1),
 }
+MOST_BESIDE_WAVES = 256  # channels of a head times their parts
 
 
 def capability() -> str:
