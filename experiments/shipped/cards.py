@@ -8,7 +8,6 @@ import math
 import pathlib
 import textwrap
 from collections.abc import Sequence
-from typing import NamedTuple
 
 import jax
 
@@ -19,25 +18,10 @@ from lex_fire import zoo
 HERE = pathlib.Path(__file__).parent
 
 
-class Trained(NamedTuple):
-  """How a run was trained.
-
-  Attributes:
-    commit: at which.
-    flags: what its config did not have yet.
-  """
-
-  commit: str
-  flags: tuple[str, ...] = ()
-
-
-_BEFORE = Trained('ebc6457')
-_TRAINED = {
-  'fire': Trained('6df3486', ('--config.encoding.hidden_layers=2',)),
-  **{'xpos': _BEFORE, 'alibi': _BEFORE, 'rope': _BEFORE},
-}
+# The commit at which each was trained.
+_TRAINED = {'fire': '566f822', 'xpos': 'ebc6457', 'alibi': 'ebc6457', 'rope': 'ebc6457'}
 # What it is called in seeds.jsonl.
-_OF_SEVERAL_SEEDS = {'fire': 'two hidden layers', 'alibi': 'alibi'}
+_OF_SEVERAL_SEEDS = {'fire': 'two, rate 30', 'alibi': 'alibi'}
 MASKS = ('causal', 'blockwise')
 _CARD = """\
 # {name}
@@ -54,7 +38,7 @@ package, for tests, notebooks and demonstrations.
   bytes, {tokens:,} in all. The config is `{name}.json`, the weights in half precision `{name}.npz`.
 
       python -m lex_fire.train --config=configs/zoo.py:encoding={encoding} \\
-        --workdir=runs/shipped/{encoding}{flags}
+        --workdir=runs/shipped/{encoding}
 
 - **Results**: nats per byte of {scored:,} held-out bytes of {documents} files, the same at every
   length, under the causal mask and in LeX's blocks (`experiments/shipped`):
@@ -92,7 +76,6 @@ def card(name: str, reports: Sequence[report_lib.Report]) -> str:
     reports: of its run, by `evaluate`, one for each of MASKS.
   """
   run, (_, params) = zoo.config(name), zoo.load(name)
-  trained = _TRAINED[run.encoding.name]
   tokens = run.train.steps * run.data.batch_size * run.data.length
   rows = reports[0]['lengths']
   lines = [f'{"length":<10}' + ''.join(f'{row["length"]:>8}' for row in rows)]
@@ -108,8 +91,7 @@ def card(name: str, reports: Sequence[report_lib.Report]) -> str:
     encoding=run.encoding.name,
     length=run.data.length,
     longest=rows[-1]['length'],
-    commit=trained.commit,
-    flags=''.join(f' {flag}' for flag in trained.flags),
+    commit=_TRAINED[run.encoding.name],
     seed=run.train.seed,
     steps=run.train.steps,
     rows=run.data.batch_size,
