@@ -326,6 +326,31 @@ def test_lines_that_are_looked_up_and_lines_gone_through_equal_the_reference(
   jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-5), found, expected)
 
 
+@pytest.mark.parametrize('case', ['fire', 't5', 'kerple_log'])
+def test_tiles_of_whole_registers_equal_the_reference(case, monkeypatch):
+  """In the TPU kernel, whose numbers of distances are turned within registers.
+
+  FIRE's threshold is in the second of three blocks of queries, and its last is ragged.
+  """
+  lanes, length = mosaic_tpu_size.LANES, 300
+  monkeypatch.setitem(
+    IMPLEMENTATIONS,
+    'mosaic_tpu',
+    functools.partial(kernels.IMPLEMENTATIONS['mosaic_tpu'], block=lanes, interpret=True),
+  )
+  encoding = encodings.get(case, **({'threshold': 200.0} if case == 'fire' else {}))
+  params = encoding.init(
+    jax.random.key(5), num_heads=NUM_HEADS, head_dim=HEAD_DIM, d_model=NUM_HEADS * HEAD_DIM
+  )
+  arrays = inputs(1, length, length)
+  position_BL = np.arange(length, dtype=np.int32)[None]
+
+  found = out_and_gradients('mosaic_tpu', encoding, params, arrays, position_BL)
+
+  expected = out_and_gradients('reference', encoding, params, arrays, position_BL)
+  jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=3e-5), found, expected)
+
+
 IN_ORDER_CASES = [case for case in CASES if encodings.get(CASES[case][0]).table is not None]
 
 

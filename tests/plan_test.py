@@ -41,7 +41,14 @@ def positions(seed, length=50):
 
 
 def planned(
-  mask, position_BL, segment_BL=None, table=None, coordinate=None, stretch=None, part=None
+  mask,
+  position_BL,
+  segment_BL=None,
+  table=None,
+  coordinate=None,
+  rate=None,
+  stretch=None,
+  part=None,
 ):
   x_BL1C = jnp.zeros((*position_BL.shape, 1, 8))
   queries, keys = plan.cut(
@@ -53,7 +60,9 @@ def planned(
     (x_BL1C, x_BL1C, position_BL, segment_BL),
   )
   blocks = QUERY_BLOCK, KEY_BLOCK
-  made = plan.make(kernels.Mask(**mask), *blocks, queries, keys, table, coordinate, part or blocks)
+  made = plan.make(
+    kernels.Mask(**mask), *blocks, queries, keys, table, coordinate, rate, part or blocks
+  )
   return jax.tree.map(np.array, made)
 
 
@@ -145,6 +154,26 @@ def test_a_tile_is_in_order_if_its_positions_rise_by_one_in_every_row():
     elif out_of_order:
       expected[out_of_order[0]] = expected[:, out_of_order[1]] = 0
     np.testing.assert_array_equal(found, expected)
+
+
+@pytest.mark.parametrize('causal', [True, False])
+def test_a_tile_is_of_distances_if_its_later_positions_have_one_rate(causal):
+  """Of FIRE before its threshold, which is within a block."""
+  encoding = encodings.get('fire', threshold=29.0)
+  params = encoding.init(jax.random.key(0), num_heads=2, head_dim=8, d_model=16)
+  x_of = encoding.table(params, 2), encoding.coordinate, encoding.factors[1]
+  row = np.arange(48, dtype=np.int32)
+  later_QK = np.maximum(row[:, None], row[None]) if not causal else np.tile(row[:, None], 48)
+  expected = [later_1QK.max() <= 29 for _, later_1QK in tiles(later_QK[None])]
+
+  found = planned({'causal': causal}, row[None], None, *x_of).of_distance_IJ
+  out_of_order = planned({'causal': causal}, row[None, ::-1], None, *x_of).of_distance_IJ
+  of_any_distance = planned({'causal': causal}, row[None]).of_distance_IJ
+
+  assert 0 < sum(expected) < len(expected)
+  np.testing.assert_array_equal(found, np.reshape(expected, found.shape))
+  np.testing.assert_array_equal(out_of_order, 0)
+  np.testing.assert_array_equal(of_any_distance, 1)
 
 
 @pytest.mark.parametrize('case', TABLES)

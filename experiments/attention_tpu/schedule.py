@@ -43,7 +43,8 @@ SPLASH = {
   'keys': 'splash_mqa_dkv_no_residuals.1',
 }
 BATCH = 2  # sequences: with one, its heads would be two blocks, for chips of two cores
-LONG = 1000  # bundles of a loop over heads at least, and of what is done once a tile
+LONG = 1000  # bundles of a loop over heads at least
+SHORT = 100  # and more than these of what is done once a tile
 
 
 class Loop(NamedTuple):
@@ -105,29 +106,17 @@ def parse(listing: str, weigh: Callable[[str], int] = lambda bundle: 1) -> Loop:
   return stack[0].inner[0]
 
 
-class Work(NamedTuple):
-  """The bundles of each kind of work of a kernel, or how often a sequence has it done.
+class Lines(NamedTuple):
+  """What pieces of a bias take, of a head in a tile, or what a sequence asks of it.
 
   Attributes:
-    tile: what is done once in a tile whose positions are in order.
-    list_part: likewise, for a part of a tile under pieces.
-    find_part: likewise, for a part of many breakpoints, to find the segments of all heads.
-    find: likewise, for a breakpoint of such a part.
-    line: a head in a tile under one line, or without a bias, of those that are visited together.
-    pieces: a head in a tile under several lines, but for what follows.
-    few: a part of few breakpoints, of a head, as are all below.
+    few: a part of few breakpoints.
     rest: a breakpoint of it, beyond those that are gone through together.
     many: a part of many.
     add_part: either, whose gradient of the table is added up.
     add: a breakpoint of it.
   """
 
-  tile: float
-  list_part: float = 0
-  find_part: float = 0
-  find: float = 0
-  line: float = 0
-  pieces: float = 0
   few: float = 0
   rest: float = 0
   many: float = 0
@@ -135,7 +124,42 @@ class Work(NamedTuple):
   add: float = 0
 
 
-OF_TILE = 4  # kinds of work that are done once for all heads of a tile
+class Work(NamedTuple):
+  """The bundles of each kind of work of a kernel, or how often a sequence has it done.
+
+  Attributes:
+    tile: what is done once in a tile whose positions are in order, by pairs.
+    distances: likewise, in one by distances.
+    list_part: likewise, for a part of a tile under pieces.
+    find_part: likewise, for a part of many breakpoints, to find the segments of all heads.
+    find: likewise, for a breakpoint of such a part.
+    find_distances: likewise, by distances.
+    line: a head in a tile under one line, or without a bias, of those that are visited together.
+    pieces: a head in a tile under several lines, but for what follows, by pairs.
+    spread: likewise, by distances.
+    of_pairs: what else pieces of a head take by pairs.
+    of_distances: likewise, by distances, of which a tile is one part.
+  """
+
+  tile: float
+  distances: float = 0
+  list_part: float = 0
+  find_part: float = 0
+  find: float = 0
+  find_distances: float = 0
+  line: float = 0
+  pieces: float = 0
+  spread: float = 0
+  of_pairs: Lines = Lines()
+  of_distances: Lines = Lines()
+
+
+OF_TILE = 6  # kinds of work that are done once for all heads of a tile
+
+
+def work(values: list) -> Work:
+  """Returns what JSON made a list of."""
+  return Work(*values[:-2], *(Lines(*lines) for lines in values[-2:]))
 
 
 def cost(grid: Loop, has_bias: bool, of: Loop | None = None) -> Work:
@@ -151,25 +175,44 @@ def cost(grid: Loop, has_bias: bool, of: Loop | None = None) -> Work:
   """
   of = of or grid
   heads = [number for number, loop in enumerate(grid.inner) if loop.own > LONG]
-  if len(heads) != 1 + has_bias:
-    raise ValueError(f'{len(heads)} loops over heads, not {1 + has_bias}')
-  first, last = (_position(grid, number) for number in (heads[0], heads[-1]))
-  before = [at for at, count in enumerate(grid.stretches[:first]) if count]
-  line = of.inner[heads[0]].own / mosaic_tpu_bias.HEADS_TOGETHER
+  if len(heads) != (3 if has_bias else 1):
+    raise ValueError(f'{len(heads)} loops over heads, not {3 if has_bias else 1}')
+  places = [_position(grid, number) for number in heads]
+  long = [at for at, count in enumerate(grid.stretches) if (count or 0) > SHORT]
+  before = [at for at in long if at < places[0]]
+  line = of.inner[heads[-2 if has_bias else 0]].own / mosaic_tpu_bias.HEADS_TOGETHER
   if not has_bias:
-    return Work(tile=of.stretches[before[-1]], line=line, pieces=line)
-  long = [at for at, count in enumerate(grid.stretches) if (count or 0) > LONG]
-  # What is done once comes twice, for positions in order and for any others.
-  once = [[at for at in long if at in before][-2], *[at for at in long if at >= last][:1]]
-  list_part, find, pieces = of.inner[heads[1] - 2 : heads[1] + 1]
-  few, many, *gradient = pieces.inner
+    once = of.stretches[before[-1]]
+    return Work(tile=once, distances=once, line=line, pieces=line, spread=line)
+  between, after = (
+    [at for at in long if start < at < end]
+    for start, end in ((places[0], places[1]), (places[2], len(grid.stretches)))
+  )
+  spread, pieces = (of.inner[heads[number]] for number in (0, 2))
+  has_gradient = len(pieces.inner) > 2
+  # What is done once by pairs comes twice, for positions in order and for any others.
+  *of_distances, in_order, _ = between
+  by_pairs = [in_order, *after[: 1 if has_gradient else 0]]
+  list_part, find = of.inner[heads[2] - 2 : heads[2]]
   return Work(
-    tile=sum(of.stretches[at] for at in once),
+    tile=sum(of.stretches[at] for at in by_pairs),
+    distances=sum(of.stretches[at] for at in [before[-1], *of_distances]),
     list_part=list_part.own,
     find_part=find.own,
     find=find.inner[0].own,
+    find_distances=of.inner[heads[0] - 1].inner[0].own,
     line=line,
     pieces=pieces.own,
+    spread=spread.own,
+    of_pairs=_lines(pieces),
+    of_distances=_lines(spread),
+  )
+
+
+def _lines(heads):
+  """Returns what pieces take in a loop over heads."""
+  few, many, *gradient = heads.inner
+  return Lines(
     few=few.own,
     rest=few.inner[0].own,
     many=many.own + many.inner[0].own,
@@ -260,32 +303,46 @@ def reach(encoding: encodings.Encoding, params: dict, length: int) -> Work:
   masked = Mask(), tile.queries, tile.keys
   cut = plan.cut(*masked, None, *sides)
   part = mosaic_tpu_x.part(tile.queries, tile.keys)
-  made = plan.make(*masked, *cut, table, encoding.coordinate, part)
+  made = plan.make(*masked, *cut, table, encoding.coordinate, encoding.factors[1], part)
   spans_IJ = np.array(made.high_IJ - made.low_IJ)
-  several = spans_IJ > 1
-  within = np.array(made.part_high_IJY - made.part_low_IJY - 1)[several]
-  of_many = within[within >= mosaic_tpu_bias.MOST_OF_FEW]
-  of_few = within[(0 < within) & (within < mosaic_tpu_bias.MOST_OF_FEW)]
-  rest = np.maximum(of_few - (mosaic_tpu_bias.TOGETHER - 1), 0)
+  several, line = spans_IJ > 1, spans_IJ == 1
+  by_distances = several & (np.array(made.of_distance_IJ) > 0)
+  by_pairs = several & ~by_distances
+  within = np.array(made.part_high_IJY - made.part_low_IJY - 1)[by_pairs]
+  of_distances, of_pairs = spans_IJ[by_distances] - 1, within[within > 0]
+  many = of_pairs[of_pairs >= mosaic_tpu_bias.MOST_OF_FEW]
   counts = Work(
-    tile=(spans_IJ > 0).sum(),
+    tile=line.sum() + by_pairs.sum(),
+    distances=by_distances.sum(),
     list_part=within.size,
-    find_part=of_many.size,
-    find=of_many.sum(),
-    line=(spans_IJ == 1).sum(),
-    pieces=several.sum(),
-    few=of_few.size,
-    rest=rest.sum(),
-    many=of_many.size,
-    add_part=of_few.size + of_many.size,
-    add=within.sum(),
+    find_part=many.size,
+    find=many.sum(),
+    find_distances=of_distances[of_distances >= mosaic_tpu_bias.MOST_OF_FEW].sum(),
+    line=line.sum(),
+    pieces=by_pairs.sum(),
+    spread=by_distances.sum(),
+    of_pairs=_reach_of_parts(of_pairs),
+    of_distances=_reach_of_parts(of_distances),
   )
-  return Work(*map(int, counts))
+  return jax.tree.map(int, counts)
+
+
+def _reach_of_parts(breakpoints: np.ndarray) -> Lines:
+  """Returns what parts of so many breakpoints each ask of a head."""
+  is_many = breakpoints >= mosaic_tpu_bias.MOST_OF_FEW
+  rest = np.maximum(breakpoints[~is_many] - (mosaic_tpu_bias.TOGETHER - 1), 0)
+  return Lines(
+    few=(~is_many).sum(),
+    rest=rest.sum(),
+    many=is_many.sum(),
+    add_part=breakpoints.size,
+    add=breakpoints.sum(),
+  )
 
 
 def cycles(cost: Work, reach: Work, heads: int) -> float:
   """Returns the cycles of a kernel, of all heads of a tile and all tiles of a sequence."""
-  each = [one * count for one, count in zip(cost, reach, strict=True)]
+  each = [one * count for one, count in zip(*map(jax.tree.leaves, (cost, reach)), strict=True)]
   return sum(each[:OF_TILE]) + heads * sum(each[OF_TILE:])
 
 
@@ -299,7 +356,7 @@ class Layers(NamedTuple):
 
 def layers() -> dict[str, Layers]:
   """Returns layers as they start, of a model that was trained, and of the one that ships."""
-  one = encodings.get('fire')
+  one, reaching = encodings.get('fire'), encodings.get('fire', threshold=16_384.0)
   sizes = {'num_heads': run.SHAPE['num_heads'], 'head_dim': run.SHAPE['head_dim'], 'd_model': 1024}
   at_first = [one.init(jax.random.key(seed), **sizes) for seed in range(8)]
   trained = zoo.read(HERE / 'trained.npz')
@@ -308,7 +365,7 @@ def layers() -> dict[str, Layers]:
   of_shipped = [shipped[name]['attention']['encoding'] for name in names]
   return {
     'as it starts': Layers('fire', one, at_first),
-    'trained': Layers('fire', one, list(trained.values())),
+    'trained': Layers('fire', reaching, list(trained.values())),
     'two layers': Layers('fire 2 layers', model.encoding, of_shipped),
   }
 
@@ -326,11 +383,12 @@ def table(results: dict) -> str:
   }
 
   def of_bundles(costs, case, kernel, one):
-    return cycles(Work(*costs[case][kernel]), one, tile.heads)
+    return cycles(work(costs[case][kernel]), one, tile.heads)
 
   def flops(costs, case, kernel, one):
-    computed = cycles(Work(*costs['arithmetic'][case][kernel]), one, tile.heads)
-    return computed * REGISTER + one.tile * tile.heads * products[kernel]
+    computed = cycles(work(costs['arithmetic'][case][kernel]), one, tile.heads)
+    tiles = one.tile + one.distances
+    return computed * REGISTER + tiles * tile.heads * products[kernel]
 
   heads = ''.join(f'{length:>9}' for length in LENGTHS)
   cycle_lines, flop_lines = [f'{"":28}{heads}'], [f'{"":28}{heads}']
@@ -366,7 +424,7 @@ def beside_splash(results: dict, heads: int) -> list[str]:
   lines = [f'{"":18}{"ours":>9}{"splash":>9}{"ratio":>9}']
   for chip, costs in results['chips'].items():
     for kernel in KERNELS:
-      cost = Work(*costs['nope'][kernel])
+      cost = work(costs['nope'][kernel])
       ours, other = cost.line + cost.tile / heads, costs['splash'][kernel]
       lines.append(f'{chip:4}{kernel:14}{ours:>9.0f}{other:>9}{ours / other:>9.2f}')
   return lines

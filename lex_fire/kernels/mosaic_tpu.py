@@ -119,6 +119,7 @@ def attention(
     cut.queries,
     cut.keys,
     coordinate=encoding.coordinate,
+    rate=encoding.factors and encoding.factors[1],
     part=x_lib.part(cut.queries, cut.keys),
   )
   kernels = Kernels(setup, Constants(rate_1C, of_functions), make_plan)
@@ -159,7 +160,7 @@ def _forward_kernel(spans, _, inputs, so_far, found, sums, largest, norms, own, 
     if so_far is not None:
       jax.lax.fori_loop(0, setup.heads, go_on, None)
 
-  @pl.when(spans[at] > 0)
+  @pl.when(spans[at] != 0)
   def _():
     tile = Tile(setup, spans[at], first_head, inputs, own)
 

@@ -59,7 +59,7 @@ def _query_kernel(spans, _, inputs, softmax, d_query, d_table, d_queries, held, 
   def _():
     d_queries[...] = jnp.zeros_like(d_queries)
 
-  @pl.when(spans[at] > 0)
+  @pl.when(spans[at] != 0)
   def _():
     tile = Tile(setup, spans[at], first_head, inputs, own)
 
@@ -107,7 +107,7 @@ def _key_kernel(spans, _, inputs, softmax, d_key, d_value, d_keys, d_values, own
   def _():
     d_keys[...], d_values[...] = jnp.zeros_like(d_keys), jnp.zeros_like(d_values)
 
-  @pl.when(spans[at] > 0)
+  @pl.when(spans[at] != 0)
   def _():
     tile = Tile(setup, spans[at], first_head, inputs, own)
 
@@ -149,7 +149,7 @@ def query_gradient(setup, constants, table, queries, keys, plan, softmax, dtype)
   def in_lanes(numbers):
     """The same while they are made: of what lies in each lane, in `sum_rows` rows each."""
     rows = pl.cdiv(count(numbers), LANES) * LANES * setup.sum_rows
-    return pltpu.VMEM((rows, x_lib.width(setup.key_block)), jnp.float32)
+    return pltpu.VMEM((rows, x_lib.width(setup.query_block, setup.key_block)), jnp.float32)
 
   def count(numbers):
     return numbers.size // grid[1]

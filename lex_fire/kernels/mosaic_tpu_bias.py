@@ -16,7 +16,7 @@ from jax.experimental import pallas as pl
 
 from lex_fire.kernels.mosaic_tpu_products import OneStretch, Products, Stretches
 from lex_fire.kernels.mosaic_tpu_size import LANES, SUBLANES
-from lex_fire.kernels.mosaic_tpu_x import Distances, Factors, Pairs
+from lex_fire.kernels.mosaic_tpu_x import Distances, Factors, OneRate, Pairs
 
 HEADS_TOGETHER = 2
 # Segments of a part of few breakpoints. By the compiler's schedule, to look up the lines of a part
@@ -309,33 +309,41 @@ def _by_bias(tile, heads, sums):
     heads(None)
     return
   functions, refs = tile.setup.functions, tile.scratch
-  pairs, distances = Pairs(tile, refs.pairs), Distances(tile, refs.distances)
-  ways = [(True, pairs)]
-  if functions.of_distances is not None:
-    is_whole = functions.of_queries is None
-    in_order = distances if is_whole else Factors(tile, refs.pairs, distances)
-    ways = [(tile.in_order, in_order), (~tile.in_order, pairs)]
-    if is_whole:
-      for here, at in ways:
-        pl.when(here)(functools.partial(_visit_at, at, heads, sums))
-      return
-  for here, at in ways:
-    _when(here, at.fill)
-  _by_span(pairs, heads)
-  if sums is not None:
-    for here, at in ways:
-      _when(here, functools.partial(at.finish, sums))
+  pairs = Pairs(tile, refs.pairs)
+  if functions.of_distances is None:
+    _visit_pairs(pairs, [(True, pairs)], heads, sums)
+    return
+  distances = Distances(tile, refs.distances)
+  factors = Factors(tile, refs.pairs, distances)
+  ways = [(tile.in_order, factors), (~tile.in_order, pairs)]
+  is_of_distances = tile.of_distance
+  if tile.table.lower_Z is not None:
+    first, end = tile.span
+    is_of_distances &= end - first > 1  # one line of each pair is made sooner than spread
+  at = distances if functions.of_queries is None else OneRate(tile, refs.distances)
+  pl.when(is_of_distances)(lambda: _visit_distances(at, heads, sums))
+  pl.when(~is_of_distances)(lambda: _visit_pairs(pairs, ways, heads, sums))
 
 
 def _when(here, function):
   function() if here is True else pl.when(here)(function)
 
 
-def _visit_at(at, heads, sums):
+def _visit_distances(at, heads, sums):
   at.fill()
   heads(Line(at) if at.tile.table.lower_Z is None else Pieces(at))
   if sums is not None:
     at.finish(sums)
+
+
+def _visit_pairs(pairs, ways, heads, sums):
+  """Visits heads by pairs; x is made in one of several ways: (whether it is this one, how)."""
+  for here, at in ways:
+    _when(here, at.fill)
+  _by_span(pairs, heads)
+  if sums is not None:
+    for here, at in ways:
+      _when(here, functools.partial(at.finish, sums))
 
 
 def _by_span(at, heads):

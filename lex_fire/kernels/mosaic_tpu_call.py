@@ -142,7 +142,8 @@ class Output(NamedTuple):
 def packed(plan):
   """Returns the spans of all tiles, each in one number, as scalar memory is small."""
   spans_IJ = plan.low_IJ | plan.high_IJ << SPAN_BITS
-  return (spans_IJ | jnp.where(spans_IJ > 0, plan.in_order_IJ, 0) << 2 * SPAN_BITS).ravel()
+  order_IJ = plan.in_order_IJ | plan.of_distance_IJ << 1
+  return (spans_IJ | jnp.where(spans_IJ > 0, order_IJ, 0) << 2 * SPAN_BITS).ravel()
 
 
 def call(kernel, setup, grid, plan, hold_IJ, inputs, in_specs, outputs, sums, own, in_place=False):

@@ -92,14 +92,15 @@ class Tile:
 
   def __init__(self, setup, code, first_head, inputs, scratch):
     self.setup, self.first_head, self.scratch = setup, first_head, scratch
-    *self.span, self.in_order = _unpacked(code)
+    self.span, order = _unpacked(code), code >> 2 * SPAN_BITS
+    self.in_order, self.of_distance = (order & 1) > 0, (order & 2) > 0
     self._part_I1Y, self.queries, self.keys, self.table, self.lines, self.constants = inputs
     self.i_Q1, self.j_1K = self.queries.position_B1Q[0].T, self.keys.position_B1K[0]
     self.visible_QK = self._visible()
 
   def span_of_part(self, number):
     """Returns the first segment that a part can reach, and one past the last."""
-    return _unpacked(self._part_I1Y[0, 0, number])[:2]
+    return _unpacked(self._part_I1Y[0, 0, number])
 
   def _visible(self):
     """Returns visible_QK, or None if all is."""
@@ -143,6 +144,5 @@ class Tile:
 
 
 def _unpacked(code):
-  """Returns the first of a span, one past its last, and whether positions are in order."""
-  first, end = (code >> shift & 2**SPAN_BITS - 1 for shift in (0, SPAN_BITS))
-  return first, end, code >> 2 * SPAN_BITS > 0
+  """Returns the first of a span, and one past its last."""
+  return tuple(code >> shift & 2**SPAN_BITS - 1 for shift in (0, SPAN_BITS))

@@ -4,10 +4,12 @@ Where positions are in order, what depends on the distance alone is computed onc
 not once a pair: see `Distances`.
 """
 
+import functools
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jax.extend import core as jax_core
 
@@ -23,7 +25,8 @@ class Functions(NamedTuple):
 
   Attributes:
     of_pairs: numbers, i_Q1, j_1K -> x_QK.
-    of_distances: numbers, i_S1, j_1T -> what of x depends on the distance alone.
+    of_distances: numbers, i_S1, j_1T -> what of x depends on the distance alone; None, too, where
+      x costs so little a pair that this would not pay.
     of_queries: numbers, i_1Q -> the other factor of x, of pairs whose query is not before the key.
     of_keys: numbers, j_1K -> that of all others; None if they are hidden.
   """
@@ -34,15 +37,20 @@ class Functions(NamedTuple):
   of_keys: Any
 
 
-def width(key_block: int) -> int:
+def width(query_block: int, key_block: int) -> int:
   """Returns T of a tile's numbers; one that is narrower than a register is only interpreted."""
-  return LANES if key_block % LANES == 0 else SUBLANES
+  return SUBLANES if query_block % LANES or key_block % LANES else LANES
 
 
 def part(query_block: int, key_block: int) -> tuple[int, int]:
   """Returns queries and keys of a part of a tile, which has a span of segments of its own."""
   queries = PART if query_block % PART == 0 else SUBLANES
-  return queries, width(key_block)
+  return queries, width(query_block, key_block)
+
+
+def _rows_of_distances(query_block, key_block):
+  """Returns S of a tile's numbers of distances, in whole registers."""
+  return pl.cdiv((query_block + key_block) // width(query_block, key_block), SUBLANES) * SUBLANES
 
 
 def trace(
@@ -52,13 +60,12 @@ def trace(
   if table is None:
     return Functions(*[None] * 4), Functions(*[()] * 4)
   numbers = jax.tree.map(lambda _: jax.ShapeDtypeStruct((), jnp.float32), table.coordinate)
-  wide = width(key_block)
   shapes = {
     'i_Q1': (query_block, 1),
     'i_1Q': (1, query_block),
     'j_1K': (1, key_block),
-    'i_S1': (query_block + key_block - wide, 1),
-    'j_1T': (1, wide),
+    'i_S1': (_rows_of_distances(query_block, key_block), 1),
+    'j_1T': (1, width(query_block, key_block)),
   }
 
   def traced(function, *positions):
@@ -69,7 +76,7 @@ def trace(
     return made.jaxpr, tuple(made.consts)
 
   of_distance, rate = encoding.factors or (None, None)
-  if encoding.shift_invariant:
+  if encoding.shift_invariant and (per_head(table) or table.lower_Z is not None):
     of_distance, rate = encoding.coordinate, None
   both = (
     traced(encoding.coordinate, 'i_Q1', 'j_1K'),
@@ -115,25 +122,23 @@ def scratch(functions: Functions, table: Any, shape: tuple[int, int], learned: b
     return NOTHING
   shared, pieces = not per_head(table), table.lower_Z is not None
   query_block, key_block = shape
-  wide = width(key_block)
+  wide = width(*shape)
 
-  def refs(num_rows, num_parts, has_bias):
-    several = has_bias and pieces
+  def refs(num_rows, num_parts):
     array = pltpu.VMEM((num_rows, wide), jnp.float32)
     return Refs(
-      x_ST=pltpu.VMEM((num_rows * (1 + several), wide), jnp.float32) if shared else None,
+      x_ST=pltpu.VMEM((num_rows * (1 + pieces), wide), jnp.float32) if shared else None,
       d_bias_ST=array if learned else None,
-      d_x_ST=array if has_bias and shared and learned and table.coordinate else None,
-      segment_ST=pltpu.VMEM((num_rows, wide), jnp.int32) if several else None,
-      parts_Y=pltpu.SMEM((num_parts,), jnp.int32) if several else None,
+      d_x_ST=array if shared and learned and table.coordinate else None,
+      segment_ST=pltpu.VMEM((num_rows, wide), jnp.int32) if pieces else None,
+      parts_Y=pltpu.SMEM((num_parts,), jnp.int32) if pieces else None,
     )
 
   num_rows = query_block * key_block // wide
-  of_pairs = refs(num_rows, num_rows // part(*shape)[0], True)
+  of_pairs = refs(num_rows, num_rows // part(*shape)[0])
   if functions.of_distances is None:
     return NOTHING._replace(pairs=of_pairs)
-  is_whole = functions.of_queries is None  # all of x depends on the distance alone
-  return Scratch(of_pairs, refs(query_block + key_block - wide, 1, is_whole))
+  return Scratch(of_pairs, refs(_rows_of_distances(*shape), 1))
 
 
 def per_head(table: Any) -> bool:
@@ -153,7 +158,7 @@ class Pairs:
 
   def __init__(self, tile: Any, refs: Refs):
     self.tile, self.refs, setup = tile, refs, tile.setup
-    self.width = width(setup.key_block)
+    self.width = width(setup.query_block, setup.key_block)
     self.part_rows, _ = part(setup.query_block, setup.key_block)
     self.num_parts = setup.query_block * setup.key_block // self.width // self.part_rows
 
@@ -235,41 +240,88 @@ class Pairs:
 class Distances(Pairs):
   """Numbers of a tile whose positions are in order: of each distance, and not of each pair.
 
-  number_ST holds that of the distance i_0 - j_0 - (K - T) + s - t, for i_0 and j_0 the first of the
-  tile's positions. Keys T n .. T (n + 1) of number_QK are then Q rows of it, from K - T (n + 1) on:
-  nothing has to be moved from lane to lane, and there are Q + K - T rows of T instead of Q of K.
+  The distance falls by one from each of number_ST to the next, row by row, from that of the last
+  query and the first key on. A block of number_QK, T by T, has two rows of it, each turned by one
+  more from query to query; so have all blocks of a diagonal.
   """
 
   def __init__(self, tile: Any, refs: Refs):
     super().__init__(tile, refs)
     self.num_parts = 1
-    self.part_rows = tile.setup.query_block + tile.setup.key_block - self.width
-
-  def _slices(self):
-    setup = self.tile.setup
-    for first in range(0, setup.key_block, self.width):
-      start = setup.key_block - self.width - first
-      yield slice(start, start + setup.query_block), slice(first, first + self.width)
+    self.part_rows = _rows_of_distances(tile.setup.query_block, tile.setup.key_block)
 
   def _x_ST(self, numbers):
-    first_11 = self.tile.i_Q1[:1] - self.tile.j_1K[:, :1] - (self.tile.setup.key_block - self.width)
-    later_11 = jnp.maximum(-first_11, 0)  # positions are at least 0
-    i_S1 = first_11 + later_11 + jax.lax.broadcasted_iota(jnp.int32, (self.part_rows, 1), 0)
-    j_1T = later_11 + jax.lax.broadcasted_iota(jnp.int32, (1, self.width), 1)
-    return self._call('of_distances', numbers, i_S1, j_1T)
+    rows, wide = self.part_rows, self.width
+    last_11 = self.tile.i_Q1[-1:] - self.tile.j_1K[:, :1]
+    # Positions are at least 0.
+    later_11 = jnp.maximum((rows - 1) * wide - last_11, 0)
+    row_S1 = jax.lax.broadcasted_iota(jnp.int32, (rows, 1), 0)
+    j_1T = later_11 + jax.lax.broadcasted_iota(jnp.int32, (1, wide), 1)
+    return self._call('of_distances', numbers, later_11 + last_11 - wide * row_S1, j_1T)
 
   def span(self, number: Any) -> tuple[Any, Any]:
     """Returns the first segment that the tile can reach, and one past the last."""
     return self.tile.span
 
-  def kept(self, d_QK: jax.Array) -> jax.Array:
-    """Returns `gradient`, which it leaves in `refs.d_bias_ST`, too."""
-    self.refs.d_bias_ST[...] = jnp.zeros_like(self.refs.d_bias_ST)
-    for rows, columns in self._slices():
-      self.refs.d_bias_ST[rows] += d_QK[:, columns]
-    return self.refs.d_bias_ST[...]
+  def _diagonals(self):
+    """Yields the blocks (of queries, of keys) of each diagonal, from the lowest on, as slices."""
+    setup, wide = self.tile.setup, self.width
+    by_queries, by_keys = setup.query_block // wide, setup.key_block // wide
+    for number in range(by_queries + by_keys - 1):
+      first = by_queries - 1 - number
+      of_keys = range(max(0, -first), min(by_keys, by_queries - first))
+      yield [tuple(slice(wide * n, wide * (n + 1)) for n in (first + key, key)) for key in of_keys]
 
-  gradient = kept
+  def _is_of_first(self):
+    """Returns where a block has numbers of the first of its two rows."""
+    shape = self.width, self.width
+    query_TT, key_TT = (jax.lax.broadcasted_iota(jnp.int32, shape, axis) for axis in (0, 1))
+    return key_TT <= query_TT
+
+  def _turns(self, by):
+    """Returns how to turn SUBLANES rows of T: the first to the left by `by`, each by one more."""
+    shape = SUBLANES, self.width
+    row, lane = (jax.lax.broadcasted_iota(jnp.int32, shape, axis) for axis in (0, 1))
+    return functools.partial(jnp.take_along_axis, indices=lane + by(row) & self.width - 1, axis=1)
+
+  def spread(self, number_ST: jax.Array) -> jax.Array:
+    """Returns number_QK."""
+    wide, is_of_first = self.width, self._is_of_first()
+    turned = self._turns(lambda row: wide - 1 - row)
+
+    def turn(row):
+      first = turned(jnp.broadcast_to(number_ST[row : row + 1], (SUBLANES, wide)))
+      later = (pltpu.roll(first, down, 1) for down in range(SUBLANES, wide, SUBLANES))
+      return jnp.concatenate([first, *later])
+
+    blocks, before = {}, turn(0)
+    for number, diagonal in enumerate(self._diagonals()):
+      after = turn(number + 1)
+      made = jnp.where(is_of_first, before, after)
+      blocks.update({(rows.start, columns.start): made for rows, columns in diagonal})
+      before = after
+    setup = self.tile.setup
+    of_rows = [
+      jnp.concatenate([blocks[row, key] for key in range(0, setup.key_block, wide)], axis=1)
+      for row in range(0, setup.query_block, wide)
+    ]
+    return jnp.concatenate(of_rows)
+
+  def gradient(self, d_QK: jax.Array) -> jax.Array:
+    """Returns the gradient of number_ST if d_QK is that of `spread`."""
+    wide, is_of_first = self.width, self._is_of_first()
+    turned = self._turns(lambda row: row + 1)
+    d_blocks = [sum(d_QK[block] for block in diagonal) for diagonal in self._diagonals()]
+    # The row that is the first of a block's two is the second of that of the diagonal before.
+    pairs = zip([*d_blocks, 0.0], [0.0, *d_blocks], strict=True)
+    of_rows = []
+    for d_TT in (jnp.where(is_of_first, *pair) for pair in pairs):
+      while len(d_TT) > SUBLANES:
+        half = len(d_TT) // 2
+        d_TT = d_TT[:half] + pltpu.roll(d_TT[half:], wide - half, 1)
+      of_rows.append(turned(d_TT).sum(axis=0, keepdims=True))
+    nothing = jnp.zeros((self.part_rows - len(of_rows), wide), jnp.float32)
+    return jnp.concatenate([*of_rows, nothing])
 
   def add_numbers_gradient(self, head: Any, d_x_ST: jax.Array, sums: Any) -> None:
     """Adds to `sums` the gradient of what x is computed from, of a head or of all that share it."""
@@ -277,8 +329,16 @@ class Distances(Pairs):
     _add_scalars(sums, head, pull(d_x_ST)[0])
 
 
+class OneRate(Distances):
+  """`Distances` of all x, where the other factor of x is the same for all of a tile."""
+
+  def _x_ST(self, numbers):
+    rate_1Q = self._call('of_queries', numbers, self.tile.queries.position_B1Q[0])
+    return super()._x_ST(numbers) * rate_1Q[:, :1]
+
+
 class Factors(Pairs):
-  """`Pairs` whose x is a factor of the distance times one of the later position."""
+  """`Pairs` whose x is a factor of the distance times one of the later position, or that alone."""
 
   def __init__(self, tile: Any, refs: Refs, distances: Distances):
     super().__init__(tile, refs)
@@ -293,6 +353,8 @@ class Factors(Pairs):
     return self.distances.spread(self.distances.x_ST[...])
 
   def _product(self, numbers, of_distance_QK):
+    if self.tile.setup.functions.of_queries is None:
+      return of_distance_QK
     # A column of numbers takes as many registers as if it were 128 wide.
     rate = self._call('of_queries', numbers, self.tile.queries.position_B1Q[0]).T
     if self.tile.setup.functions.of_keys is not None:

@@ -68,6 +68,7 @@ class Plan(NamedTuple):
     query_IJ: the block of queries to hold, when a column of tiles is walked.
     in_order_IJ: 1 if in every row of the batch the positions of either block rise by one from each
       to the next, so that all pairs of a diagonal are equally far apart.
+    of_distance_IJ: 1 if besides x of a pair depends on how far apart it is alone.
     part_low_IJY: as low_IJ, of each part of a tile: parts of its queries, within parts of its keys;
       None if the span is not of segments.
     part_high_IJY: as high_IJ, but above part_low_IJY in parts that are hidden, too.
@@ -78,6 +79,7 @@ class Plan(NamedTuple):
   key_IJ: jax.Array
   query_IJ: jax.Array
   in_order_IJ: jax.Array
+  of_distance_IJ: jax.Array
   part_low_IJY: jax.Array | None
   part_high_IJY: jax.Array | None
 
@@ -150,6 +152,7 @@ def make(
   keys: Keys,
   table: Any,
   coordinate: Any,
+  rate: Any,
   part: tuple[int, int],
 ) -> Plan:
   """Returns the plan of all tiles.
@@ -162,6 +165,7 @@ def make(
     keys: likewise.
     table: a `piecewise.Table`, or None.
     coordinate: of its encoding.
+    rate: the second of its factors, or None: x depends on the distance alone, if it has one.
     part: queries and keys of a part, which divide those of a tile.
   """
   visit_IJ = _visits_of_blocks(mask, query_block, key_block, queries, keys)
@@ -187,12 +191,17 @@ def make(
     )
   in_order_I = _in_order(queries.position_B1Q, query_block)
   in_order_IJ = in_order_I[:, None] & _in_order(keys.position_B1K, key_block)[None]
+  one_rate_IJ = jnp.bool_(rate is None)
+  if rate is not None:
+    blocks = mask, query_block, key_block, queries, keys
+    one_rate_IJ = _of_one_rate(*blocks, functools.partial(rate, _numbers(table)))
   return Plan(
     low_IJ=jnp.where(visit_IJ, low_IJ, 0),
     high_IJ=jnp.where(visit_IJ, high_IJ, 0),
     key_IJ=_next_visited(visit_IJ),
     query_IJ=_next_visited(visit_IJ.T).T,
     in_order_IJ=in_order_IJ.astype(jnp.int32),
+    of_distance_IJ=(in_order_IJ & one_rate_IJ).astype(jnp.int32),
     part_low_IJY=part_low_IJY,
     part_high_IJY=part_high_IJY,
   )
@@ -207,6 +216,19 @@ def _visits_of_blocks(mask, query_block, key_block, queries, keys):
     _bounds(queries.segment_B1Q, query_block),
     _bounds(keys.segment_B1K, key_block),
   )
+
+
+def _numbers(table):
+  """Returns the numbers of x; those of the first head, if each has its own."""
+  return jax.tree.map(lambda number_1: number_1[0], table.coordinate)
+
+
+def _of_one_rate(mask, query_block, key_block, queries, keys, rate):
+  """Returns whether all later positions of a tile's pairs have one rate, as it is monotone, _IJ."""
+  low_I, high_I = _bounds(queries.position_B1Q, query_block, axes=WHOLE)
+  _, high_J = _bounds(keys.position_B1K, key_block, axes=WHOLE)
+  last_IJ = high_I[:, None] if mask.causal else jnp.maximum(high_I[:, None], high_J[None])
+  return rate(low_I[:, None]) == rate(last_IJ)
 
 
 def _spans(mask, query_block, key_block, queries, keys, table, coordinate):
@@ -287,7 +309,7 @@ def segments(table, coordinate, i_low, i_high, j_low, j_high, *, causal=False):
     j_high: the greatest.
     causal: whether keys after a query are hidden.
   """
-  numbers = jax.tree.map(lambda number_1: number_1[0], table.coordinate)
+  numbers = _numbers(table)
   corners = [
     coordinate(numbers, i, jnp.minimum(i, j) if causal else j)
     for i in (i_low, i_high)
