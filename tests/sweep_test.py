@@ -19,7 +19,7 @@ from experiments.shipped import seeds as shipped_seeds
 from lex_fire import encodings, errors, published, train
 
 ROOT = pathlib.Path(sweep.__file__).parent
-QUESTIONS = ('fire_ablations', 'length_generalization')
+QUESTIONS = ('encoding_rate', 'fire_ablations', 'length_generalization')
 MEASURED = sorted(ROOT.glob('*/*.jsonl'))
 ANYWHERE = sweep.Corpus('stdlib', {}, ('same_tokens', 'windows'))
 

@@ -60,7 +60,8 @@ class Encoding(NamedTuple):
       no use without a table.
     factors: two functions whose product `coordinate` is, or None: (table.coordinate, i_Q1, j_1K) ->
       what depends on the distance alone, and (table.coordinate, position) -> a number of the later
-      position, in which it is monotone. Of no use where `coordinate` itself depends on the distance alone.
+      position, in which it is monotone. Of no use where `coordinate` itself depends on the distance
+      alone.
     waves: position -> float32 [..., W], or None. `coordinate` is the inner product of those of i
       and of j: a kernel can then make x by a product as it makes the logits.
     shared: whether one set of parameters serves all layers (FIRE-S, and whatever is only embedded).
