@@ -351,6 +351,48 @@ def test_tiles_of_whole_registers_equal_the_reference(case, monkeypatch):
   jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=3e-5), found, expected)
 
 
+def test_distances_that_no_pair_has_do_not_reach_the_gradient():
+  """Of the last positions that there are, beyond which an integer would begin anew."""
+  encoding, params = make('kerple_log')
+  arrays = inputs(1, BLOCK, 2 * BLOCK)
+  query_1Q = np.arange(BLOCK, dtype=np.int32)[None]
+  key_1K = np.int32([2**31 - 2]) - np.arange(2 * BLOCK, dtype=np.int32)[None, ::-1]
+  where = {'mask': MASKS['bidirectional']}
+
+  found = out_and_gradients('mosaic_tpu', encoding, params, arrays, query_1Q, key_1K, **where)
+
+  expected = out_and_gradients('reference', encoding, params, arrays, query_1Q, key_1K, **where)
+  jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-4), found, expected)
+
+
+@pytest.mark.parametrize('length', [300, 512])  # of fewer registers of distances than 8, and of 8
+@pytest.mark.parametrize('case', ['fire', 't5', 'kerple_log', 'sandwich', 'alibi'])
+def test_the_tpu_kernel_is_made_for_a_tpu_without_one(case, length):
+  """What the interpreter takes Mosaic may not; what is left for the compiler other tests try."""
+  encoding = encodings.get(case)
+  params = encoding.init(
+    jax.random.key(5), num_heads=NUM_HEADS, head_dim=HEAD_DIM, d_model=NUM_HEADS * HEAD_DIM
+  )
+  position_1L = np.arange(length, dtype=np.int32)[None]
+
+  def functional(params, arrays):
+    return kernels.IMPLEMENTATIONS['mosaic_tpu'](
+      *arrays,
+      encoding=encoding,
+      params=params,
+      query_position_BQ=position_1L,
+      key_position_BK=position_1L,
+      query_segment_BQ=None,
+      key_segment_BK=None,
+      mask=kernels.Mask(),
+    )[0].sum()
+
+  gradients = jax.jit(jax.grad(functional, argnums=(0, 1)))
+  traced = gradients.trace(params, inputs(1, length, length))
+
+  assert 'tpu_custom_call' in traced.lower(lowering_platforms=('tpu',)).as_text()
+
+
 IN_ORDER_CASES = [case for case in CASES if encodings.get(CASES[case][0]).table is not None]
 
 

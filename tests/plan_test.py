@@ -46,7 +46,7 @@ def planned(
   segment_BL=None,
   table=None,
   coordinate=None,
-  rate=None,
+  factors=None,
   stretch=None,
   part=None,
 ):
@@ -61,7 +61,7 @@ def planned(
   )
   blocks = QUERY_BLOCK, KEY_BLOCK
   made = plan.make(
-    kernels.Mask(**mask), *blocks, queries, keys, table, coordinate, rate, part or blocks
+    kernels.Mask(**mask), *blocks, queries, keys, table, coordinate, factors, part or blocks
   )
   return jax.tree.map(np.array, made)
 
@@ -161,19 +161,27 @@ def test_a_tile_is_of_distances_if_its_later_positions_have_one_rate(causal):
   """Of FIRE before its threshold, which is within a block."""
   encoding = encodings.get('fire', threshold=29.0)
   params = encoding.init(jax.random.key(0), num_heads=2, head_dim=8, d_model=16)
-  x_of = encoding.table(params, 2), encoding.coordinate, encoding.factors[1]
+  x_of = encoding.table(params, 2), encoding.coordinate, encoding.factors
   row = np.arange(48, dtype=np.int32)
   later_QK = np.maximum(row[:, None], row[None]) if not causal else np.tile(row[:, None], 48)
-  expected = [later_1QK.max() <= 29 for _, later_1QK in tiles(later_QK[None])]
+  expected = [later_1QK.max() < 29 for _, later_1QK in tiles(later_QK[None])]
 
   found = planned({'causal': causal}, row[None], None, *x_of).of_distance_IJ
+  table = x_of[0]._replace(
+    coordinate=jax.tree.map(lambda number_1: number_1 * jnp.array([1.0, 0.5]), x_of[0].coordinate)
+  )
+  of_two_heads = planned({'causal': causal}, row[None], None, table, *x_of[1:]).of_distance_IJ
+  nearer = [later_1QK.max() < 14.5 for _, later_1QK in tiles(later_QK[None])]
   out_of_order = planned({'causal': causal}, row[None, ::-1], None, *x_of).of_distance_IJ
-  of_any_distance = planned({'causal': causal}, row[None]).of_distance_IJ
+  of_pairs = planned({'causal': causal}, row[None]).of_distance_IJ
+  of_distances = planned({'causal': causal}, row[None], factors=(None, None)).of_distance_IJ
 
   assert 0 < sum(expected) < len(expected)
   np.testing.assert_array_equal(found, np.reshape(expected, found.shape))
+  np.testing.assert_array_equal(of_two_heads, np.reshape(nearer, found.shape))
   np.testing.assert_array_equal(out_of_order, 0)
-  np.testing.assert_array_equal(of_any_distance, 1)
+  np.testing.assert_array_equal(of_pairs, 0)
+  np.testing.assert_array_equal(of_distances, 1)
 
 
 @pytest.mark.parametrize('case', TABLES)

@@ -303,7 +303,7 @@ def reach(encoding: encodings.Encoding, params: dict, length: int) -> Work:
   masked = Mask(), tile.queries, tile.keys
   cut = plan.cut(*masked, None, *sides)
   part = mosaic_tpu_x.part(tile.queries, tile.keys)
-  made = plan.make(*masked, *cut, table, encoding.coordinate, encoding.factors[1], part)
+  made = plan.make(*masked, *cut, table, encoding.coordinate, encoding.factors, part)
   spans_IJ = np.array(made.high_IJ - made.low_IJ)
   several, line = spans_IJ > 1, spans_IJ == 1
   by_distances = several & (np.array(made.of_distance_IJ) > 0)

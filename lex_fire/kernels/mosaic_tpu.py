@@ -119,7 +119,7 @@ def attention(
     cut.queries,
     cut.keys,
     coordinate=encoding.coordinate,
-    rate=encoding.factors and encoding.factors[1],
+    factors=x_lib.factors(encoding),
     part=x_lib.part(cut.queries, cut.keys),
   )
   kernels = Kernels(setup, Constants(rate_1C, of_functions), make_plan)

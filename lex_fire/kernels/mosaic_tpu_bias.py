@@ -314,12 +314,16 @@ def _by_bias(tile, heads, sums):
     _visit_pairs(pairs, [(True, pairs)], heads, sums)
     return
   distances = Distances(tile, refs.distances)
-  factors = Factors(tile, refs.pairs, distances)
-  ways = [(tile.in_order, factors), (~tile.in_order, pairs)]
-  is_of_distances = tile.of_distance
-  if tile.table.lower_Z is not None:
-    first, end = tile.span
-    is_of_distances &= end - first > 1  # one line of each pair is made sooner than spread
+  is_shared, has_pieces = refs.pairs.x_ST is not None, tile.table.lower_Z is not None
+  ways = [(True, pairs)]
+  if is_shared:
+    ways = [(tile.in_order, Factors(tile, refs.pairs, distances)), (~tile.in_order, pairs)]
+  if is_shared and not has_pieces:
+    # One line of an x that heads share is sooner made for each pair than turned for each head.
+    _visit_pairs(pairs, ways, heads, sums)
+    return
+  first, end = tile.span
+  is_of_distances = tile.of_distance & (end - first > 1 if has_pieces else True)
   at = distances if functions.of_queries is None else OneRate(tile, refs.distances)
   pl.when(is_of_distances)(lambda: _visit_distances(at, heads, sums))
   pl.when(~is_of_distances)(lambda: _visit_pairs(pairs, ways, heads, sums))

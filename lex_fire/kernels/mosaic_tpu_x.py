@@ -25,8 +25,7 @@ class Functions(NamedTuple):
 
   Attributes:
     of_pairs: numbers, i_Q1, j_1K -> x_QK.
-    of_distances: numbers, i_S1, j_1T -> what of x depends on the distance alone; None, too, where
-      x costs so little a pair that this would not pay.
+    of_distances: numbers, i_S1, j_1T -> what of x depends on the distance alone.
     of_queries: numbers, i_1Q -> the other factor of x, of pairs whose query is not before the key.
     of_keys: numbers, j_1K -> that of all others; None if they are hidden.
   """
@@ -53,6 +52,16 @@ def _rows_of_distances(query_block, key_block):
   return pl.cdiv((query_block + key_block) // width(query_block, key_block), SUBLANES) * SUBLANES
 
 
+def factors(encoding: base.Encoding) -> tuple[Any, Any] | None:
+  """Returns what of x depends on the distance alone, and its other factor: `base.factors`.
+
+  The other is None if x has none, and both are if x is nothing but of pairs.
+  """
+  if encoding.shift_invariant:
+    return encoding.coordinate, None
+  return encoding.factors
+
+
 def trace(
   encoding: base.Encoding, table: Any, query_block: int, key_block: int, causal: bool
 ) -> tuple[Functions, Functions]:
@@ -75,9 +84,7 @@ def trace(
     made = jax.make_jaxpr(function)(numbers, *arguments)
     return made.jaxpr, tuple(made.consts)
 
-  of_distance, rate = encoding.factors or (None, None)
-  if encoding.shift_invariant and (per_head(table) or table.lower_Z is not None):
-    of_distance, rate = encoding.coordinate, None
+  of_distance, rate = factors(encoding) or (None, None)
   both = (
     traced(encoding.coordinate, 'i_Q1', 'j_1K'),
     traced(of_distance, 'i_S1', 'j_1T'),
@@ -191,10 +198,14 @@ class Pairs:
   def _x_ST(self, numbers):
     return self.gradient(self._x_QK(numbers))
 
-  def fill(self) -> None:
-    """Computes what heads share, and clears its gradient."""
+  def fill_x(self) -> None:
+    """Computes what heads share."""
     if self.refs.x_ST is not None:
       self.x_ST[...] = self._x_ST(self.tile.numbers(0))
+
+  def fill(self) -> None:
+    """Computes what heads share, and clears its gradient."""
+    self.fill_x()
     if self.refs.d_x_ST is not None:
       self.refs.d_x_ST[...] = jnp.zeros_like(self.refs.d_x_ST)
 
@@ -251,11 +262,13 @@ class Distances(Pairs):
     self.part_rows = _rows_of_distances(tile.setup.query_block, tile.setup.key_block)
 
   def _x_ST(self, numbers):
-    rows, wide = self.part_rows, self.width
+    rows, wide, setup = self.part_rows, self.width, self.tile.setup
+    rows_of_tile = (setup.query_block + setup.key_block) // wide
     last_11 = self.tile.i_Q1[-1:] - self.tile.j_1K[:, :1]
     # Positions are at least 0.
-    later_11 = jnp.maximum((rows - 1) * wide - last_11, 0)
+    later_11 = jnp.maximum((rows_of_tile - 1) * wide - last_11, 0)
     row_S1 = jax.lax.broadcasted_iota(jnp.int32, (rows, 1), 0)
+    row_S1 = jnp.minimum(row_S1, rows_of_tile - 1)  # no row has distances that no pair has
     j_1T = later_11 + jax.lax.broadcasted_iota(jnp.int32, (1, wide), 1)
     return self._call('of_distances', numbers, later_11 + last_11 - wide * row_S1, j_1T)
 
@@ -311,7 +324,8 @@ class Distances(Pairs):
     """Returns the gradient of number_ST if d_QK is that of `spread`."""
     wide, is_of_first = self.width, self._is_of_first()
     turned = self._turns(lambda row: row + 1)
-    d_blocks = [sum(d_QK[block] for block in diagonal) for diagonal in self._diagonals()]
+    of_diagonals = ([d_QK[block] for block in diagonal] for diagonal in self._diagonals())
+    d_blocks = [functools.reduce(jnp.add, blocks) for blocks in of_diagonals]
     # The row that is the first of a block's two is the second of that of the diagonal before.
     pairs = zip([*d_blocks, 0.0], [0.0, *d_blocks], strict=True)
     of_rows = []
@@ -320,8 +334,8 @@ class Distances(Pairs):
         half = len(d_TT) // 2
         d_TT = d_TT[:half] + pltpu.roll(d_TT[half:], wide - half, 1)
       of_rows.append(turned(d_TT).sum(axis=0, keepdims=True))
-    nothing = jnp.zeros((self.part_rows - len(of_rows), wide), jnp.float32)
-    return jnp.concatenate([*of_rows, nothing])
+    of_rows += [jnp.zeros((1, wide), jnp.float32)] * (self.part_rows - len(of_rows))
+    return jnp.concatenate(of_rows)
 
   def add_numbers_gradient(self, head: Any, d_x_ST: jax.Array, sums: Any) -> None:
     """Adds to `sums` the gradient of what x is computed from, of a head or of all that share it."""
@@ -346,7 +360,7 @@ class Factors(Pairs):
 
   def fill(self) -> None:
     """Computes what heads share, and clears its gradient."""
-    self.distances.fill()
+    self.distances.fill_x()
     super().fill()
 
   def _of_distance_QK(self):

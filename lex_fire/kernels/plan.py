@@ -68,7 +68,7 @@ class Plan(NamedTuple):
     query_IJ: the block of queries to hold, when a column of tiles is walked.
     in_order_IJ: 1 if in every row of the batch the positions of either block rise by one from each
       to the next, so that all pairs of a diagonal are equally far apart.
-    of_distance_IJ: 1 if besides x of a pair depends on how far apart it is alone.
+    of_distance_IJ: 1 if besides x of a pair is known to depend on how far apart it is alone.
     part_low_IJY: as low_IJ, of each part of a tile: parts of its queries, within parts of its keys;
       None if the span is not of segments.
     part_high_IJY: as high_IJ, but above part_low_IJY in parts that are hidden, too.
@@ -152,7 +152,7 @@ def make(
   keys: Keys,
   table: Any,
   coordinate: Any,
-  rate: Any,
+  factors: tuple[Any, Any] | None,
   part: tuple[int, int],
 ) -> Plan:
   """Returns the plan of all tiles.
@@ -165,7 +165,8 @@ def make(
     keys: likewise.
     table: a `piecewise.Table`, or None.
     coordinate: of its encoding.
-    rate: the second of its factors, or None: x depends on the distance alone, if it has one.
+    factors: what of x depends on the distance alone, and its other factor, a function of the later
+      position or None; None if x is nothing but of pairs.
     part: queries and keys of a part, which divide those of a tile.
   """
   visit_IJ = _visits_of_blocks(mask, query_block, key_block, queries, keys)
@@ -191,17 +192,17 @@ def make(
     )
   in_order_I = _in_order(queries.position_B1Q, query_block)
   in_order_IJ = in_order_I[:, None] & _in_order(keys.position_B1K, key_block)[None]
-  one_rate_IJ = jnp.bool_(rate is None)
-  if rate is not None:
+  is_one_rate_IJ = factors is not None
+  if factors is not None and factors[1] is not None:
     blocks = mask, query_block, key_block, queries, keys
-    one_rate_IJ = _of_one_rate(*blocks, functools.partial(rate, _numbers(table)))
+    is_one_rate_IJ = _is_one_rate(*blocks, factors[1], table.coordinate)
   return Plan(
     low_IJ=jnp.where(visit_IJ, low_IJ, 0),
     high_IJ=jnp.where(visit_IJ, high_IJ, 0),
     key_IJ=_next_visited(visit_IJ),
     query_IJ=_next_visited(visit_IJ.T).T,
     in_order_IJ=in_order_IJ.astype(jnp.int32),
-    of_distance_IJ=(in_order_IJ & one_rate_IJ).astype(jnp.int32),
+    of_distance_IJ=(in_order_IJ & is_one_rate_IJ).astype(jnp.int32),
     part_low_IJY=part_low_IJY,
     part_high_IJY=part_high_IJY,
   )
@@ -218,17 +219,20 @@ def _visits_of_blocks(mask, query_block, key_block, queries, keys):
   )
 
 
-def _numbers(table):
-  """Returns the numbers of x; those of the first head, if each has its own."""
-  return jax.tree.map(lambda number_1: number_1[0], table.coordinate)
+def _is_one_rate(mask, query_block, key_block, queries, keys, rate, coordinate):
+  """Returns whether later positions of a tile's pairs have one rate, of each head, _IJ.
 
-
-def _of_one_rate(mask, query_block, key_block, queries, keys, rate):
-  """Returns whether all later positions of a tile's pairs have one rate, as it is monotone, _IJ."""
+  As it is monotone, so have those between any two. The next has it too: it is no maximum of two
+  numbers that are equal, which would have no derivative of its own.
+  """
   low_I, high_I = _bounds(queries.position_B1Q, query_block, axes=WHOLE)
   _, high_J = _bounds(keys.position_B1K, key_block, axes=WHOLE)
   last_IJ = high_I[:, None] if mask.causal else jnp.maximum(high_I[:, None], high_J[None])
-  return rate(low_I[:, None]) == rate(last_IJ)
+  low_IJ, next_IJ = jnp.broadcast_arrays(low_I[:, None], last_IJ + 1)
+  num_heads = max((number_H.shape[0] for number_H in jax.tree.leaves(coordinate)), default=1)
+  of_heads = jax.tree.map(lambda number_H: jnp.broadcast_to(number_H, num_heads), coordinate)
+  of_each = jax.vmap(lambda numbers, _: rate(numbers, low_IJ) == rate(numbers, next_IJ))
+  return of_each(of_heads, jnp.arange(num_heads)).all(axis=0)
 
 
 def _spans(mask, query_block, key_block, queries, keys, table, coordinate):
@@ -309,7 +313,7 @@ def segments(table, coordinate, i_low, i_high, j_low, j_high, *, causal=False):
     j_high: the greatest.
     causal: whether keys after a query are hidden.
   """
-  numbers = _numbers(table)
+  numbers = jax.tree.map(lambda number_1: number_1[0], table.coordinate)
   corners = [
     coordinate(numbers, i, jnp.minimum(i, j) if causal else j)
     for i in (i_low, i_high)
