@@ -277,7 +277,7 @@ class Distances(Pairs):
     return self.tile.span
 
   def _diagonals(self):
-    """Yields the blocks (of queries, of keys) of each diagonal, from the lowest on, as slices."""
+    """Yields the blocks of each diagonal, (of queries, of keys), from the furthest keys on."""
     setup, wide = self.tile.setup, self.width
     by_queries, by_keys = setup.query_block // wide, setup.key_block // wide
     for number in range(by_queries + by_keys - 1):
@@ -292,7 +292,7 @@ class Distances(Pairs):
     return key_TT <= query_TT
 
   def _turns(self, by):
-    """Returns how to turn SUBLANES rows of T: the first to the left by `by`, each by one more."""
+    """Returns how to turn SUBLANES rows of T to the left, each by so many lanes as `by` says."""
     shape = SUBLANES, self.width
     row, lane = (jax.lax.broadcasted_iota(jnp.int32, shape, axis) for axis in (0, 1))
     return functools.partial(jnp.take_along_axis, indices=lane + by(row) & self.width - 1, axis=1)
