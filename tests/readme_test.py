@@ -12,6 +12,7 @@ from experiments import sweep, sweep_published, sweep_results
 from experiments.attention_resolution import run as attention_resolution
 from experiments.attention_tpu import run as attention_tpu
 from experiments.compile_table import run as compile_table
+from experiments.encoding_rate import run as encoding_rate
 from experiments.length_generalization import run as length_generalization
 from lex_fire import encodings, report
 
@@ -119,6 +120,12 @@ def test_what_length_generalization_tells_is_what_was_measured():
       sweep_published.perplexities(losses, mask),
     ):
       assert table in readme
+
+
+def test_what_rates_of_learning_tell_is_what_was_measured():
+  readme = (encoding_rate.HERE / 'README.md').read_text()
+
+  assert textwrap.indent(encoding_rate.summary((1.0, 10.0, 30.0, 100.0)), '    ') in readme
 
 
 @pytest.mark.parametrize(
