@@ -193,7 +193,7 @@ def make(
   in_order_I = _in_order(queries.position_B1Q, query_block)
   in_order_IJ = in_order_I[:, None] & _in_order(keys.position_B1K, key_block)[None]
   is_one_rate_IJ = factors is not None
-  if factors is not None and factors[1] is not None:
+  if table is not None and factors is not None and factors[1] is not None:
     blocks = mask, query_block, key_block, queries, keys
     is_one_rate_IJ = _is_one_rate(*blocks, factors[1], table.coordinate)
   return Plan(
