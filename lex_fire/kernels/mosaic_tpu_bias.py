@@ -305,6 +305,7 @@ def each_head(count: int, function: Callable[..., None], products: Any, bias: An
 
 
 def _by_bias(tile, heads, sums):
+  """Visits heads under the bias that a tile has: none, one a distance, or one a pair."""
   if tile.table is None:
     heads(None)
     return
