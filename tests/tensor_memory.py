@@ -1,6 +1,9 @@
 """Stand-ins for the instructions of NVIDIA's Blackwell, which JAX's interpreter has not."""
 
+import dataclasses
+
 import jax.numpy as jnp
+from jax._src.state.types import TransformedRef, TransposeTransform
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 
@@ -38,7 +41,7 @@ class TensorMemory:
 
   def tcgen05_commit_arrive(self, barrier):
     for sum_ref, a, b, accumulate in self.products:
-      product = jnp.dot(a[...], b[...], preferred_element_type=jnp.float32)
+      product = jnp.dot(_read(a), _read(b), preferred_element_type=jnp.float32)
       sum_ref[...] = sum_ref[...] + product if accumulate else product
     self.products.clear()
     self.order.append('product')
@@ -56,14 +59,12 @@ class TensorMemory:
     self.order.append('loaded')
 
 
-class Transposed:
-  """What `plgpu.transpose_ref` returns, which the interpreter does not read."""
-
-  def __init__(self, ref, permutation):
-    self.ref, self.permutation = ref, permutation
-
-  def __getitem__(self, index):
-    return self.ref[index].transpose(self.permutation)
+def _read(ref):
+  """Returns what lies in a ref; of a transposed one, which the interpreter cannot read, too."""
+  if not isinstance(ref, TransformedRef) or not isinstance(ref.transforms[-1], TransposeTransform):
+    return ref[...]
+  given = dataclasses.replace(ref, transforms=ref.transforms[:-1])
+  return given[...].transpose(ref.transforms[-1].permutation)
 
 
 def stand_in(monkeypatch):
@@ -73,5 +74,4 @@ def stand_in(monkeypatch):
     if not name.startswith('__'):
       monkeypatch.setattr(plgpu, name, getattr(instructions, name))
   monkeypatch.setattr(plgpu, 'TMEM', plgpu.SMEM)
-  monkeypatch.setattr(plgpu, 'transpose_ref', Transposed)
   return instructions

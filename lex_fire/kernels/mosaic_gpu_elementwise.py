@@ -104,9 +104,9 @@ def _on_tile(function, numbers, i, j, shape, query_axis):
     jax.ShapeDtypeStruct(_side(shape, axis), jnp.int32) for axis in (query_axis, 1 - query_axis)
   ]
   scalars = [jax.ShapeDtypeStruct((), jnp.float32)] * len(numbers)
-  program = jax.make_jaxpr(function)(scalars, *sides)
+  program, made = jax.make_jaxpr(function, return_shape=True)(scalars, *sides)
   (result,) = _run(program.jaxpr, program.consts, (*numbers, i, j), _KNOWN, _widened)
-  return _widened(result, program.out_avals[0].shape, shape)
+  return _widened(result, made.shape, shape)
 
 
 def _side(shape, axis):

@@ -72,7 +72,9 @@ def blocks(setup, shape, columns, channels=None) -> Any:
     channels = tensor_memory.swizzled(columns, channels or shape[-1])
   else:
     channels = min(64, columns)
-  tiling, swizzle = plgpu.TilingTransform((8, channels)), plgpu.SwizzleTransform(2 * channels)
+  # In jax 0.12 both lack a method of their protocol, which nothing here asks for.
+  tiling = plgpu.TilingTransform((8, channels))  # pyright: ignore[reportAbstractUsage]
+  swizzle = plgpu.SwizzleTransform(2 * channels)  # pyright: ignore[reportAbstractUsage]
   return plgpu.SMEM(shape, jnp.bfloat16, transforms=(tiling, swizzle))
 
 
@@ -132,7 +134,7 @@ def product(setup, a, b, start=None):
   of_a = a if isinstance(a, list) else [a.at[part] for part in range(len(of_b))]
   if setup.tensor_memory:
     of_a = tensor_memory.held(setup.room, of_a) if isinstance(a, list) else of_a
-    pairs = [(of_a[m], plgpu.transpose_ref(of_b[n], (1, 0))) for m, n in _pairs(len(of_b))]
+    pairs = [(of_a[m], of_b[n].transpose((1, 0))) for m, n in _pairs(len(of_b))]
     return tensor_memory.add(setup.room, setup.room.tile_ref, start, pairs)
   if setup.interpret:
     products = [_dot(of_a[m][...], of_b[n][...], 1) for m, n in _pairs(len(of_b))]
@@ -140,7 +142,7 @@ def product(setup, a, b, start=None):
 
   def multiply(sum_ref):
     for m, n in _pairs(len(of_b)):
-      plgpu.wgmma(sum_ref, of_a[m], plgpu.transpose_ref(of_b[n], (1, 0)))
+      plgpu.wgmma(sum_ref, of_a[m], of_b[n].transpose((1, 0)))
 
   if start is not None:
     return pl.run_state(multiply)(_ACC.init(start))

@@ -9,6 +9,7 @@ computed once for each, as vectors, and not a pair.
 # pyright: basic
 
 import functools
+import inspect
 import math
 from typing import Any, NamedTuple
 
@@ -76,12 +77,17 @@ def vector(setup, ref, axis):
   """Returns a vector in memory along one axis of a tile."""
   if setup.interpret:
     return ref[...]
-  return plgpu.load(ref, (), layout=plgpu.Layout.WGMMA.reduce(1 - axis), optimized=False)
+  return _load(ref, layout=plgpu.Layout.WGMMA.reduce(1 - axis), optimized=False)
 
 
 def block(setup, ref):
   """Returns a block in shared memory, as products take their rows from registers."""
-  return ref[...] if setup.interpret else plgpu.load(ref, (), layout=plgpu.Layout.WGMMA)
+  return ref[...] if setup.interpret else _load(ref, layout=plgpu.Layout.WGMMA)
+
+
+def _load(ref, **how):
+  takes_index = 'idx' in inspect.signature(plgpu.load).parameters  # until jax 0.12
+  return plgpu.load(ref, *[()] * takes_index, **how)
 
 
 def full(setup, shape, number):

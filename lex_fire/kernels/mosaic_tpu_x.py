@@ -8,10 +8,10 @@ import functools
 from typing import Any, NamedTuple
 
 import jax
+import jax.core
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
-from jax.extend import core as jax_core
 
 from lex_fire.encodings import base
 from lex_fire.kernels.mosaic_tpu_size import LANES, SUBLANES
@@ -189,8 +189,8 @@ class Pairs:
 
   def _call(self, name, numbers, *positions):
     constants = [constant[...] for constant in getattr(self.tile.constants.of_functions, name)]
-    closed = jax_core.ClosedJaxpr(getattr(self.tile.setup.functions, name), constants)
-    return jax_core.jaxpr_as_fun(closed)(*jax.tree.leaves(numbers), *positions)[0]
+    jaxpr = getattr(self.tile.setup.functions, name)
+    return jax.core.eval_jaxpr(jaxpr, constants, *jax.tree.leaves(numbers), *positions)[0]
 
   def _x_QK(self, numbers):
     return self._call('of_pairs', numbers, self.tile.i_Q1, self.tile.j_1K)
