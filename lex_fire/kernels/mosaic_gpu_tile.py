@@ -306,6 +306,7 @@ def walk(visit, code, start, count, stages, ready, free):
       return visit(n, code_n, slot, so_far)
 
     so_far = jax.lax.cond(code_n & VISIT != 0, do, lambda so_far: so_far, so_far)
+    plgpu.commit_smem()  # of what was read here, to which copies would write by another way
     plgpu.barrier_arrive(free.at[slot])
     return so_far
 
