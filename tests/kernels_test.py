@@ -396,15 +396,24 @@ def test_the_tpu_kernel_is_made_for_a_tpu_without_one(case, length):
 IN_ORDER_CASES = [case for case in CASES if encodings.get(CASES[case][0]).table is not None]
 
 
-@pytest.mark.parametrize('mask', ['causal', 'bidirectional'])
-@pytest.mark.parametrize('case', IN_ORDER_CASES)
-def test_tiles_whose_positions_are_in_order_equal_the_oracle(case, mask, monkeypatch):
+IN_ORDER_CELLS = [
+  (case, mask, most)
+  for case in IN_ORDER_CASES
+  for mask in ('causal', 'bidirectional')
+  for most in ((0, 6, 32) if mosaic_tpu_size.has_band(make(case)[0]) else (0,))
+]
+
+
+@pytest.mark.parametrize(('case', 'mask', 'most_of_band'), IN_ORDER_CELLS)
+def test_tiles_whose_positions_are_in_order_equal_the_oracle(case, mask, most_of_band, monkeypatch):
   """In which the TPU kernel computes what depends on the distance alone once a distance.
 
-  Each head is a block of its own, which no layout of the matrix has, keys are in parts, and rows
-  begin at positions of their own.
+  A band has none, some or all of their blocks. Each head is a block of its own, which no layout of
+  the matrix has, keys are in parts, and rows begin at positions of their own.
   """
   monkeypatch.setattr(mosaic_tpu_size, 'CHANNELS_TOGETHER', mosaic_tpu_size.LANES)
+  monkeypatch.setattr(mosaic_tpu_size, 'CHANNELS_OF_BAND', mosaic_tpu_size.LANES)
+  monkeypatch.setattr(mosaic_tpu_size, 'MOST_OF_BAND', most_of_band)
   encoding, params = make(case)
   arrays = inputs(2, 64, 64, num_kv_heads=NUM_HEADS)
   starts_B1 = np.int32([[490], [3]])  # on both sides of FIRE's threshold, and before it
@@ -421,6 +430,19 @@ def test_tiles_whose_positions_are_in_order_equal_the_oracle(case, mask, monkeyp
   tolerance = oracles.TOLERANCE['float32'] * largest / 4
   np.testing.assert_allclose(out_BQHC, expected_BQHC, atol=tolerance)
   oracles.assert_gradients(gradients, of_pairs, visible_BQK, arrays, probe(arrays))
+
+
+@pytest.mark.parametrize('batch', [3, 4])
+def test_a_band_serves_the_rows_that_a_core_takes_in_turn(batch):
+  """One row where there is one block of heads and an odd batch, or half of the batch."""
+  encoding, params = make('fire+fire_s')
+  arrays = inputs(batch, 40, 40)
+  position_BL = np.arange(40, dtype=np.int32)[None]
+
+  found = out_and_gradients('mosaic_tpu', encoding, params, arrays, position_BL)
+
+  expected = out_and_gradients('reference', encoding, params, arrays, position_BL)
+  jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-5), found, expected)
 
 
 @every_case

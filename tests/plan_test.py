@@ -46,9 +46,10 @@ def planned(
   segment_BL=None,
   table=None,
   coordinate=None,
-  factors=None,
+  rate=None,
   stretch=None,
   part=None,
+  band=None,
 ):
   x_BL1C = jnp.zeros((*position_BL.shape, 1, 8))
   queries, keys = plan.cut(
@@ -61,7 +62,7 @@ def planned(
   )
   blocks = QUERY_BLOCK, KEY_BLOCK
   made = plan.make(
-    kernels.Mask(**mask), *blocks, queries, keys, table, coordinate, factors, part or blocks
+    kernels.Mask(**mask), *blocks, queries, keys, table, coordinate, part or blocks, rate, band
   )
   return jax.tree.map(np.array, made)
 
@@ -156,32 +157,84 @@ def test_a_tile_is_in_order_if_its_positions_rise_by_one_in_every_row():
     np.testing.assert_array_equal(found, expected)
 
 
-@pytest.mark.parametrize('causal', [True, False])
-def test_a_tile_is_of_distances_if_its_later_positions_have_one_rate(causal):
-  """Of FIRE before its threshold, which is within a block."""
+BAND = {True: plan.Band(0, 6), False: plan.Band(-4, 8)}
+WIDE = 4  # of its blocks
+by_distance = pytest.mark.parametrize('causal', [True, False])
+
+
+def expected_codes(position_BL, causal, end):
+  """Returns band_IJ of rows in order, of an encoding whose rate is one before an end."""
+  band, expected = BAND[causal], []
+  both = np.broadcast_arrays(position_BL[:, :, None], position_BL[:, None])
+  for (_, i_BQK), (_, j_BQK) in zip(*map(tiles, both), strict=True):
+    apart_BQK = i_BQK - j_BQK
+    blocks_BQK = apart_BQK[:, ::WIDE, ::WIDE] // WIDE  # of their first pairs
+    later = i_BQK.max() if causal else max(i_BQK.max(), j_BQK.max())
+    is_in_band = (
+      later < end
+      and (apart_BQK == apart_BQK[0]).all()
+      and not apart_BQK[0, 0, 0] % WIDE
+      and blocks_BQK.max() < band.first + band.count
+      and (blocks_BQK.min() >= band.first or causal)
+      and (apart_BQK.max() >= 0 or not causal)
+    )
+    expected.append(blocks_BQK.max() - band.first + 1 if is_in_band else 0)
+  return expected
+
+
+def in_band(causal, position_BL, table=None, rate=None):
+  made = planned(
+    {'causal': causal}, position_BL, None, table, rate=rate, band=BAND[causal], part=(WIDE, WIDE)
+  )
+  return made.band_IJ
+
+
+@by_distance
+def test_a_tile_is_in_the_band_if_its_later_positions_have_the_rate_of_the_first(causal):
+  """Of FIRE before its threshold, which is within a block; of two heads, before both."""
   encoding = encodings.get('fire', threshold=29.0)
   params = encoding.init(jax.random.key(0), num_heads=2, head_dim=8, d_model=16)
-  x_of = encoding.table(params, 2), encoding.coordinate, encoding.factors
-  row = np.arange(48, dtype=np.int32)
-  later_QK = np.maximum(row[:, None], row[None]) if not causal else np.tile(row[:, None], 48)
-  expected = [later_1QK.max() < 29 for _, later_1QK in tiles(later_QK[None])]
-
-  found = planned({'causal': causal}, row[None], None, *x_of).of_distance_IJ
-  table = x_of[0]._replace(
-    coordinate=jax.tree.map(lambda number_1: number_1 * jnp.array([1.0, 0.5]), x_of[0].coordinate)
+  table, (_, rate) = encoding.table(params, 2)._replace(lower_Z=None), encoding.factors
+  of_two_heads = table._replace(
+    coordinate=jax.tree.map(lambda number_1: number_1 * jnp.array([1.0, 0.9]), table.coordinate)
   )
-  of_two_heads = planned({'causal': causal}, row[None], None, table, *x_of[1:]).of_distance_IJ
-  nearer = [later_1QK.max() < 14.5 for _, later_1QK in tiles(later_QK[None])]
-  out_of_order = planned({'causal': causal}, row[None, ::-1], None, *x_of).of_distance_IJ
-  of_pairs = planned({'causal': causal}, row[None]).of_distance_IJ
-  of_distances = planned({'causal': causal}, row[None], factors=(None, None)).of_distance_IJ
+  row_1L = np.arange(48, dtype=np.int32)[None]
 
-  assert 0 < sum(expected) < len(expected)
-  np.testing.assert_array_equal(found, np.reshape(expected, found.shape))
-  np.testing.assert_array_equal(of_two_heads, np.reshape(nearer, found.shape))
-  np.testing.assert_array_equal(out_of_order, 0)
-  np.testing.assert_array_equal(of_pairs, 0)
-  np.testing.assert_array_equal(of_distances, 1)
+  for given, end in ((table, 29), (of_two_heads, 26.1), (None, np.inf)):
+    found = in_band(causal, row_1L, given, rate if given else None)
+    expected = expected_codes(row_1L, causal, end)
+    assert 0 < np.count_nonzero(expected) < len(expected)
+    np.testing.assert_array_equal(found, np.reshape(expected, found.shape))
+
+
+@by_distance
+def test_a_tile_is_in_the_band_if_it_lies_on_its_blocks_in_every_row(causal):
+  """Of two documents, the second begins on a block or between two, in one row or in both."""
+  rows = [np.arange(48), *(np.r_[np.arange(32), start : start + 16] for start in (36, 38))]
+
+  for chosen in ([0], [1], [2], [1, 1], [2, 2], [0, 1], [0, 2]):
+    position_BL = np.stack([rows[number] for number in chosen]).astype(np.int32)
+    found = in_band(causal, position_BL)
+    expected = expected_codes(position_BL, causal, np.inf)
+    np.testing.assert_array_equal(found, np.reshape(expected, found.shape))
+  assert not in_band(causal, rows[0][None, ::-1].astype(np.int32)).any()
+
+
+def test_a_band_has_the_span_of_its_tiles():
+  encoding = encodings.get('t5')
+  params = encoding.init(jax.random.key(0), num_heads=2, head_dim=8, d_model=16)
+  row_1L, x_of = (
+    np.arange(48, dtype=np.int32)[None],
+    (encoding.table(params, 2), encoding.coordinate),
+  )
+
+  made = planned({}, row_1L, None, *x_of, band=BAND[True], part=(WIDE, WIDE))
+  without = planned({}, row_1L, None, *x_of, part=(WIDE, WIDE))
+
+  there = made.band_IJ > 0
+  assert (made.band_low, made.band_high) == (made.low_IJ[there].min(), made.high_IJ[there].max())
+  assert made.band_high > made.band_low + 1
+  assert without.band_high == without.band_IJ.max() == 0
 
 
 @pytest.mark.parametrize('case', TABLES)

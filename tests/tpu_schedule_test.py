@@ -18,29 +18,28 @@ def listing(*stretches):
   return '\n'.join(lines)
 
 
-# A kernel under FIRE, made small: what is done once, and the segments and heads of a tile by
-# distances; what is done once by pairs, in order and not, heads under one line, the list of parts,
-# the segments of those of many breakpoints, and heads under pieces: parts of few with a loop over
-# the rest, parts of many with one over rows of lines, and what adds up a gradient with one over
-# breakpoints; and what is done with it, in order and not.
+# A kernel under FIRE, made small: the segments of a band and its heads, with a loop over the rest
+# of few breakpoints, and over rows of lines; what is done once, and the heads of a tile in the
+# band; what is done once by pairs, in order and not, heads under one line, the list of parts, the
+# segments of those of many breakpoints, and heads under pieces: parts of few, of many, and what
+# adds up a gradient with a loop over breakpoints; what is done with it, in order and not; and the
+# same of the band.
 KERNEL = [
   ('', 0, 5),
   ('LB', 1, 30),
-  ('PF', 1, 1200),  # of a row
-  ('PF', 1, 400),
   ('LB', 2, 10),  # segments
   ('LB', 3, 11),
   ('PF', 1, 2),
-  ('LB', 2, 2000),  # by distances
+  ('LB', 2, 3),  # a band
   ('LB', 3, 30),
   ('LB', 4, 17),
   ('', 3, 4),
   ('LB', 3, 6),
   ('LB', 4, 25),
-  ('', 2, 800),
-  ('LB', 3, 20),
-  ('LB', 4, 22),
-  ('PF', 1, 130),
+  ('', 2, 700),
+  ('PF', 1, 1200),  # of a row
+  ('PF', 1, 400),
+  ('LB', 2, 2800),  # in the band
   ('PF', 1, 1500),
   ('PF', 1, 2700),
   ('LB', 2, 2600),  # one line
@@ -58,8 +57,14 @@ KERNEL = [
   ('LB', 3, 35),
   ('LB', 4, 66),
   ('PF', 1, 8),
-  ('PF', 1, 700),
   ('PF', 1, 900),
+  ('PF', 1, 4000),
+  ('LB', 2, 10),  # segments
+  ('LB', 3, 11),
+  ('LB', 2, 780),  # a band's gradient
+  ('LB', 3, 20),
+  ('LB', 4, 22),
+  ('PF', 1, 130),
   ('LB', 2, 590),  # of a row
   ('PF', 1, 130),
   ('', 0, 2),
@@ -69,13 +74,13 @@ KERNEL = [
 def test_bundles_are_counted_by_loop():
   grid = schedule.parse(listing(*KERNEL))
 
-  *_, segments, pieces, _ = grid.inner
-  assert [loop.own for loop in grid.inner] == [10, 2800, 2600, 17, 25, 3000, 590]
+  *_, segments, pieces, _, _, _ = grid.inner
+  assert [loop.own for loop in grid.inner] == [10, 703, 2800, 2600, 17, 25, 3000, 10, 780, 590]
   assert segments.inner[0].own == 45
   assert [parts.own for parts in pieces.inner] == [104, 6, 35]
   assert [parts.inner[0].own for parts in pieces.inner] == [47, 250, 66]
   assert [count for count in grid.stretches if count] == [
-    *(30, 1200, 400, 2, 130, 1500, 2700, 8, 700, 900, 130 + 2)
+    *(30, 2, 1200, 400, 1500, 2700, 8, 900, 4000, 130, 130 + 2)
   ]
 
 
@@ -91,36 +96,38 @@ def test_the_cost_of_a_tile_is_what_is_done_once_and_what_each_head_takes():
   found = schedule.cost(schedule.parse(listing(*KERNEL)), has_bias=True)
 
   assert found == schedule.Work(
-    tile=1500 + 700,
-    distances=400 + 130,
+    tile=1500 + 900,
+    tile_in_band=400,
     list_part=17,
     find_part=25,
     find=45,
-    find_distances=11,
+    find_in_band=11,
     line=1300,
     pieces=3000,
-    spread=2800,
+    in_band=1400,
+    band=703 + 780,
     of_pairs=schedule.Lines(few=104, rest=47, many=256, add_part=35, add=66),
-    of_distances=schedule.Lines(few=34, rest=17, many=31, add_part=20, add=22),
+    of_band=schedule.Lines(few=34, rest=17, many=31, add_part=20, add=22),
   )
   assert schedule.work(json.loads(json.dumps(found))) == found
   reach = schedule.Work(
     tile=5,
-    distances=4,
+    tile_in_band=4,
     list_part=8,
     find_part=2,
     find=23,
-    find_distances=19,
+    find_in_band=19,
     line=3,
     pieces=2,
-    spread=4,
+    in_band=4,
+    band=0.5,
     of_pairs=schedule.Lines(few=4, rest=7, many=2, add_part=6, add=38),
-    of_distances=schedule.Lines(few=1, rest=2, many=3, add_part=4, add=24),
+    of_band=schedule.Lines(few=1, rest=2, many=3, add_part=4, add=24),
   )
-  once = 5 * 2200 + 4 * 530 + 8 * 17 + 2 * 25 + 23 * 45 + 19 * 11
+  once = 5 * 2400 + 4 * 400 + 8 * 17 + 2 * 25 + 23 * 45 + 19 * 11
   of_pairs = 4 * 104 + 7 * 47 + 2 * 256 + 6 * 35 + 38 * 66
-  of_distances = 1 * 34 + 2 * 17 + 3 * 31 + 4 * 20 + 24 * 22
-  of_head = 3 * 1300 + 2 * 3000 + 4 * 2800 + of_pairs + of_distances
+  of_band = 1 * 34 + 2 * 17 + 3 * 31 + 4 * 20 + 24 * 22
+  of_head = 3 * 1300 + 2 * 3000 + 4 * 1400 + 0.5 * 1483 + of_pairs + of_band
   assert schedule.cycles(found, reach, heads=8) == once + 8 * of_head
 
 

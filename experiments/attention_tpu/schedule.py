@@ -29,7 +29,16 @@ from jax.sharding import SingleDeviceSharding
 
 from experiments.attention_tpu import run
 from lex_fire import encodings, zoo
-from lex_fire.kernels import Mask, mosaic_tpu_bias, mosaic_tpu_size, mosaic_tpu_x, plan
+from lex_fire.kernels import (
+  Mask,
+  mosaic_tpu_band,
+  mosaic_tpu_bias,
+  mosaic_tpu_call,
+  mosaic_tpu_heads,
+  mosaic_tpu_size,
+  mosaic_tpu_x,
+  plan,
+)
 
 HERE = pathlib.Path(__file__).parent
 LENGTHS = [2048, 8192, 32_768, 131_072]
@@ -42,7 +51,7 @@ SPLASH = {
   'queries': 'splash_mqa_dq_no_residuals.1',
   'keys': 'splash_mqa_dkv_no_residuals.1',
 }
-BATCH = 2  # sequences: with one, its heads would be two blocks, for chips of two cores
+BATCH = 8  # sequences: with one, its heads would be two blocks, for chips of two cores
 LONG = 1000  # bundles of a loop over heads at least
 SHORT = 100  # and more than these of what is done once a tile
 
@@ -128,33 +137,35 @@ class Work(NamedTuple):
   """The bundles of each kind of work of a kernel, or how often a sequence has it done.
 
   Attributes:
-    tile: what is done once in a tile whose positions are in order, by pairs.
-    distances: likewise, in one by distances.
+    tile: what is done once in a tile whose positions are in order, where its bias is made for it.
+    tile_in_band: likewise, where it is that of the band.
     list_part: likewise, for a part of a tile under pieces.
     find_part: likewise, for a part of many breakpoints, to find the segments of all heads.
     find: likewise, for a breakpoint of such a part.
-    find_distances: likewise, by distances.
+    find_in_band: once for a breakpoint of a band that has many.
     line: a head in a tile under one line, or without a bias, of those that are visited together.
-    pieces: a head in a tile under several lines, but for what follows, by pairs.
-    spread: likewise, by distances.
-    of_pairs: what else pieces of a head take by pairs.
-    of_distances: likewise, by distances, of which a tile is one part.
+    pieces: a head in a tile under several lines, but for what follows.
+    in_band: a head in a tile of the band.
+    band: a head's band, but for what follows.
+    of_pairs: what else pieces of a head take in a tile.
+    of_band: likewise, in a band, which is one part.
   """
 
   tile: float
-  distances: float = 0
+  tile_in_band: float = 0
   list_part: float = 0
   find_part: float = 0
   find: float = 0
-  find_distances: float = 0
+  find_in_band: float = 0
   line: float = 0
   pieces: float = 0
-  spread: float = 0
+  in_band: float = 0
+  band: float = 0
   of_pairs: Lines = Lines()
-  of_distances: Lines = Lines()
+  of_band: Lines = Lines()
 
 
-OF_TILE = 6  # kinds of work that are done once for all heads of a tile
+OF_TILE = 6  # kinds of work that are done once for all heads
 
 
 def work(values: list) -> Work:
@@ -180,38 +191,41 @@ def cost(grid: Loop, has_bias: bool, of: Loop | None = None) -> Work:
   places = [_position(grid, number) for number in heads]
   long = [at for at, count in enumerate(grid.stretches) if (count or 0) > SHORT]
   before = [at for at in long if at < places[0]]
-  line = of.inner[heads[-2 if has_bias else 0]].own / mosaic_tpu_bias.HEADS_TOGETHER
+  once = of.stretches[before[-1]]
   if not has_bias:
-    once = of.stretches[before[-1]]
-    return Work(tile=once, distances=once, line=line, pieces=line, spread=line)
+    line = of.inner[heads[0]].own / mosaic_tpu_heads.HEADS_TOGETHER
+    return Work(tile=once, tile_in_band=once, line=line, pieces=line, in_band=line)
+  in_band, line = (of.inner[number].own / mosaic_tpu_heads.HEADS_TOGETHER for number in heads[:2])
   between, after = (
     [at for at in long if start < at < end]
     for start, end in ((places[0], places[1]), (places[2], len(grid.stretches)))
   )
-  spread, pieces = (of.inner[heads[number]] for number in (0, 2))
+  pieces, fill = of.inner[heads[2]], of.inner[heads[0] - 1]
   has_gradient = len(pieces.inner) > 2
   # What is done once by pairs comes twice, for positions in order and for any others.
-  *of_distances, in_order, _ = between
+  in_order, _ = between
   by_pairs = [in_order, *after[: 1 if has_gradient else 0]]
   list_part, find = of.inner[heads[2] - 2 : heads[2]]
+  finish = of.inner[heads[2] + 2] if has_gradient else Loop([], [])
   return Work(
     tile=sum(of.stretches[at] for at in by_pairs),
-    distances=sum(of.stretches[at] for at in [before[-1], *of_distances]),
+    tile_in_band=once,
     list_part=list_part.own,
     find_part=find.own,
     find=find.inner[0].own,
-    find_distances=of.inner[heads[0] - 1].inner[0].own,
+    find_in_band=of.inner[heads[0] - 2].inner[0].own,
     line=line,
     pieces=pieces.own,
-    spread=spread.own,
-    of_pairs=_lines(pieces),
-    of_distances=_lines(spread),
+    in_band=in_band,
+    band=fill.own + finish.own,
+    of_pairs=_lines(pieces.inner),
+    of_band=_lines([*fill.inner, *finish.inner]),
   )
 
 
-def _lines(heads):
-  """Returns what pieces take in a loop over heads."""
-  few, many, *gradient = heads.inner
+def _lines(loops):
+  """Returns what pieces take in the loops of a head."""
+  few, many, *gradient = loops
   return Lines(
     few=few.own,
     rest=few.inner[0].own,
@@ -289,42 +303,48 @@ def shapes(length: int) -> tuple:
 def blocks(length: int, case: str = 'fire') -> mosaic_tpu_size.Blocks:
   """Returns what a tile has of each."""
   name, options = run.CASES[case]
-  segments = mosaic_tpu_size.num_segments(encodings.get(name, **options))
-  return mosaic_tpu_size.blocks(*shapes(length), mosaic_tpu_size.BLOCK, segments)
+  encoding = encodings.get(name, **options)
+  segments, band = mosaic_tpu_size.num_segments(encoding), mosaic_tpu_size.has_band(encoding)
+  return mosaic_tpu_size.blocks(*shapes(length), mosaic_tpu_size.BLOCK, segments, band=band)
 
 
-def reach(encoding: encodings.Encoding, params: dict, length: int) -> Work:
-  """Returns what a sequence in order asks of a head under FIRE."""
+def reach(case: str, encoding: encodings.Encoding, params: dict, length: int) -> Work:
+  """Returns what a sequence in order asks of a head under FIRE, one of CASES."""
   table = encoding.table(params, run.SHAPE['num_heads'])
-  tile = blocks(length)
+  tile = blocks(length, case)
   position_1L = np.arange(length, dtype=np.int32)[None]
   x_1L1C = np.zeros((1, length, 1, 1), np.float32)
   sides = (x_1L1C, position_1L, None), (x_1L1C, x_1L1C, position_1L, None)
   masked = Mask(), tile.queries, tile.keys
   cut = plan.cut(*masked, None, *sides)
   part = mosaic_tpu_x.part(tile.queries, tile.keys)
-  made = plan.make(*masked, *cut, table, encoding.coordinate, encoding.factors, part)
-  spans_IJ = np.array(made.high_IJ - made.low_IJ)
-  several, line = spans_IJ > 1, spans_IJ == 1
-  by_distances = several & (np.array(made.of_distance_IJ) > 0)
-  by_pairs = several & ~by_distances
-  within = np.array(made.part_high_IJY - made.part_low_IJY - 1)[by_pairs]
-  of_distances, of_pairs = spans_IJ[by_distances] - 1, within[within > 0]
-  many = of_pairs[of_pairs >= mosaic_tpu_bias.MOST_OF_FEW]
+  band = mosaic_tpu_band.fitting(tile, length, Mask().causal)
+  made = plan.make(*masked, *cut, table, encoding.coordinate, part, encoding.factors[1], band)
+  spans_IJ, in_band = np.array(made.high_IJ - made.low_IJ), np.array(made.band_IJ) > 0
+  line, pieces = (where & ~in_band for where in (spans_IJ == 1, spans_IJ > 1))
+  within = np.array(made.part_high_IJY - made.part_low_IJY - 1)[pieces]
+  of_pairs = within[within > 0]
+  of_band = np.maximum(np.array([made.band_high - made.band_low - 1]), 0)
+  many, many_of_band = (x[x >= mosaic_tpu_bias.MOST_OF_FEW] for x in (of_pairs, of_band))
+  head_blocks = run.SHAPE['num_heads'] // tile.heads
+  bands = in_band.any() / mosaic_tpu_call.rows_together(BATCH, head_blocks, band)
+  # Of the length that is compiled, and what it takes is by the block.
+  bands *= band.count / mosaic_tpu_band.fitting(tile, LENGTHS[0], Mask().causal).count
   counts = Work(
-    tile=line.sum() + by_pairs.sum(),
-    distances=by_distances.sum(),
+    tile=line.sum() + pieces.sum(),
+    tile_in_band=in_band.sum(),
     list_part=within.size,
     find_part=many.size,
     find=many.sum(),
-    find_distances=of_distances[of_distances >= mosaic_tpu_bias.MOST_OF_FEW].sum(),
+    find_in_band=many_of_band.sum() * bands,
     line=line.sum(),
-    pieces=by_pairs.sum(),
-    spread=by_distances.sum(),
+    pieces=pieces.sum(),
+    in_band=in_band.sum(),
+    band=bands,
     of_pairs=_reach_of_parts(of_pairs),
-    of_distances=_reach_of_parts(of_distances),
+    of_band=Lines(*(count * bands for count in _reach_of_parts(of_band))),
   )
-  return jax.tree.map(int, counts)
+  return jax.tree.map(float, counts)
 
 
 def _reach_of_parts(breakpoints: np.ndarray) -> Lines:
@@ -375,7 +395,7 @@ def table(results: dict) -> str:
   tile = blocks(LENGTHS[0])
   if any(blocks(LENGTHS[0], case)[:4] != tile[:4] for case in CASES):
     raise ValueError('tiles under FIRE are not alike')
-  if tile.heads % mosaic_tpu_bias.HEADS_TOGETHER:
+  if tile.heads % mosaic_tpu_heads.HEADS_TOGETHER:
     raise ValueError(f'{tile.heads} heads of a tile are not visited together, as `cost` has it')
   products = {
     kernel: 2 * tile.queries * tile.keys * run.SHAPE['head_dim'] * count
@@ -387,13 +407,15 @@ def table(results: dict) -> str:
 
   def flops(costs, case, kernel, one):
     computed = cycles(work(costs['arithmetic'][case][kernel]), one, tile.heads)
-    tiles = one.tile + one.distances
+    tiles = one.tile + one.tile_in_band
     return computed * REGISTER + tiles * tile.heads * products[kernel]
 
   heads = ''.join(f'{length:>9}' for length in LENGTHS)
   cycle_lines, flop_lines = [f'{"":28}{heads}'], [f'{"":28}{heads}']
   for name, (fire, encoding, of_layers) in layers().items():
-    reached = [[reach(encoding, params, length) for params in of_layers] for length in LENGTHS]
+    reached = [
+      [reach(fire, encoding, params, length) for params in of_layers] for length in LENGTHS
+    ]
     for chip, costs in results['chips'].items():
       where, whole = f'{name:14}{chip:4}', ('all', list(KERNELS))
       for label, kernels in (*((kernel, [kernel]) for kernel in KERNELS), whole):

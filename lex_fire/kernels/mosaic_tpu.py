@@ -23,12 +23,13 @@ from lex_fire.encodings import base
 from lex_fire.kernels import decay, residuals, sides, tile
 from lex_fire.kernels import mask as mask_lib
 from lex_fire.kernels import mosaic_tpu_backward as backward_lib
-from lex_fire.kernels import mosaic_tpu_bias as bias_lib
+from lex_fire.kernels import mosaic_tpu_band as band_lib
 from lex_fire.kernels import mosaic_tpu_call as call
+from lex_fire.kernels import mosaic_tpu_heads as heads_lib
 from lex_fire.kernels import mosaic_tpu_x as x_lib
 from lex_fire.kernels import plan as plan_lib
 from lex_fire.kernels.mosaic_tpu_products import dot
-from lex_fire.kernels.mosaic_tpu_size import BLOCK, LANES, blocks, num_segments, why_not
+from lex_fire.kernels.mosaic_tpu_size import BLOCK, LANES, blocks, has_band, num_segments, why_not
 from lex_fire.kernels.mosaic_tpu_tile import Constants, Setup, Tile
 from lex_fire.kernels.plan import Keys, Queries
 
@@ -86,25 +87,10 @@ def attention(
     key_position_BK=key_position_BK,
     causal=mask.causal,
   )
-  num_heads, channels = query_BQHC.shape[2:]
-  rate_1C = stretch = None
-  if encoding.log_decay is not None:
-    rate_1C = np.float32(encoding.log_decay(channels)[None])
-    stretch = decay.stretch_of(encoding.log_decay(channels))
-  table = None if encoding.table is None else encoding.table(params, num_heads)
-  cut = blocks(query_BQHC, key_BKGC, block, num_segments(encoding), pieces)
-  functions, of_functions = x_lib.trace(encoding, table, cut.queries, cut.keys, mask.causal)
-  setup = Setup(
-    functions=functions,
-    learned=encoding.learned,
-    stretch=stretch,
-    query_block=cut.queries,
-    key_block=cut.keys,
-    heads=cut.heads,
-    groups=cut.groups,
-    sum_rows=cut.sum_rows,
-    interpret=interpret,
-  )
+  table = None if encoding.table is None else encoding.table(params, query_BQHC.shape[2])
+  cut = blocks(query_BQHC, key_BKGC, block, num_segments(encoding), pieces, has_band(encoding))
+  band = band_lib.fitting(cut, key_BKGC.shape[1] // pieces, mask.causal)
+  setup, constants = _setup(encoding, table, query_BQHC, cut, band, mask.causal, interpret)
   queries, keys = plan_lib.cut(
     mask,
     cut.queries,
@@ -119,13 +105,44 @@ def attention(
     cut.queries,
     cut.keys,
     coordinate=encoding.coordinate,
-    factors=x_lib.factors(encoding),
     part=x_lib.part(cut.queries, cut.keys),
+    rate=(x_lib.factors(encoding) or (None, None))[1],
+    band=band,
   )
-  kernels = Kernels(setup, Constants(rate_1C, of_functions), make_plan)
+  kernels = Kernels(setup, constants, make_plan)
   out_BHQC, log_norm_BHQ = (make_flash or flash)(kernels)(table, queries, keys)
   num_queries = query_BQHC.shape[1]
   return jnp.swapaxes(out_BHQC, 1, 2)[:, :num_queries], log_norm_BHQ[..., :num_queries]
+
+
+def _setup(encoding, table, query_BQHC, cut, band, causal, interpret):
+  """Returns Setup and Constants."""
+  batch, _, num_heads, channels = query_BQHC.shape
+  rate_1C = stretch = None
+  if encoding.log_decay is not None:
+    rate_1C = np.float32(encoding.log_decay(channels)[None])
+    stretch = decay.stretch_of(encoding.log_decay(channels))
+  trace = functools.partial(x_lib.trace, encoding, table, causal=causal)
+  functions, of_functions = trace(cut.queries, cut.keys)
+  band_functions = of_band_functions = None
+  if band is not None:
+    wide = x_lib.width(cut.queries, cut.keys)
+    band_functions, of_band_functions = trace(band.count * wide, wide)
+  setup = Setup(
+    functions=functions,
+    band_functions=band_functions,
+    band=band,
+    learned=encoding.learned,
+    stretch=stretch,
+    query_block=cut.queries,
+    key_block=cut.keys,
+    heads=cut.heads,
+    groups=cut.groups,
+    sum_rows=cut.sum_rows,
+    together=call.rows_together(batch, num_heads // cut.heads, band),
+    interpret=interpret,
+  )
+  return setup, Constants(rate_1C, of_functions, of_band_functions)
 
 
 class Found(NamedTuple):
@@ -135,14 +152,12 @@ class Found(NamedTuple):
   log_norm_BNHQ: Any  # the logarithm of its normaliser, +inf where a query sees no key
 
 
-def _forward_kernel(spans, _, inputs, so_far, found, sums, largest, norms, own, *, setup):
-  """Visits tiles row by row: grid (batch, head block, query block, key block).
+def _forward_kernel(spans, held, inputs, so_far, found, sums, largest, norms, own, *, setup):
+  """Visits tiles row by row.
 
   It goes on from what was found over other keys, if there were any.
   """
-  step, steps = pl.program_id(3), pl.num_programs(3)
-  at = pl.program_id(2) * steps + step
-  first_head = pl.program_id(1) * setup.heads
+  at = call.Place(setup, by_column=False)
 
   def go_on(head, _):
     log_norm_Q1 = so_far.log_norm_BNHQ[0, 0, pl.ds(head, 1)].T
@@ -152,7 +167,9 @@ def _forward_kernel(spans, _, inputs, so_far, found, sums, largest, norms, own, 
     largest[head] = jnp.broadcast_to(largest_Q1, largest.shape[1:])
     norms[head] = jnp.broadcast_to(jnp.where(seen_Q1, 1.0, 0.0), norms.shape[1:])
 
-  @pl.when(step == 0)
+  call.fill_band(setup, at, spans, inputs, own)
+
+  @pl.when(at.begins)
   def _():
     sums[...] = jnp.zeros_like(sums)
     largest[...] = jnp.full_like(largest, 2 * mask_lib.HIDDEN_LOGIT)
@@ -160,9 +177,9 @@ def _forward_kernel(spans, _, inputs, so_far, found, sums, largest, norms, own, 
     if so_far is not None:
       jax.lax.fori_loop(0, setup.heads, go_on, None)
 
-  @pl.when(spans[at] != 0)
+  @pl.when(spans[at.tile] != 0)
   def _():
-    tile = Tile(setup, spans[at], first_head, inputs, own)
+    tile = Tile(setup, spans[at.tile], held[at.tile], at.first_head, inputs, own)
 
     def add(head, products, bias):
       logits_QK = tile.logits(head, products, bias)
@@ -175,9 +192,9 @@ def _forward_kernel(spans, _, inputs, so_far, found, sums, largest, norms, own, 
       norms[head] = norms[head] * shrink_QT + weights_QK.sum(axis=1, keepdims=True)
       largest[head] = largest_QT
 
-    bias_lib.visit(tile, functools.partial(bias_lib.each_head, setup.heads, add))
+    heads_lib.visit(tile, functools.partial(heads_lib.each_head, setup.heads, add))
 
-  @pl.when(step == steps - 1)
+  @pl.when(at.ends)
   def _():
     def write(head, _):
       """A query that saw no key gets 0 and +inf: exp(logit - inf) is 0 in the backward pass."""

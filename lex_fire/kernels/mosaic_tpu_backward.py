@@ -11,8 +11,8 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from lex_fire.kernels import mosaic_tpu_bias as bias_lib
 from lex_fire.kernels import mosaic_tpu_call as call
+from lex_fire.kernels import mosaic_tpu_heads as heads_lib
 from lex_fire.kernels import mosaic_tpu_x as x_lib
 from lex_fire.kernels.mosaic_tpu_products import dot
 from lex_fire.kernels.mosaic_tpu_size import LANES, SUBLANES
@@ -38,15 +38,14 @@ def _weights_and_gradient(tile, softmax, head, products, bias):
   return weights_QK, d_logits_QK
 
 
-def _query_kernel(spans, _, inputs, softmax, d_query, d_table, d_queries, held, *, setup):
+def _query_kernel(spans, held, inputs, softmax, d_query, d_table, d_queries, scratch, *, setup):
   """Visits tiles row by row, for the gradient of queries and of the table."""
-  row, step, steps = pl.program_id(2), pl.program_id(3), pl.num_programs(3)
-  own, lines = held
+  own, lines = scratch
   sums = None if lines is None else lines._replace(coordinate=d_table.coordinate)
-  at = row * steps + step
-  first_head = pl.program_id(1) * setup.heads
+  at = call.Place(setup, by_column=False)
+  band = call.fill_band(setup, at, spans, inputs, own)
 
-  @pl.when((row == 0) & (step == 0))
+  @pl.when(at.begins_row)
   def _():
     if sums is not None:
       for ref in jax.tree.leaves(lines):
@@ -55,13 +54,13 @@ def _query_kernel(spans, _, inputs, softmax, d_query, d_table, d_queries, held, 
         for index in range(ref.shape[3]):
           ref[0, 0, 0, index] = jnp.float32(0)
 
-  @pl.when(step == 0)
+  @pl.when(at.begins)
   def _():
     d_queries[...] = jnp.zeros_like(d_queries)
 
-  @pl.when(spans[at] != 0)
+  @pl.when(spans[at.tile] != 0)
   def _():
-    tile = Tile(setup, spans[at], first_head, inputs, own)
+    tile = Tile(setup, spans[at.tile], held[at.tile], at.first_head, inputs, own)
 
     def add(head, products, bias):
       _, d_logits_QK = _weights_and_gradient(tile, softmax, head, products, bias)
@@ -69,15 +68,17 @@ def _query_kernel(spans, _, inputs, softmax, d_query, d_table, d_queries, held, 
       if sums is not None:
         bias.add_gradient(head, d_logits_QK, sums)
 
-    bias_lib.visit(tile, functools.partial(bias_lib.each_head, setup.heads, add), sums)
+    heads_lib.visit(tile, functools.partial(heads_lib.each_head, setup.heads, add), sums)
 
-  @pl.when(step == steps - 1)
+  @pl.when(at.ends)
   def _():
     d_query[0] = d_queries[...].astype(d_query.dtype)
 
   if lines is not None:
+    if band is not None:
+      pl.when(at.is_last & band.is_met)(lambda: band.finish(sums))
 
-    @pl.when((row == pl.num_programs(2) - 1) & (step == steps - 1))
+    @pl.when(at.ends_row)
     def _():
       jax.tree.map(_write_sums, lines, d_table._replace(coordinate={}))
 
@@ -97,19 +98,18 @@ def _write_sums(in_lanes, out):
   jax.lax.fori_loop(0, out.shape[2], write, None)
 
 
-def _key_kernel(spans, _, inputs, softmax, d_key, d_value, d_keys, d_values, own, *, setup):
-  """Visits tiles column by column: grid (batch, head block, key block, query block)."""
-  column, step, steps = pl.program_id(2), pl.program_id(3), pl.num_programs(3)
-  at = step * pl.num_programs(2) + column
-  first_head = pl.program_id(1) * setup.heads
+def _key_kernel(spans, held, inputs, softmax, d_key, d_value, d_keys, d_values, own, *, setup):
+  """Visits tiles column by column."""
+  at = call.Place(setup, by_column=True)
+  call.fill_band(setup, at, spans, inputs, own)
 
-  @pl.when(step == 0)
+  @pl.when(at.begins)
   def _():
     d_keys[...], d_values[...] = jnp.zeros_like(d_keys), jnp.zeros_like(d_values)
 
-  @pl.when(spans[at] != 0)
+  @pl.when(spans[at.tile] != 0)
   def _():
-    tile = Tile(setup, spans[at], first_head, inputs, own)
+    tile = Tile(setup, spans[at.tile], held[at.tile], at.first_head, inputs, own)
 
     def add(head, products, bias):
       group = setup.group(head)
@@ -118,9 +118,9 @@ def _key_kernel(spans, _, inputs, softmax, d_key, d_value, d_keys, d_values, own
       d_values[group] += dot(weights_QK.astype(d_out_QC.dtype), d_out_QC, (0, 0))
       d_keys[group] += products.key_gradient(head, d_logits_QK)
 
-    bias_lib.visit(tile, functools.partial(bias_lib.each_head, setup.heads, add))
+    heads_lib.visit(tile, functools.partial(heads_lib.each_head, setup.heads, add))
 
-  @pl.when(step == steps - 1)
+  @pl.when(at.ends)
   def _():
     d_key[0] = d_keys[...].astype(d_key.dtype)
     d_value[0] = d_values[...].astype(d_value.dtype)
@@ -155,8 +155,8 @@ def query_gradient(setup, constants, table, queries, keys, plan, softmax, dtype)
     return numbers.size // grid[1]
 
   def output(shape, memory_space):
-    def index_map(batch, heads, *_):
-      return batch, heads, 0, 0
+    def index_map(heads, part, row, *_):
+      return part * setup.together + row, heads, 0, 0
 
     spec = pl.BlockSpec((1, 1, *shape), index_map, memory_space=memory_space)
     return call.Output(jax.ShapeDtypeStruct((*grid[:2], *shape), jnp.float32), spec)

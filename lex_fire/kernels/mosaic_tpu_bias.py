@@ -7,18 +7,15 @@ breakpoints it is made before, in parts that fit in registers.
 """
 
 import functools
-from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 
-from lex_fire.kernels.mosaic_tpu_products import OneStretch, Products, Stretches
 from lex_fire.kernels.mosaic_tpu_size import LANES, SUBLANES
-from lex_fire.kernels.mosaic_tpu_x import Distances, Factors, OneRate, Pairs
+from lex_fire.kernels.mosaic_tpu_x import Pairs
 
-HEADS_TOGETHER = 2
 # Segments of a part of few breakpoints. By the compiler's schedule, to look up the lines of a part
 # takes as long as to go through so many.
 MOST_OF_FEW = 6
@@ -266,95 +263,3 @@ def _add_to(ref, index, sum_ST):
 def _first_segment(table, head):
   """Returns where the numbers of a head begin."""
   return head * table.lower_Z.shape[0]
-
-
-def visit(tile: Any, heads: Callable[[Any, Any], None], sums: Any = None) -> None:
-  """Calls heads(products, bias), which visits all heads of a tile.
-
-  It is traced for each way in which products and bias may be computed, of which the tile takes one:
-  products are `mosaic_tpu_products.Products`, a bias is a `Line`, `Pieces` or None.
-
-  Args:
-    tile: a `mosaic_tpu_tile.Tile`.
-    heads: what to do.
-    sums: a table of refs, to which is added the gradient of what all heads share; or None.
-  """
-  if tile.setup.stretch is None:
-    _by_bias(tile, functools.partial(heads, Products(tile)), sums)
-    return
-  first, end = tile.span
-  for here, products in ((end - first == 1, OneStretch), (end - first > 1, Stretches)):
-    of_products = functools.partial(heads, products(tile))
-    pl.when(here)(functools.partial(_by_bias, tile, of_products, sums))
-
-
-def each_head(count: int, function: Callable[..., None], products: Any, bias: Any) -> None:
-  """Calls function(head, products, bias) for all heads of a tile, two at a time.
-
-  The products of one then run beside the softmax of the other. Under pieces of a bias, whose loops
-  nothing runs beside, it is one at a time.
-  """
-  together = HEADS_TOGETHER if count % HEADS_TOGETHER == 0 else 1
-  if isinstance(bias, Pieces):
-    together = 1
-
-  def visit(head, _):
-    function(head, products, bias)
-
-  jax.lax.fori_loop(0, count, visit, None, unroll=together)
-
-
-def _by_bias(tile, heads, sums):
-  """Visits heads under the bias that a tile has: none, one a distance, or one a pair."""
-  if tile.table is None:
-    heads(None)
-    return
-  functions, refs = tile.setup.functions, tile.scratch
-  pairs = Pairs(tile, refs.pairs)
-  if functions.of_distances is None:
-    _visit_pairs(pairs, [(True, pairs)], heads, sums)
-    return
-  distances = Distances(tile, refs.distances)
-  is_shared, has_pieces = refs.pairs.x_ST is not None, tile.table.lower_Z is not None
-  ways = [(True, pairs)]
-  if is_shared:
-    ways = [(tile.in_order, Factors(tile, refs.pairs, distances)), (~tile.in_order, pairs)]
-  if is_shared and not has_pieces:
-    # One line of an x that heads share is sooner made for each pair than turned for each head.
-    _visit_pairs(pairs, ways, heads, sums)
-    return
-  first, end = tile.span
-  is_of_distances = tile.of_distance & (end - first > 1 if has_pieces else True)
-  at = distances if functions.of_queries is None else OneRate(tile, refs.distances)
-  pl.when(is_of_distances)(lambda: _visit_distances(at, heads, sums))
-  pl.when(~is_of_distances)(lambda: _visit_pairs(pairs, ways, heads, sums))
-
-
-def _when(here, function):
-  function() if here is True else pl.when(here)(function)
-
-
-def _visit_distances(at, heads, sums):
-  at.fill()
-  heads(Line(at) if at.tile.table.lower_Z is None else Pieces(at))
-  if sums is not None:
-    at.finish(sums)
-
-
-def _visit_pairs(pairs, ways, heads, sums):
-  """Visits heads by pairs; x is made in one of several ways: (whether it is this one, how)."""
-  for here, at in ways:
-    _when(here, at.fill)
-  _by_span(pairs, heads)
-  if sums is not None:
-    for here, at in ways:
-      _when(here, functools.partial(at.finish, sums))
-
-
-def _by_span(at, heads):
-  if at.tile.table.lower_Z is None:
-    heads(Line(at))
-    return
-  first, end = at.tile.span
-  pl.when(end - first == 1)(lambda: heads(Line(at)))
-  pl.when(end - first > 1)(lambda: heads(Pieces(at)))

@@ -8,9 +8,10 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
+from lex_fire.kernels import mosaic_tpu_band as band_lib
 from lex_fire.kernels import mosaic_tpu_x as x_lib
-from lex_fire.kernels.mosaic_tpu_size import LANES, VMEM_BYTES
-from lex_fire.kernels.mosaic_tpu_tile import SPAN_BITS, Inputs, Lines, Setup
+from lex_fire.kernels.mosaic_tpu_size import LANES, VMEM_BYTES, per_head
+from lex_fire.kernels.mosaic_tpu_tile import HELD_BITS, SPAN_BITS, Inputs, Lines, Scratch, Setup
 from lex_fire.kernels.plan import Keys, Plan, Queries
 
 
@@ -59,7 +60,7 @@ def _lines(table, heads):
 class Specs:
   """Which block of each array a kernel holds at a step of its grid.
 
-  The grid is (batch, head block, query block, key block); by column, the last two change places.
+  The grid is that of `Place`.
   """
 
   def __init__(self, setup, columns, by_column):
@@ -68,13 +69,16 @@ class Specs:
   def _spec(self, shape, index):
     """Returns a spec from the index of (batch, head block, query block, key block)."""
 
-    def index_map(batch, heads, outer, step, spans, hold):
+    def index_map(heads, part, row, outer, step, spans, held):
       del spans
-      if self.by_column:
-        return index(batch, heads, hold[step * self.columns + outer], outer)
-      return index(batch, heads, outer, hold[outer * self.columns + step])
+      batch, tile = part * self.setup.together + row, self._tile(outer, step)
+      block = held[tile] & 2**HELD_BITS - 1
+      return index(batch, heads, *((block, outer) if self.by_column else (outer, block)))
 
     return pl.BlockSpec(shape, index_map)
+
+  def _tile(self, outer, step):
+    return step * self.columns + outer if self.by_column else outer * self.columns + step
 
   def query(self, x):
     """Returns the spec of x_BHQC or x_B1Q."""
@@ -113,9 +117,8 @@ class Specs:
   def _of_tile(self, numbers):
     """Returns the spec of a row of numbers for each tile."""
 
-    def index_map(batch, heads, outer, step, *_):
-      tile = step * self.columns + outer if self.by_column else outer * self.columns + step
-      return tile, 0, 0
+    def index_map(heads, part, row, outer, step, *_):
+      return self._tile(outer, step), 0, 0
 
     return pl.BlockSpec((1, *numbers.shape[1:]), index_map, memory_space=pltpu.SMEM)
 
@@ -124,12 +127,12 @@ class Specs:
     if numbers.ndim == 1:
       return pl.BlockSpec(memory_space=pltpu.SMEM)
     return pl.BlockSpec(
-      (1, *numbers.shape[1:]), lambda _, heads, *rest: (heads, 0, 0), memory_space=pltpu.SMEM
+      (1, *numbers.shape[1:]), lambda heads, *_: (heads, 0, 0), memory_space=pltpu.SMEM
     )
 
   def _vectors(self, numbers):
     """Returns the spec of rows of numbers for each head block."""
-    return pl.BlockSpec((1, *numbers.shape[1:]), lambda _, heads, *rest: (heads, 0, 0))
+    return pl.BlockSpec((1, *numbers.shape[1:]), lambda heads, *_: (heads, 0, 0))
 
 
 class Output(NamedTuple):
@@ -139,23 +142,74 @@ class Output(NamedTuple):
   spec: pl.BlockSpec
 
 
+class Place:
+  """Where a kernel is in its grid: (head block, part of the batch, row, outer block, step).
+
+  The outer block is of queries, a step of keys; by column, they change places.
+
+  Attributes:
+    tile: its number, row by row.
+    first_head: of the block.
+    is_first: whether this is the first tile of a part of the batch.
+    is_last: whether it is the last.
+    begins_row: whether it is the first of a row of the batch.
+    ends_row: whether it is the last.
+    begins: whether it is the first of an outer block.
+    ends: whether it is the last.
+  """
+
+  def __init__(self, setup: Setup, by_column: bool):
+    heads, _, row, outer, step = (pl.program_id(axis) for axis in range(5))
+    rows, outers, steps = (pl.num_programs(axis) for axis in (2, 3, 4))
+    self.tile = step * outers + outer if by_column else outer * steps + step
+    self.first_head = heads * setup.heads
+    self.begins, self.ends = step == 0, step == steps - 1
+    self.begins_row, self.ends_row = self.begins & (outer == 0), self.ends & (outer == outers - 1)
+    self.is_first, self.is_last = self.begins_row & (row == 0), self.ends_row & (row == rows - 1)
+
+
+def fill_band(setup: Setup, at: Place, spans: Any, inputs: Inputs, own: Scratch) -> Any:
+  """Has the band laid out at the first tile; returns a `mosaic_tpu_band.Band`, or None."""
+  if setup.band is None:
+    return None
+  band = band_lib.Band(setup, spans[spans.shape[0] - 1], at.first_head, inputs, own.band)
+  pl.when(at.is_first & band.is_met)(band.fill)
+  return band
+
+
+def rows_together(batch: int, head_blocks: int, band: Any) -> int:
+  """Returns how many rows of the batch one core takes in turn, with one band for all of them.
+
+  A chip may have two cores, which share blocks of heads or, where there is but one, the batch.
+  """
+  if band is None:
+    return 1
+  if head_blocks > 1:
+    return batch
+  return batch // 2 if batch % 2 == 0 else 1
+
+
 def packed(plan):
-  """Returns the spans of all tiles, each in one number, as scalar memory is small."""
+  """Returns what each tile does in one number, as scalar memory is small, and the band's span."""
   spans_IJ = plan.low_IJ | plan.high_IJ << SPAN_BITS
-  order_IJ = plan.in_order_IJ | plan.of_distance_IJ << 1
-  return (spans_IJ | jnp.where(spans_IJ > 0, order_IJ, 0) << 2 * SPAN_BITS).ravel()
+  codes_IJ = spans_IJ | jnp.where(spans_IJ > 0, plan.in_order_IJ, 0) << 2 * SPAN_BITS
+  has_band = plan.band_high > 0
+  of_band = jnp.where(has_band, plan.band_low | plan.band_high << SPAN_BITS, 0)
+  return jnp.append(codes_IJ.ravel(), of_band)
 
 
-def call(kernel, setup, grid, plan, hold_IJ, inputs, in_specs, outputs, sums, own, in_place=False):
+def call(kernel, setup, grid, plan, held_IJ, inputs, in_specs, outputs, sums, own, in_place=False):
   """Runs a kernel.
 
-  `outputs` is a tree of (shape and dtype, spec), `sums` shapes of what stays from tile to tile, and
-  `own` what `mosaic_tpu_x.scratch` says of one tile. In place, outputs take the memory of as many
-  arrays at the end of the inputs.
+  The grid is given as (batch, head blocks, outer blocks, steps). `outputs` is a tree of (shape and
+  dtype, spec), `sums` shapes of what stays from tile to tile, and `own` what `scratch` says. In
+  place, outputs take the memory of as many arrays at the end of the inputs.
   """
+  batch, heads, *outer_and_step = grid
+  grid = heads, batch // setup.together, setup.together, *outer_and_step
   leaves, tree = jax.tree.flatten(outputs, is_leaf=lambda x: isinstance(x, Output))
   arrays, out_specs = (jax.tree.unflatten(tree, list(part)) for part in zip(*leaves, strict=True))
-  scalars = packed(plan), hold_IJ.ravel()
+  scalars = packed(plan), (held_IJ | plan.band_IJ << HELD_BITS).ravel()
   count = len(scalars) + len(jax.tree.leaves(inputs))
   aliases = {count - len(leaves) + index: index for index in range(len(leaves))}
   return pl.pallas_call(
@@ -169,8 +223,8 @@ def call(kernel, setup, grid, plan, hold_IJ, inputs, in_specs, outputs, sums, ow
     ),
     out_shape=arrays,
     compiler_params=pltpu.CompilerParams(
-      # The table's gradient is summed over rows, so these keep their order.
-      dimension_semantics=('parallel', 'parallel', 'arbitrary', 'arbitrary'),
+      # The table's gradient is summed over tiles, so these keep their order.
+      dimension_semantics=('parallel', 'parallel', 'arbitrary', 'arbitrary', 'arbitrary'),
       vmem_limit_bytes=VMEM_BYTES,
     ),
     input_output_aliases=aliases if in_place else {},
@@ -178,10 +232,16 @@ def call(kernel, setup, grid, plan, hold_IJ, inputs, in_specs, outputs, sums, ow
   )(*scalars, *inputs)
 
 
-def scratch(setup: Setup, table: Any, learned: bool) -> x_lib.Scratch:
-  """Returns what a kernel needs for one tile: for the gradient of the table, too, if learned."""
+def scratch(setup: Setup, table: Any, learned: bool) -> Scratch:
+  """Returns what a kernel needs besides sums: for the gradient of the table, too, if learned."""
+  if table is None:
+    return Scratch(x_lib.NOTHING, x_lib.NOTHING, None)
   shape = setup.query_block, setup.key_block
-  return x_lib.scratch(setup.functions, table, shape, learned)
+  of_distances = x_lib.NOTHING
+  if setup.functions.of_distances is not None and not per_head(table):
+    of_distances = x_lib.refs_of_distances(table, *shape, learned=False)
+  of_pairs = x_lib.refs_of_pairs(table, *shape, learned)
+  return Scratch(of_pairs, of_distances, band_lib.scratch(setup, table, learned))
 
 
 def like(array: Any, dtype: Any) -> jax.ShapeDtypeStruct:

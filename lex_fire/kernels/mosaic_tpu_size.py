@@ -14,6 +14,9 @@ SUBLANES = 8  # rows of a vector register
 LANES = 128  # of one: blocks are multiples, and channels are padded to one
 # Heads of one tile share its positions, mask and x: as many as have these channels.
 CHANNELS_TOGETHER = 2048
+# Fewer if they have a band, which is long only if it is of few heads, and needs no x.
+CHANNELS_OF_BAND = 1024
+MOST_OF_BAND = 32  # blocks of a band, LANES by LANES
 VMEM_BYTES = 60 * 2**20  # of the 64 MiB of a v5p; v5e and v6e have 128
 # Of it, for a tile's own arrays and all that it holds of its queries, or of its keys.
 QUERY_BYTES = 48 * 2**20
@@ -41,7 +44,7 @@ def why_not(encoding: base.Encoding, query: Any, key: Any, pieces: int = 1) -> s
   if query.dtype not in DTYPES:
     return f'mosaic_tpu takes bfloat16 and float32, not {query.dtype}'
   segments = num_segments(encoding)
-  tile = blocks(query, key, BLOCK, segments, pieces)
+  tile = blocks(query, key, BLOCK, segments, pieces, has_band(encoding))
   needed = _scalar_bytes(tile, segments, query, key)
   if needed > SMEM_BYTES:
     return f'mosaic_tpu would need {needed:,} bytes of scalar memory, and has {SMEM_BYTES:,}'
@@ -57,7 +60,8 @@ def why_not(encoding: base.Encoding, query: Any, key: Any, pieces: int = 1) -> s
 class Blocks(NamedTuple):
   """What a tile has of each, and rows of each sum of the gradient of a table.
 
-  With as many as a register has, nothing is summed within one.
+  With as many as a register has, nothing is summed within one. `band` is of LANES by LANES: how
+  many a band may have.
   """
 
   queries: int
@@ -65,9 +69,12 @@ class Blocks(NamedTuple):
   heads: int
   groups: int
   sum_rows: int
+  band: int
 
 
-def blocks(query: Any, key: Any, block: int, segments: int, pieces: int = 1) -> Blocks:
+def blocks(
+  query: Any, key: Any, block: int, segments: int, pieces: int = 1, band: bool = False
+) -> Blocks:
   """Returns what a tile has of each.
 
   Twice as many keys as queries: on v5e, by the compiler's schedule, the forward pass without a bias
@@ -80,11 +87,12 @@ def blocks(query: Any, key: Any, block: int, segments: int, pieces: int = 1) -> 
     segments: of the encoding's table.
     pieces: of a row, if devices have parts of it: a tile is no longer than one, and what is added
       up over devices is float32.
+    band: whether there is one: see `has_band`.
   """
   num_queries, num_keys = query.shape[1] // pieces, key.shape[1] // pieces
   keys = min(2 * block, pl.cdiv(num_keys, LANES) * LANES)
   while True:
-    groups = _groups(query, key, keys, segments, pieces)
+    groups = _groups(query, key, keys, segments, pieces, band)
     heads = groups * (query.shape[2] // key.shape[2])
     of_sums = _sum_bytes(heads, segments)
     sum_rows = SUBLANES if SUBLANES * of_sums <= SUM_BYTES // 2 else 1
@@ -94,7 +102,11 @@ def blocks(query: Any, key: Any, block: int, segments: int, pieces: int = 1) -> 
     queries = min(block, most_queries, pl.cdiv(num_queries, LANES) * LANES)
     tiles = pieces**2 * pl.cdiv(num_queries, queries) * pl.cdiv(num_keys, keys)
     if keys >= MOST_KEYS or tiles <= MOST_TILES:
-      return Blocks(queries, keys, heads, groups, sum_rows)
+      tile = Blocks(queries, keys, heads, groups, sum_rows, band=0)
+      free_bytes = VMEM_BYTES - _vector_bytes(tile, segments, query, key, pieces)
+      # The bias of its heads, and the gradient.
+      most = max(free_bytes, 0) // (2 * heads * LANES * LANES * 4)
+      return tile._replace(band=min(most, MOST_OF_BAND) if band else 0)
     keys *= 2
 
 
@@ -121,11 +133,11 @@ def _vector_bytes(tile, segments, query, key, pieces):
   return of_queries + of_keys + of_sums + _tile_bytes(tile.queries, tile.keys)
 
 
-def _groups(query, key, keys, segments, pieces):
+def _groups(query, key, keys, segments, pieces, band):
   """Returns how many key heads a tile of so many keys has."""
   num_groups, per_group = key.shape[2], query.shape[2] // key.shape[2]
   most = min(
-    CHANNELS_TOGETHER // (_lanes(query) * per_group),
+    (CHANNELS_OF_BAND if band else CHANNELS_TOGETHER) // (_lanes(query) * per_group),
     (KEY_BYTES - _tile_bytes(BLOCK, keys)) // (keys * _key_bytes(key, pieces)),
   )
   if segments:
@@ -164,14 +176,36 @@ def _sum_bytes(heads, segments):
 
 
 @functools.lru_cache(maxsize=256)
+def _table(encoding):
+  """Returns the table of an encoding for two heads, as shapes, or None."""
+  if encoding.table is None:
+    return None
+
+  def of_two_heads():
+    params = encoding.init(jax.random.key(0), num_heads=2, head_dim=LANES, d_model=2 * LANES)
+    return encoding.table(params, 2)
+
+  return jax.eval_shape(of_two_heads)
+
+
 def num_segments(encoding: base.Encoding) -> int:
   """Returns how many segments the table of an encoding has; 0 without one."""
-  table = encoding.table
-  if table is None:
-    return 0
+  table = _table(encoding)
+  return 0 if table is None else table.slope_ZH.shape[0]
 
-  def any_table():
-    params = encoding.init(jax.random.key(0), num_heads=1, head_dim=LANES, d_model=LANES)
-    return table(params, 1)
 
-  return jax.eval_shape(any_table).slope_ZH.shape[0]
+def per_head(table: Any) -> bool:
+  """Returns whether each head has an x of its own."""
+  return any(number_H.shape[0] > 1 for number_H in jax.tree.leaves(table.coordinate))
+
+
+def has_band(encoding: base.Encoding) -> bool:
+  """Returns whether kernels hold the bias of an encoding near the diagonal: `mosaic_tpu_band`.
+
+  It has to depend on the distance alone, at least in part of the text. One line of an x that heads
+  share is as soon made as read.
+  """
+  table = _table(encoding)
+  if table is None or not (encoding.shift_invariant or encoding.factors):
+    return False
+  return table.lower_Z is not None or per_head(table)

@@ -7,7 +7,8 @@ import jax
 import jax.numpy as jnp
 
 from lex_fire.kernels import mask as mask_lib
-from lex_fire.kernels.mosaic_tpu_x import Functions
+from lex_fire.kernels import plan
+from lex_fire.kernels.mosaic_tpu_x import Functions, width
 
 
 class Setup(NamedTuple):
@@ -15,6 +16,8 @@ class Setup(NamedTuple):
 
   Attributes:
     functions: the encoding's, as jaxprs, so that their constants are known.
+    band_functions: the same, in the shapes of a band, or None.
+    band: a `plan.Band`, or None.
     learned: whether the table has a gradient.
     stretch: positions in one of a decay's, or None.
     query_block: queries of a tile.
@@ -22,10 +25,13 @@ class Setup(NamedTuple):
     heads: heads of a tile.
     groups: their key heads.
     sum_rows: of each sum of the gradient of a table.
+    together: rows of the batch that one core takes in turn.
     interpret: whether to run on any platform, slowly.
   """
 
   functions: Functions
+  band_functions: Functions | None
+  band: plan.Band | None
   learned: bool
   stretch: int | None
   query_block: int
@@ -33,6 +39,7 @@ class Setup(NamedTuple):
   heads: int
   groups: int
   sum_rows: int
+  together: int
   interpret: bool
 
   def group(self, head: jax.Array) -> jax.Array:
@@ -46,10 +53,12 @@ class Constants(NamedTuple):
   Attributes:
     rate_1C: of a decay [nats per token], or None.
     of_functions: those of `Setup.functions`.
+    of_band_functions: those of `Setup.band_functions`.
   """
 
   rate_1C: Any
   of_functions: Functions
+  of_band_functions: Functions | None
 
 
 class Lines(NamedTuple):
@@ -65,6 +74,21 @@ class Lines(NamedTuple):
 
 
 SPAN_BITS = 15  # a table has fewer than 2^15 segments
+HELD_BITS = 20  # a row has fewer than 2^20 blocks
+
+
+class Scratch(NamedTuple):
+  """What a kernel needs besides its sums: for a tile, or, of a band, for all of them.
+
+  Attributes:
+    pairs: for numbers of pairs.
+    distances: for numbers of distances.
+    band: a `mosaic_tpu_band.Scratch`, or None.
+  """
+
+  pairs: Any
+  distances: Any
+  band: Any
 
 
 class Inputs(NamedTuple):
@@ -90,10 +114,10 @@ class Inputs(NamedTuple):
 class Tile:
   """The logits of one tile, inside a kernel, from refs to its blocks."""
 
-  def __init__(self, setup, code, first_head, inputs, scratch):
+  def __init__(self, setup, code, held, first_head, inputs, scratch):
     self.setup, self.first_head, self.scratch = setup, first_head, scratch
-    self.span, order = _unpacked(code), code >> 2 * SPAN_BITS
-    self.in_order, self.of_distance = (order & 1) > 0, (order & 2) > 0
+    self.span, self.in_order = _unpacked(code), code >> 2 * SPAN_BITS > 0
+    self.in_band = held >> HELD_BITS
     self._part_I1Y, self.queries, self.keys, self.table, self.lines, self.constants = inputs
     self.i_Q1, self.j_1K = self.queries.position_B1Q[0].T, self.keys.position_B1K[0]
     self.visible_QK = self._visible()
@@ -116,11 +140,7 @@ class Tile:
 
   def numbers(self, head):
     """Returns the numbers of x for a head, scalars."""
-
-    def of_head(number_H):
-      return number_H[self.first_head + head if number_H.shape[0] > 1 else 0]
-
-    return jax.tree.map(of_head, self.table.coordinate)
+    return _numbers(self.table, self.first_head + head)
 
   def logits(self, head, products, bias):
     """Returns logits_QK of a head, HIDDEN_LOGIT where hidden."""
@@ -141,6 +161,35 @@ class Tile:
     """Returns key_KC and value_KC that a head reads."""
     group = self.setup.group(head)
     return self.keys.key_BGKC[0, group], self.keys.value_BGKC[0, group]
+
+
+class Strip:
+  """The pairs of a band, as a tile of one block of keys; see `Tile`."""
+
+  def __init__(self, setup, code, first_head, inputs):
+    wide = width(setup.query_block, setup.key_block)
+    self.setup = setup._replace(
+      functions=setup.band_functions, query_block=setup.band.count * wide, key_block=wide
+    )
+    self.first_head, self.span = first_head, _unpacked(code)
+    self.table, self.lines = inputs.table, inputs.lines
+    self.constants = inputs.constants._replace(of_functions=inputs.constants.of_band_functions)
+    i_1Q = jax.lax.broadcasted_iota(jnp.int32, (1, self.setup.query_block), 1)
+    # Queries begin at 0, whose rate is that of all in the band.
+    self.queries = plan.Queries(None, i_1Q[None], None, None, None, None)
+    j_1K = jax.lax.broadcasted_iota(jnp.int32, (1, wide), 1) - setup.band.first * wide
+    self.i_Q1, self.j_1K = i_1Q.T, j_1K
+
+  def numbers(self, head):
+    """Returns the numbers of x for a head, scalars."""
+    return _numbers(self.table, self.first_head + head)
+
+
+def _numbers(table, head):
+  def of_head(number_H):
+    return number_H[head if number_H.shape[0] > 1 else 0]
+
+  return jax.tree.map(of_head, table.coordinate)
 
 
 def _unpacked(code):

@@ -1,7 +1,7 @@
 """The x of a tile's bias inside a Pallas kernel for TPU, and the gradient of what it is made from.
 
 Where positions are in order, what depends on the distance alone is computed once a distance and
-not once a pair: see `Distances`.
+not once a pair: see `Distances`, and `mosaic_tpu_band`.
 """
 
 import functools
@@ -14,10 +14,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from lex_fire.encodings import base
-from lex_fire.kernels.mosaic_tpu_size import LANES, SUBLANES
-
-# Queries of a part. Fewer have fewer breakpoints, but each part takes its time to begin.
-PART = 128
+from lex_fire.kernels.mosaic_tpu_size import LANES, SUBLANES, per_head
 
 
 class Functions(NamedTuple):
@@ -42,9 +39,12 @@ def width(query_block: int, key_block: int) -> int:
 
 
 def part(query_block: int, key_block: int) -> tuple[int, int]:
-  """Returns queries and keys of a part of a tile, which has a span of segments of its own."""
-  queries = PART if query_block % PART == 0 else SUBLANES
-  return queries, width(query_block, key_block)
+  """Returns queries and keys of a part of a tile, which has a span of segments of its own.
+
+  Fewer queries have fewer breakpoints, but each part takes its time to begin.
+  """
+  wide = width(query_block, key_block)
+  return wide, wide
 
 
 def _rows_of_distances(query_block, key_block):
@@ -113,44 +113,32 @@ class Refs(NamedTuple):
   parts_Y: Any
 
 
-class Scratch(NamedTuple):
-  """What a kernel needs for one tile."""
-
-  pairs: Refs
-  distances: Refs
+NOTHING = Refs(*[None] * len(Refs._fields))
 
 
-NOTHING = Scratch(*[Refs(*[None] * len(Refs._fields))] * 2)
-
-
-def scratch(functions: Functions, table: Any, shape: tuple[int, int], learned: bool) -> Scratch:
-  """Returns what a kernel needs for a tile of a shape: for the gradient of the table if learned."""
-  if table is None:
-    return NOTHING
-  shared, pieces = not per_head(table), table.lower_Z is not None
-  query_block, key_block = shape
-  wide = width(*shape)
-
-  def refs(num_rows, num_parts):
-    array = pltpu.VMEM((num_rows, wide), jnp.float32)
-    return Refs(
-      x_ST=pltpu.VMEM((num_rows * (1 + pieces), wide), jnp.float32) if shared else None,
-      d_bias_ST=array if learned else None,
-      d_x_ST=array if shared and learned and table.coordinate else None,
-      segment_ST=pltpu.VMEM((num_rows, wide), jnp.int32) if pieces else None,
-      parts_Y=pltpu.SMEM((num_parts,), jnp.int32) if pieces else None,
-    )
-
+def refs_of_pairs(table: Any, query_block: int, key_block: int, learned: bool) -> Refs:
+  """Returns what `Pairs` of a tile need: for the gradient of the table, too, if learned."""
+  wide = width(query_block, key_block)
   num_rows = query_block * key_block // wide
-  of_pairs = refs(num_rows, num_rows // part(*shape)[0])
-  if functions.of_distances is None:
-    return NOTHING._replace(pairs=of_pairs)
-  return Scratch(of_pairs, refs(_rows_of_distances(*shape), 1))
+  return _refs(table, num_rows, wide, num_rows // wide, learned)
 
 
-def per_head(table: Any) -> bool:
-  """Returns whether each head has an x of its own."""
-  return any(number_H.shape[0] > 1 for number_H in jax.tree.leaves(table.coordinate))
+def refs_of_distances(table: Any, query_block: int, key_block: int, learned: bool) -> Refs:
+  """Returns what `Distances` of a tile need, likewise."""
+  num_rows = _rows_of_distances(query_block, key_block)
+  return _refs(table, num_rows, width(query_block, key_block), 1, learned)
+
+
+def _refs(table, num_rows, wide, num_parts, learned):
+  shared, pieces = not per_head(table), table.lower_Z is not None
+  array = pltpu.VMEM((num_rows, wide), jnp.float32)
+  return Refs(
+    x_ST=pltpu.VMEM((num_rows * (1 + pieces), wide), jnp.float32) if shared else None,
+    d_bias_ST=array if learned else None,
+    d_x_ST=array if shared and learned and table.coordinate else None,
+    segment_ST=pltpu.VMEM((num_rows, wide), jnp.int32) if pieces else None,
+    parts_Y=pltpu.SMEM((num_parts,), jnp.int32) if pieces else None,
+  )
 
 
 class Pairs:
@@ -248,6 +236,41 @@ class Pairs:
       self.add_numbers_gradient(0, self.refs.d_x_ST[...], sums)
 
 
+def _diagonals(setup):
+  """Yields the blocks of each diagonal, (of queries, of keys), from the furthest keys on."""
+  wide = width(setup.query_block, setup.key_block)
+  by_queries, by_keys = setup.query_block // wide, setup.key_block // wide
+  for number in range(by_queries + by_keys - 1):
+    first = by_queries - 1 - number
+    of_keys = range(max(0, -first), min(by_keys, by_queries - first))
+    yield [tuple(slice(wide * n, wide * (n + 1)) for n in (first + key, key)) for key in of_keys]
+
+
+def num_diagonals(setup: Any) -> int:
+  """Returns how many diagonals of blocks, T by T, a tile has."""
+  return sum(1 for _ in _diagonals(setup))
+
+
+def from_diagonals(setup: Any, blocks: list[jax.Array]) -> jax.Array:
+  """Returns number_QK of a tile, all of whose blocks in a diagonal are one of `blocks`."""
+  placed = {}
+  for diagonal, block in zip(_diagonals(setup), blocks, strict=True):
+    placed |= {(rows.start, columns.start): block for rows, columns in diagonal}
+  wide = width(setup.query_block, setup.key_block)
+  of_rows = [
+    jnp.concatenate([placed[row, key] for key in range(0, setup.key_block, wide)], axis=1)
+    for row in range(0, setup.query_block, wide)
+  ]
+  return jnp.concatenate(of_rows)
+
+
+def sums_of_diagonals(setup: Any, d_QK: jax.Array) -> list[jax.Array]:
+  """Returns the gradient of what `from_diagonals` takes if d_QK is that of what it returns."""
+  return [
+    functools.reduce(jnp.add, [d_QK[block] for block in diagonal]) for diagonal in _diagonals(setup)
+  ]
+
+
 class Distances(Pairs):
   """Numbers of a tile whose positions are in order: of each distance, and not of each pair.
 
@@ -276,15 +299,6 @@ class Distances(Pairs):
     """Returns the first segment that the tile can reach, and one past the last."""
     return self.tile.span
 
-  def _diagonals(self):
-    """Yields the blocks of each diagonal, (of queries, of keys), from the furthest keys on."""
-    setup, wide = self.tile.setup, self.width
-    by_queries, by_keys = setup.query_block // wide, setup.key_block // wide
-    for number in range(by_queries + by_keys - 1):
-      first = by_queries - 1 - number
-      of_keys = range(max(0, -first), min(by_keys, by_queries - first))
-      yield [tuple(slice(wide * n, wide * (n + 1)) for n in (first + key, key)) for key in of_keys]
-
   def _is_of_first(self):
     """Returns where a block has numbers of the first of its two rows."""
     shape = self.width, self.width
@@ -307,25 +321,15 @@ class Distances(Pairs):
       later = (pltpu.roll(first, down, 1) for down in range(SUBLANES, wide, SUBLANES))
       return jnp.concatenate([first, *later])
 
-    blocks, before = {}, turn(0)
-    for number, diagonal in enumerate(self._diagonals()):
-      after = turn(number + 1)
-      made = jnp.where(is_of_first, before, after)
-      blocks.update({(rows.start, columns.start): made for rows, columns in diagonal})
-      before = after
-    setup = self.tile.setup
-    of_rows = [
-      jnp.concatenate([blocks[row, key] for key in range(0, setup.key_block, wide)], axis=1)
-      for row in range(0, setup.query_block, wide)
-    ]
-    return jnp.concatenate(of_rows)
+    of_rows = [turn(row) for row in range(num_diagonals(self.tile.setup) + 1)]
+    pairs = zip(of_rows[:-1], of_rows[1:], strict=True)
+    return from_diagonals(self.tile.setup, [jnp.where(is_of_first, *pair) for pair in pairs])
 
   def gradient(self, d_QK: jax.Array) -> jax.Array:
     """Returns the gradient of number_ST if d_QK is that of `spread`."""
     wide, is_of_first = self.width, self._is_of_first()
     turned = self._turns(lambda row: row + 1)
-    of_diagonals = ([d_QK[block] for block in diagonal] for diagonal in self._diagonals())
-    d_blocks = [functools.reduce(jnp.add, blocks) for blocks in of_diagonals]
+    d_blocks = sums_of_diagonals(self.tile.setup, d_QK)
     # The row that is the first of a block's two is the second of that of the diagonal before.
     pairs = zip([*d_blocks, 0.0], [0.0, *d_blocks], strict=True)
     of_rows = []
@@ -344,7 +348,7 @@ class Distances(Pairs):
 
 
 class OneRate(Distances):
-  """`Distances` of all x, where the other factor of x is the same for all of a tile."""
+  """`Distances` of all x, where the other factor of x is that of the first query everywhere."""
 
   def _x_ST(self, numbers):
     rate_1Q = self._call('of_queries', numbers, self.tile.queries.position_B1Q[0])

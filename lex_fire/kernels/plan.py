@@ -56,6 +56,18 @@ class Bounds(NamedTuple):
   high_I: jax.Array
 
 
+class Band(NamedTuple):
+  """Blocks, T by T, of diagonals of all pairs, one of each; block 0 has pairs of the same position.
+
+  Attributes:
+    first: the least, of queries furthest before the keys.
+    count: how many follow, itself included.
+  """
+
+  first: int
+  count: int
+
+
 class Plan(NamedTuple):
   """What each tile does; all int32.
 
@@ -68,7 +80,11 @@ class Plan(NamedTuple):
     query_IJ: the block of queries to hold, when a column of tiles is walked.
     in_order_IJ: 1 if in every row of the batch the positions of either block rise by one from each
       to the next, so that all pairs of a diagonal are equally far apart.
-    of_distance_IJ: 1 if besides x of a pair is known to depend on how far apart it is alone.
+    band_IJ: where x of all pairs depends on how far apart they are alone, and as in all such tiles:
+      how many blocks of a band lie up to that of the last queries and the first keys of the tile; 0
+      in others, and where the band does not have it.
+    band_low: the first number of the span of those tiles together.
+    band_high: one past the last; 0 if there are none.
     part_low_IJY: as low_IJ, of each part of a tile: parts of its queries, within parts of its keys;
       None if the span is not of segments.
     part_high_IJY: as high_IJ, but above part_low_IJY in parts that are hidden, too.
@@ -79,7 +95,9 @@ class Plan(NamedTuple):
   key_IJ: jax.Array
   query_IJ: jax.Array
   in_order_IJ: jax.Array
-  of_distance_IJ: jax.Array
+  band_IJ: jax.Array
+  band_low: jax.Array
+  band_high: jax.Array
   part_low_IJY: jax.Array | None
   part_high_IJY: jax.Array | None
 
@@ -152,8 +170,9 @@ def make(
   keys: Keys,
   table: Any,
   coordinate: Any,
-  factors: tuple[Any, Any] | None,
   part: tuple[int, int],
+  rate: Any,
+  band: Band | None,
 ) -> Plan:
   """Returns the plan of all tiles.
 
@@ -165,9 +184,10 @@ def make(
     keys: likewise.
     table: a `piecewise.Table`, or None.
     coordinate: of its encoding.
-    factors: what of x depends on the distance alone, and its other factor, a function of the later
-      position or None; None if x is nothing but of pairs.
     part: queries and keys of a part, which divide those of a tile.
+    rate: the factor of x that does not depend on the distance alone, a function of the later
+      position, or None; of no use without a band.
+    band: of blocks as wide as a part, or None.
   """
   visit_IJ = _visits_of_blocks(mask, query_block, key_block, queries, keys)
   low_IJ, high_IJ = 0, 1
@@ -190,19 +210,25 @@ def make(
       _bounds(queries.stretch_B1Q, query_block, axes=WHOLE),
       _bounds(keys.stretch_B1K, key_block, axes=WHOLE),
     )
+  low_IJ, high_IJ = jnp.where(visit_IJ, low_IJ, 0), jnp.where(visit_IJ, high_IJ, 0)
   in_order_I = _in_order(queries.position_B1Q, query_block)
   in_order_IJ = in_order_I[:, None] & _in_order(keys.position_B1K, key_block)[None]
-  is_one_rate_IJ = factors is not None
-  if table is not None and factors is not None and factors[1] is not None:
-    blocks = mask, query_block, key_block, queries, keys
-    is_one_rate_IJ = _is_one_rate(*blocks, factors[1], table.coordinate)
+  band_IJ = jnp.zeros_like(low_IJ)
+  if band is not None:
+    is_one_IJ = visit_IJ & in_order_IJ
+    if rate is not None:
+      is_one_IJ &= _is_one_rate(mask, query_block, key_block, queries, keys, rate, table)
+    code_IJ = _in_band(mask, query_block, key_block, queries, keys, band, part[1])
+    band_IJ = jnp.where(is_one_IJ, code_IJ, 0)
   return Plan(
-    low_IJ=jnp.where(visit_IJ, low_IJ, 0),
-    high_IJ=jnp.where(visit_IJ, high_IJ, 0),
+    low_IJ=low_IJ,
+    high_IJ=high_IJ,
     key_IJ=_next_visited(visit_IJ),
     query_IJ=_next_visited(visit_IJ.T).T,
     in_order_IJ=in_order_IJ.astype(jnp.int32),
-    of_distance_IJ=(in_order_IJ & is_one_rate_IJ).astype(jnp.int32),
+    band_IJ=band_IJ,
+    band_low=jnp.where(band_IJ > 0, low_IJ, MOST_SEGMENTS).min(),
+    band_high=jnp.where(band_IJ > 0, high_IJ, 0).max(),
     part_low_IJY=part_low_IJY,
     part_high_IJY=part_high_IJY,
   )
@@ -219,20 +245,36 @@ def _visits_of_blocks(mask, query_block, key_block, queries, keys):
   )
 
 
-def _is_one_rate(mask, query_block, key_block, queries, keys, rate, coordinate):
-  """Returns whether later positions of a tile's pairs have one rate, of each head, _IJ.
+def _is_one_rate(mask, query_block, key_block, queries, keys, rate, table):
+  """Returns whether later positions of a tile's pairs have the rate of position 0, of each head.
 
-  As it is monotone, so have those between any two. The next has it too: it is no maximum of two
+  As it is monotone, so have those between. The next position has it too: it is no maximum of two
   numbers that are equal, which would have no derivative of its own.
   """
-  low_I, high_I = _bounds(queries.position_B1Q, query_block, axes=WHOLE)
+  _, high_I = _bounds(queries.position_B1Q, query_block, axes=WHOLE)
   _, high_J = _bounds(keys.position_B1K, key_block, axes=WHOLE)
-  last_IJ = high_I[:, None] if mask.causal else jnp.maximum(high_I[:, None], high_J[None])
-  low_IJ, next_IJ = jnp.broadcast_arrays(low_I[:, None], last_IJ + 1)
-  num_heads = max((number_H.shape[0] for number_H in jax.tree.leaves(coordinate)), default=1)
-  of_heads = jax.tree.map(lambda number_H: jnp.broadcast_to(number_H, num_heads), coordinate)
-  of_each = jax.vmap(lambda numbers, _: rate(numbers, low_IJ) == rate(numbers, next_IJ))
+  next_IJ = 1 + (high_I[:, None] if mask.causal else jnp.maximum(high_I[:, None], high_J[None]))
+  numbers = jax.tree.leaves(table.coordinate)
+  num_heads = max((number_H.shape[0] for number_H in numbers), default=1)
+  of_heads = jax.tree.map(lambda number_H: jnp.broadcast_to(number_H, num_heads), table.coordinate)
+  first_IJ = jnp.zeros_like(next_IJ)
+  of_each = jax.vmap(lambda numbers, _: rate(numbers, first_IJ) == rate(numbers, next_IJ))
   return of_each(of_heads, jnp.arange(num_heads)).all(axis=0)
+
+
+def _in_band(mask, query_block, key_block, queries, keys, band, width):
+  """Returns `Plan.band_IJ` of tiles in order whose x depends on the distance alone."""
+  query_BI, key_BJ = (
+    position_B1L[:, 0, ::block]
+    for position_B1L, block in ((queries.position_B1Q, query_block), (keys.position_B1K, key_block))
+  )
+  apart_BIJ = query_BI[:, :, None] - key_BJ[:, None]
+  apart_IJ = apart_BIJ[0]
+  found_IJ = (apart_BIJ == apart_IJ[None]).all(axis=0) & (apart_IJ % width == 0)
+  # What lies before a causal mask's first block is hidden.
+  least = 1 if mask.causal else query_block // width + key_block // width - 1
+  code_IJ = apart_IJ // width - band.first + query_block // width
+  return jnp.where(found_IJ & (least <= code_IJ) & (code_IJ <= band.count), code_IJ, 0)
 
 
 def _spans(mask, query_block, key_block, queries, keys, table, coordinate):
