@@ -182,8 +182,11 @@ def _forward_kernel(spans, held, inputs, so_far, found, sums, largest, norms, ow
     tile = Tile(setup, spans[at.tile], held[at.tile], at.first_head, inputs, own)
 
     def add(head, products, bias):
-      logits_QK = tile.logits(head, products, bias)
+      logits_QK, height = tile.logits(head, products, bias)
       _, value_KC = tile.key_and_value(head)
+      if height is not None:
+        # Of two numbers of each query, which lie in registers of their own, it would take longer.
+        logits_QK += height
       largest_QT = jnp.maximum(largest[head], logits_QK.max(axis=1, keepdims=True))
       shrink_QT = jnp.exp(largest[head] - largest_QT)
       weights_QK = jnp.exp(logits_QK - _widened(largest_QT, logits_QK.shape[1]))

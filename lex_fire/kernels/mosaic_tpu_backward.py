@@ -30,9 +30,10 @@ class Softmax(NamedTuple):
 def _weights_and_gradient(tile, softmax, head, products, bias):
   """Returns weights_QK of a head in a tile, and the gradient of its logits."""
   _, value_KC = tile.key_and_value(head)
-  weights_QK = jnp.exp(
-    tile.logits(head, products, bias) - softmax.log_norm_BNHQ[0, 0, pl.ds(head, 1)].T
-  )
+  logits_QK, height = tile.logits(head, products, bias)
+  log_norm_1Q = softmax.log_norm_BNHQ[0, 0, pl.ds(head, 1)]
+  origin_Q1 = (log_norm_1Q if height is None else log_norm_1Q - height).T
+  weights_QK = jnp.exp(logits_QK - origin_Q1)
   d_weights_QK = dot(softmax.d_out_BHQC[0, head], value_KC, (1, 1))
   d_logits_QK = weights_QK * (d_weights_QK - softmax.delta_BNHQ[0, 0, pl.ds(head, 1)].T)
   return weights_QK, d_logits_QK

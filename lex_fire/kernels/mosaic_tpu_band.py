@@ -76,6 +76,7 @@ class Band:
     self.at = (x_lib.OneRate if has_rate else x_lib.Distances)(strip, scratch.strip)
 
   def _bias(self):
+    # One line has no height, which would be left out here.
     return Line(self.at) if self.at.tile.table.lower_Z is None else Pieces(self.at)
 
   def _each_head(self, function):
@@ -125,6 +126,9 @@ class InBand:
     """Returns bias_QK of a head."""
     bias_ST = self.tile.scratch.band.bias_ST
     return x_lib.from_diagonals(self.tile.setup, [bias_ST[rows] for rows in self._rows(head)])
+
+  def height(self, head: jax.Array) -> None:
+    """Returns None: the bias is whole."""
 
   def add_gradient(self, head: jax.Array, d_logits_QK: jax.Array, sums: Any) -> None:
     """Adds the share of a head to the gradient of the band; `sums` is given it in the end."""

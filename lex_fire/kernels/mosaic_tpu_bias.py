@@ -24,7 +24,7 @@ LANE_BITS = LANES.bit_length() - 1
 
 
 class Line:
-  """A bias that is one line a head in all of a tile.
+  """A bias that is one line a head in all of a tile; its height at 0 is left to the softmax.
 
   Heads are numbered within the tile, and the lines of its heads lie flat, a head's together.
   """
@@ -40,22 +40,26 @@ class Line:
     return _first_segment(self.table, head) + self.z
 
   def __call__(self, head: jax.Array) -> jax.Array:
-    """Returns bias_QK of a head."""
-    table, index = self.table, self._index(head)
-    slope = table.slope_ZH[0, 0, index]
-    bias_ST = slope * self.at.x(head)
-    if table.lower_Z is not None:
-      bias_ST += _height(table, slope, index, self.z)
-    return self.at.spread(bias_ST)
+    """Returns bias_QK of a head, but for `height`."""
+    slope = self.table.slope_ZH[0, 0, self._index(head)]
+    return self.at.spread(slope * self.at.x(head))
+
+  def height(self, head: jax.Array) -> Any:
+    """Returns what all logits of a head are higher by, a scalar, or None."""
+    if self.table.lower_Z is None:
+      return None
+    index = self._index(head)
+    return _height(self.table, self.table.slope_ZH[0, 0, index], index, self.z)
 
   def add_gradient(self, head: jax.Array, d_logits_QK: jax.Array, sums: Any) -> None:
     """Adds the share of a head to `sums`, a table of refs, and to the gradient of a shared x."""
     index, d_bias_ST = self._index(head), self.at.gradient(d_logits_QK)
-    beyond_ST = self.at.x(head)
+    of_x = self._sum(d_bias_ST * self.at.x(head))
     if sums.value_ZH is not None:
-      beyond_ST -= self.table.anchor_Z[self.z]
-      _add_to(sums.value_ZH, index, self._sum(d_bias_ST))
-    _add_to(sums.slope_ZH, index, self._sum(d_bias_ST * beyond_ST))
+      of_one = self._sum(d_bias_ST)
+      _add_to(sums.value_ZH, index, of_one)
+      of_x -= self.table.anchor_Z[self.z] * of_one
+    _add_to(sums.slope_ZH, index, of_x)
     if not sums.coordinate:
       return
     d_x_ST = self.table.slope_ZH[0, 0, index] * d_bias_ST
@@ -171,6 +175,9 @@ class Pieces:
       self.bias_ST[rows] = bias
 
     jax.lax.fori_loop(first >> LANE_BITS, (end - 1 >> LANE_BITS) + 1, of_row, None)
+
+  def height(self, head: jax.Array) -> None:
+    """Returns None: the bias is whole."""
 
   def __call__(self, head: jax.Array) -> jax.Array:
     """Returns bias_QK of a head."""

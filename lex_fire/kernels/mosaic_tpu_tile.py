@@ -143,7 +143,10 @@ class Tile:
     return _numbers(self.table, self.first_head + head)
 
   def logits(self, head, products, bias):
-    """Returns logits_QK of a head, HIDDEN_LOGIT where hidden."""
+    """Returns logits_QK of a head, HIDDEN_LOGIT where hidden, and what they are higher by, or None.
+
+    That is one number of all, which a number of each query can take instead.
+    """
     # Before the products, so that what fills a scratch does not hold them.
     bias_QK = None if bias is None else bias(head)
     logits_QK = products(head)
@@ -151,7 +154,7 @@ class Tile:
       logits_QK += bias_QK
     if self.visible_QK is not None:
       logits_QK = jnp.where(self.visible_QK, logits_QK, mask_lib.HIDDEN_LOGIT)
-    return logits_QK
+    return logits_QK, None if bias is None else bias.height(head)
 
   def query(self, head):
     """Returns query_QC."""
