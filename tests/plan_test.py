@@ -205,6 +205,8 @@ def test_a_tile_is_in_the_band_if_its_later_positions_have_the_rate_of_the_first
     expected = expected_codes(row_1L, causal, end)
     assert 0 < np.count_nonzero(expected) < len(expected)
     np.testing.assert_array_equal(found, np.reshape(expected, found.shape))
+  last_1L = np.int32(2**31 - 48) + row_1L  # after which there is none
+  assert not in_band(causal, last_1L, table, rate).any()
 
 
 @by_distance

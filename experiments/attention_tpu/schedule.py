@@ -204,7 +204,7 @@ def cost(grid: Loop, has_bias: bool, of: Loop | None = None) -> Work:
   has_gradient = len(pieces.inner) > 2
   # What is done once by pairs comes twice, for positions in order and for any others.
   in_order, _ = between
-  by_pairs = [in_order, *after[: 1 if has_gradient else 0]]
+  by_pairs = [before[-1], in_order, *after[: 1 if has_gradient else 0]]
   list_part, find = of.inner[heads[2] - 2 : heads[2]]
   finish = of.inner[heads[2] + 2] if has_gradient else Loop([], [])
   return Work(

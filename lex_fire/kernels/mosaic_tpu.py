@@ -127,7 +127,11 @@ def _setup(encoding, table, query_BQHC, cut, band, causal, interpret):
   band_functions = of_band_functions = None
   if band is not None:
     wide = x_lib.width(cut.queries, cut.keys)
-    band_functions, of_band_functions = trace(band.count * wide, wide)
+    traced = trace(band.count * wide, wide)
+    # Of pairs it has no numbers.
+    band_functions = traced[0]._replace(of_pairs=None, of_keys=None)
+    of_band_functions = traced[1]._replace(of_pairs=(), of_keys=())
+  together = call.rows_together(batch, num_heads // cut.heads, band)
   setup = Setup(
     functions=functions,
     band_functions=band_functions,
@@ -139,7 +143,9 @@ def _setup(encoding, table, query_BQHC, cut, band, causal, interpret):
     heads=cut.heads,
     groups=cut.groups,
     sum_rows=cut.sum_rows,
-    together=call.rows_together(batch, num_heads // cut.heads, band),
+    together=together,
+    # What cores can share is on the first axis, if on either.
+    heads_first=batch == together,
     interpret=interpret,
   )
   return setup, Constants(rate_1C, of_functions, of_band_functions)

@@ -156,7 +156,8 @@ def query_gradient(setup, constants, table, queries, keys, plan, softmax, dtype)
     return numbers.size // grid[1]
 
   def output(shape, memory_space):
-    def index_map(heads, part, row, *_):
+    def index_map(first, second, row, *_):
+      heads, part = setup.split(first, second)
       return part * setup.together + row, heads, 0, 0
 
     spec = pl.BlockSpec((1, 1, *shape), index_map, memory_space=memory_space)

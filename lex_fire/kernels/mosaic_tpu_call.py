@@ -69,8 +69,9 @@ class Specs:
   def _spec(self, shape, index):
     """Returns a spec from the index of (batch, head block, query block, key block)."""
 
-    def index_map(heads, part, row, outer, step, spans, held):
+    def index_map(first, second, row, outer, step, spans, held):
       del spans
+      heads, part = self.setup.split(first, second)
       batch, tile = part * self.setup.together + row, self._tile(outer, step)
       block = held[tile] & 2**HELD_BITS - 1
       return index(batch, heads, *((block, outer) if self.by_column else (outer, block)))
@@ -117,7 +118,8 @@ class Specs:
   def _of_tile(self, numbers):
     """Returns the spec of a row of numbers for each tile."""
 
-    def index_map(heads, part, row, outer, step, *_):
+    def index_map(first, second, row, outer, step, *_):
+      del first, second, row
       return self._tile(outer, step), 0, 0
 
     return pl.BlockSpec((1, *numbers.shape[1:]), index_map, memory_space=pltpu.SMEM)
@@ -126,13 +128,17 @@ class Specs:
     """Returns the spec of all numbers of one axis, or of a row of more for each head block."""
     if numbers.ndim == 1:
       return pl.BlockSpec(memory_space=pltpu.SMEM)
-    return pl.BlockSpec(
-      (1, *numbers.shape[1:]), lambda heads, *_: (heads, 0, 0), memory_space=pltpu.SMEM
-    )
+    return self._of_heads(numbers, memory_space=pltpu.SMEM)
 
   def _vectors(self, numbers):
     """Returns the spec of rows of numbers for each head block."""
-    return pl.BlockSpec((1, *numbers.shape[1:]), lambda heads, *_: (heads, 0, 0))
+    return self._of_heads(numbers)
+
+  def _of_heads(self, numbers, **where):
+    def index_map(first, second, *_):
+      return self.setup.split(first, second)[0], 0, 0
+
+    return pl.BlockSpec((1, *numbers.shape[1:]), index_map, **where)
 
 
 class Output(NamedTuple):
@@ -145,7 +151,8 @@ class Output(NamedTuple):
 class Place:
   """Where a kernel is in its grid: (head block, part of the batch, row, outer block, step).
 
-  The outer block is of queries, a step of keys; by column, they change places.
+  The outer block is of queries, a step of keys; by column, they change places. `Setup.heads_first`
+  says which of the first two comes first.
 
   Attributes:
     tile: its number, row by row.
@@ -159,10 +166,10 @@ class Place:
   """
 
   def __init__(self, setup: Setup, by_column: bool):
-    heads, _, row, outer, step = (pl.program_id(axis) for axis in range(5))
+    first, second, row, outer, step = (pl.program_id(axis) for axis in range(5))
     rows, outers, steps = (pl.num_programs(axis) for axis in (2, 3, 4))
     self.tile = step * outers + outer if by_column else outer * steps + step
-    self.first_head = heads * setup.heads
+    self.first_head = setup.split(first, second)[0] * setup.heads
     self.begins, self.ends = step == 0, step == steps - 1
     self.begins_row, self.ends_row = self.begins & (outer == 0), self.ends & (outer == outers - 1)
     self.is_first, self.is_last = self.begins_row & (row == 0), self.ends_row & (row == rows - 1)
@@ -206,7 +213,7 @@ def call(kernel, setup, grid, plan, held_IJ, inputs, in_specs, outputs, sums, ow
   place, outputs take the memory of as many arrays at the end of the inputs.
   """
   batch, heads, *outer_and_step = grid
-  grid = heads, batch // setup.together, setup.together, *outer_and_step
+  grid = *setup.split(heads, batch // setup.together), setup.together, *outer_and_step
   leaves, tree = jax.tree.flatten(outputs, is_leaf=lambda x: isinstance(x, Output))
   arrays, out_specs = (jax.tree.unflatten(tree, list(part)) for part in zip(*leaves, strict=True))
   scalars = packed(plan), (held_IJ | plan.band_IJ << HELD_BITS).ravel()
@@ -240,6 +247,7 @@ def scratch(setup: Setup, table: Any, learned: bool) -> Scratch:
   of_distances = x_lib.NOTHING
   if setup.functions.of_distances is not None and not per_head(table):
     of_distances = x_lib.refs_of_distances(table, *shape, learned=False)
+    of_distances = of_distances._replace(segment_ST=None, parts_Y=None)  # it is of x alone
   of_pairs = x_lib.refs_of_pairs(table, *shape, learned)
   return Scratch(of_pairs, of_distances, band_lib.scratch(setup, table, learned))
 

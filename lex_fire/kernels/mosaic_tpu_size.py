@@ -103,11 +103,21 @@ def blocks(
     tiles = pieces**2 * pl.cdiv(num_queries, queries) * pl.cdiv(num_keys, keys)
     if keys >= MOST_KEYS or tiles <= MOST_TILES:
       tile = Blocks(queries, keys, heads, groups, sum_rows, band=0)
-      free_bytes = VMEM_BYTES - _vector_bytes(tile, segments, query, key, pieces)
-      # The bias of its heads, and the gradient.
-      most = max(free_bytes, 0) // (2 * heads * LANES * LANES * 4)
-      return tile._replace(band=min(most, MOST_OF_BAND) if band else 0)
+      return tile._replace(band=_band(tile, segments, query, key, pieces) if band else 0)
     keys *= 2
+
+
+def _band(tile, segments, query, key, pieces):
+  """Returns how many blocks of a band there is memory for.
+
+  The kernel for queries holds the bias of its heads and its gradient, that for keys the bias.
+  """
+  block = tile.heads * LANES * LANES * 4
+  # What the compiler stores may be two arrays of a tile more.
+  most_bytes = VMEM_BYTES - 2 * 4 * tile.queries * tile.keys
+  of_queries = most_bytes - _vector_bytes(tile, segments, query, key, pieces)
+  of_keys = most_bytes - _vector_bytes_of_keys(tile, query, key, pieces)
+  return min(MOST_OF_BAND, max(of_queries // (2 * block), 0), max(of_keys // block, 0))
 
 
 def _query_bytes(query, pieces):
@@ -126,11 +136,18 @@ def _key_bytes(key, pieces):
 
 
 def _vector_bytes(tile, segments, query, key, pieces):
-  """Returns what the kernel for queries takes of vector memory: the most of the three."""
+  """Returns what the kernel for queries takes of vector memory: but for a band, the most of all."""
   of_queries = tile.heads * tile.queries * _query_bytes(query, pieces)
   of_keys = tile.groups * tile.keys * _lanes(key) * 4 * key.dtype.itemsize
   of_sums = tile.sum_rows * _sum_bytes(tile.heads, segments)
   return of_queries + of_keys + of_sums + _tile_bytes(tile.queries, tile.keys)
+
+
+def _vector_bytes_of_keys(tile, query, key, pieces):
+  """Returns what the kernel for keys takes of vector memory, but for a band."""
+  of_queries = tile.heads * tile.queries * (_lanes(query) * 4 * query.dtype.itemsize + 2 * 2 * 4)
+  of_keys = tile.groups * tile.keys * _key_bytes(key, pieces)
+  return of_queries + of_keys + _tile_bytes(tile.queries, tile.keys)
 
 
 def _groups(query, key, keys, segments, pieces, band):

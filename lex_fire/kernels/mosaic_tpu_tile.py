@@ -25,7 +25,9 @@ class Setup(NamedTuple):
     heads: heads of a tile.
     groups: their key heads.
     sum_rows: of each sum of the gradient of a table.
-    together: rows of the batch that one core takes in turn.
+    together: rows of the batch that one core takes in turn, a part of it.
+    heads_first: whether blocks of heads are the grid's first axis, and parts of the batch its
+      second, or the other way round.
     interpret: whether to run on any platform, slowly.
   """
 
@@ -40,7 +42,12 @@ class Setup(NamedTuple):
   groups: int
   sum_rows: int
   together: int
+  heads_first: bool
   interpret: bool
+
+  def split(self, first: Any, second: Any) -> tuple[Any, Any]:
+    """Returns the block of heads and the part of the batch of the grid's first axes, or these."""
+    return (first, second) if self.heads_first else (second, first)
 
   def group(self, head: jax.Array) -> jax.Array:
     """Returns the key head that a head of a tile reads; `//` would ask for which chip it is."""

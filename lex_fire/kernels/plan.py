@@ -248,12 +248,13 @@ def _visits_of_blocks(mask, query_block, key_block, queries, keys):
 def _is_one_rate(mask, query_block, key_block, queries, keys, rate, table):
   """Returns whether later positions of a tile's pairs have the rate of position 0, of each head.
 
-  As it is monotone, so have those between. The next position has it too: it is no maximum of two
-  numbers that are equal, which would have no derivative of its own.
+  As it is monotone, so have those between. The next position, if there is one, has it too: it is
+  no maximum of two numbers that are equal, which would have no derivative of its own.
   """
   _, high_I = _bounds(queries.position_B1Q, query_block, axes=WHOLE)
   _, high_J = _bounds(keys.position_B1K, key_block, axes=WHOLE)
-  next_IJ = 1 + (high_I[:, None] if mask.causal else jnp.maximum(high_I[:, None], high_J[None]))
+  last_IJ = high_I[:, None] if mask.causal else jnp.maximum(high_I[:, None], high_J[None])
+  next_IJ = 1 + jnp.minimum(last_IJ, jnp.iinfo(jnp.int32).max - 1)
   numbers = jax.tree.leaves(table.coordinate)
   num_heads = max((number_H.shape[0] for number_H in numbers), default=1)
   of_heads = jax.tree.map(lambda number_H: jnp.broadcast_to(number_H, num_heads), table.coordinate)
