@@ -434,9 +434,11 @@ def test_tiles_whose_positions_are_in_order_equal_the_oracle(case, mask, most_of
   oracles.assert_gradients(gradients, of_pairs, visible_BQK, arrays, probe(arrays))
 
 
-@pytest.mark.parametrize('batch', [3, 4])
-def test_a_band_serves_the_rows_that_a_core_takes_in_turn(batch):
-  """One row where there is one block of heads and an odd batch, or half of the batch."""
+@pytest.mark.parametrize(('head_blocks', 'batch'), [(1, 3), (1, 4), (2, 3)])
+def test_a_band_serves_the_rows_that_a_core_takes_in_turn(head_blocks, batch, monkeypatch):
+  """One of an odd batch and one block of heads, half of an even one, or all of it."""
+  channels = NUM_HEADS // head_blocks * mosaic_tpu_size.LANES
+  monkeypatch.setattr(mosaic_tpu_size, 'CHANNELS_OF_BAND', channels)
   encoding, params = make('fire+fire_s')
   arrays = inputs(batch, 40, 40)
   position_BL = np.arange(40, dtype=np.int32)[None]

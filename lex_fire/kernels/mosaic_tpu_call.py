@@ -187,13 +187,15 @@ def fill_band(setup: Setup, at: Place, spans: Any, inputs: Inputs, own: Scratch)
 def rows_together(batch: int, head_blocks: int, band: Any) -> int:
   """Returns how many rows of the batch one core takes in turn, with one band for all of them.
 
-  A chip may have two cores, which share blocks of heads or, where there is but one, the batch.
+  A chip may have two cores, which share an even number of blocks of heads, or else the batch.
   """
   if band is None:
     return 1
-  if head_blocks > 1:
+  if head_blocks % 2 == 0:
     return batch
-  return batch // 2 if batch % 2 == 0 else 1
+  if batch % 2 == 0:
+    return batch // 2
+  return 1 if head_blocks == 1 else batch
 
 
 def packed(plan):
