@@ -434,6 +434,21 @@ def test_tiles_whose_positions_are_in_order_equal_the_oracle(case, mask, most_of
   oracles.assert_gradients(gradients, of_pairs, visible_BQK, arrays, probe(arrays))
 
 
+@pytest.mark.parametrize('case', ['fire+fire_s', 'kerple_log'])
+def test_rows_of_other_documents_share_a_band_and_tiles_in_order(case):
+  """Tiles that only one row sees; FIRE of one row is past its threshold there."""
+  encoding, params = make(case)
+  arrays = inputs(2, 64, 64)
+  position_BL = np.int32([[*range(480, 544)], [*range(32), *range(7, 39)]])
+  segment_BL = np.repeat(np.int32([[0, 0], [0, 1]]), 32, axis=1)
+  where = {'query_segment_BQ': segment_BL, 'key_segment_BK': segment_BL}
+
+  found = out_and_gradients('mosaic_tpu', encoding, params, arrays, position_BL, **where)
+
+  expected = out_and_gradients('reference', encoding, params, arrays, position_BL, **where)
+  jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-5), found, expected)
+
+
 @pytest.mark.parametrize(('head_blocks', 'batch'), [(1, 3), (1, 4), (2, 3)])
 def test_a_band_serves_the_rows_that_a_core_takes_in_turn(head_blocks, batch, monkeypatch):
   """One of an odd batch and one block of heads, half of an even one, or all of it."""

@@ -157,7 +157,7 @@ def test_a_tile_is_in_order_if_its_positions_rise_by_one_in_every_row():
     np.testing.assert_array_equal(found, expected)
 
 
-BAND = {True: plan.Band(0, 6), False: plan.Band(-4, 8)}
+BAND = {True: plan.Band(0, 6), False: plan.Band(-6, 12)}
 WIDE = 4  # of its blocks
 by_distance = pytest.mark.parametrize('causal', [True, False])
 
@@ -182,11 +182,9 @@ def expected_codes(position_BL, causal, end):
   return expected
 
 
-def in_band(causal, position_BL, table=None, rate=None):
-  made = planned(
-    {'causal': causal}, position_BL, None, table, rate=rate, band=BAND[causal], part=(WIDE, WIDE)
-  )
-  return made.band_IJ
+def in_band(causal, position_BL, table=None, rate=None, segment_BL=None):
+  options = {'rate': rate, 'band': BAND[causal], 'part': (WIDE, WIDE)}
+  return planned({'causal': causal}, position_BL, segment_BL, table, **options).band_IJ
 
 
 @by_distance
@@ -220,6 +218,28 @@ def test_a_tile_is_in_the_band_if_it_lies_on_its_blocks_in_every_row(causal):
     expected = expected_codes(position_BL, causal, np.inf)
     np.testing.assert_array_equal(found, np.reshape(expected, found.shape))
   assert not in_band(causal, rows[0][None, ::-1].astype(np.int32)).any()
+
+
+@by_distance
+def test_a_row_that_sees_none_of_a_tile_may_have_any_positions_there(causal):
+  """Of two rows of documents; where only one sees a tile, it is as if alone."""
+  starts = [0], [*range(0, 32, 4), 32]
+  rows = [
+    [number - max(start for start in of_row if start <= number) for number in range(64)]
+    for of_row in starts
+  ]
+  documents_BL = np.int32([np.searchsorted(of_row, range(64), 'right') for of_row in starts])
+  position_BL = np.int32(rows)
+  alone, other = (
+    in_band(causal, position_BL[row : row + 1], segment_BL=documents_BL[row : row + 1])
+    for row in range(2)
+  )
+  sees_IJ = planned({'causal': causal}, position_BL[1:], documents_BL[1:]).high_IJ > 0
+
+  found = in_band(causal, position_BL, segment_BL=documents_BL)
+
+  assert (alone[~sees_IJ] > 0).any() and (alone[sees_IJ & (other == 0)] > 0).any()
+  np.testing.assert_array_equal(found, np.where(sees_IJ & (other == 0), 0, alone))
 
 
 def test_a_band_has_the_span_of_its_tiles():

@@ -159,13 +159,14 @@ def tiles_to_visit(mask: mask_lib.Mask, queries: Queries, keys: Keys) -> jax.Arr
   def bounds(array_IBL) -> Any:
     return None if array_IBL is None else plan.Bounds(array_IBL.min(axis=2), array_IBL.max(axis=2))
 
-  return plan.visits(
+  visit_IJB = plan.visits(
     mask,
     bounds(queries.position_IBQ),
     bounds(keys.position_JBK),
     bounds(queries.segment_IBQ),
     bounds(keys.segment_JBK),
   )
+  return visit_IJB.any(axis=2)
 
 
 def flash(encoding, mask):

@@ -78,8 +78,8 @@ class Plan(NamedTuple):
     key_IJ: the block of keys to hold at the tile, when a row of tiles is walked: its own, or if
       hidden that of the next that is not. So nothing is fetched for a hidden tile.
     query_IJ: the block of queries to hold, when a column of tiles is walked.
-    in_order_IJ: 1 if in every row of the batch the positions of either block rise by one from each
-      to the next, so that all pairs of a diagonal are equally far apart.
+    in_order_IJ: 1 if in every row of the batch that sees some of the tile the positions of either
+      block rise by one from each to the next: all pairs of a diagonal are then equally far apart.
     band_IJ: where x of all pairs depends on how far apart they are alone, and as in all such tiles:
       how many blocks of a band lie up to that of the last queries and the first keys of the tile; 0
       in others, and where the band does not have it.
@@ -189,14 +189,15 @@ def make(
       position, or None; of no use without a band.
     band: of blocks as wide as a part, or None.
   """
-  visit_IJ = _visits_of_blocks(mask, query_block, key_block, queries, keys)
+  visit_IJB = _visits_of_blocks(mask, query_block, key_block, queries, keys)
+  visit_IJ = visit_IJB.any(axis=2)
   low_IJ, high_IJ = 0, 1
   part_low_IJY = part_high_IJY = None
   if table is not None and table.lower_Z is not None:
     by_tile = functools.partial(
       _by_tile, of_queries=query_block // part[0], of_keys=key_block // part[1]
     )
-    visit_IJY = by_tile(_visits_of_blocks(mask, *part, queries, keys))
+    visit_IJY = by_tile(_visits_of_blocks(mask, *part, queries, keys).any(axis=2))
     spans = _spans(mask, *part, queries, keys, table, coordinate)
     part_low_IJY, part_high_IJY = (by_tile(x_YY) for x_YY in spans)
     # What is hidden computes anything: what costs it nothing.
@@ -211,14 +212,15 @@ def make(
       _bounds(keys.stretch_B1K, key_block, axes=WHOLE),
     )
   low_IJ, high_IJ = jnp.where(visit_IJ, low_IJ, 0), jnp.where(visit_IJ, high_IJ, 0)
-  in_order_I = _in_order(queries.position_B1Q, query_block)
-  in_order_IJ = in_order_I[:, None] & _in_order(keys.position_B1K, key_block)[None]
+  in_order_IB = _in_order(queries.position_B1Q, query_block)
+  in_order_IJB = in_order_IB[:, None] & _in_order(keys.position_B1K, key_block)[None]
+  in_order_IJ = (in_order_IJB | ~visit_IJB).all(axis=2)
   band_IJ = jnp.zeros_like(low_IJ)
   if band is not None:
     is_one_IJ = visit_IJ & in_order_IJ
     if rate is not None:
       is_one_IJ &= _is_one_rate(mask, query_block, key_block, queries, keys, rate, table)
-    code_IJ = _in_band(mask, query_block, key_block, queries, keys, band, part[1])
+    code_IJ = _in_band(mask, query_block, key_block, queries, keys, band, part[1], visit_IJB)
     band_IJ = jnp.where(is_one_IJ, code_IJ, 0)
   return Plan(
     low_IJ=low_IJ,
@@ -263,15 +265,18 @@ def _is_one_rate(mask, query_block, key_block, queries, keys, rate, table):
   return of_each(of_heads, jnp.arange(num_heads)).all(axis=0)
 
 
-def _in_band(mask, query_block, key_block, queries, keys, band, width):
+def _in_band(mask, query_block, key_block, queries, keys, band, width, visit_IJB):
   """Returns `Plan.band_IJ` of tiles in order whose x depends on the distance alone."""
-  query_BI, key_BJ = (
-    position_B1L[:, 0, ::block]
+  query_IB, key_JB = (
+    position_B1L[:, 0, ::block].T
     for position_B1L, block in ((queries.position_B1Q, query_block), (keys.position_B1K, key_block))
   )
-  apart_BIJ = query_BI[:, :, None] - key_BJ[:, None]
-  apart_IJ = apart_BIJ[0]
-  found_IJ = (apart_BIJ == apart_IJ[None]).all(axis=0) & (apart_IJ % width == 0)
+  apart_IJB = query_IB[:, None] - key_JB[None]
+  # In rows that see none of a tile it may be anywhere.
+  most = jnp.iinfo(jnp.int32).max
+  apart_IJ = jnp.where(visit_IJB, apart_IJB, -most).max(axis=2)
+  is_one_IJ = apart_IJ == jnp.where(visit_IJB, apart_IJB, most).min(axis=2)
+  found_IJ = is_one_IJ & (apart_IJ % width == 0)
   # What lies before a causal mask's first block is hidden.
   least = 1 if mask.causal else query_block // width + key_block // width - 1
   code_IJ = apart_IJ // width - band.first + query_block // width
@@ -293,9 +298,9 @@ def _by_tile(number_YY, of_queries, of_keys):
 
 
 def _in_order(position_B1L, block):
-  """Returns whether the positions of a block rise by one, in all rows, _I."""
+  """Returns whether the positions of a block rise by one, _IB."""
   position_BIK = position_B1L.reshape(len(position_B1L), -1, block)
-  return (position_BIK == position_BIK[..., :1] + jnp.arange(block)[None, None]).all(axis=(0, 2))
+  return (position_BIK == position_BIK[..., :1] + jnp.arange(block)[None, None]).all(axis=2).T
 
 
 def _bounds(number_B1L, block, axes: Any = 2) -> Any:
@@ -312,7 +317,7 @@ def visits(
   query_segment: Bounds | None,
   key_segment: Bounds | None,
 ) -> jax.Array:
-  """Returns visit_IJ, boolean: whether a query of block I may see a key of block J.
+  """Returns visit_IJB, boolean: whether a query of block I may see a key of block J in a row.
 
   Args:
     mask: what may be seen by position.
@@ -329,7 +334,7 @@ def visits(
   if query_segment is not None and key_segment is not None:
     query_low, query_high, key_low, key_high = pairs(query_segment, key_segment)
     visit_IJB &= (query_low <= key_high) & (key_low <= query_high)
-  return visit_IJB.any(axis=2)
+  return visit_IJB
 
 
 def _next_visited(visit_IJ):
