@@ -317,7 +317,7 @@ def reach(case: str, encoding: encodings.Encoding, params: dict, length: int) ->
   sides = (x_1L1C, position_1L, None), (x_1L1C, x_1L1C, position_1L, None)
   masked = Mask(), tile.queries, tile.keys
   cut = plan.cut(*masked, None, *sides)
-  part = mosaic_tpu_x.part(tile.queries, tile.keys)
+  part = (mosaic_tpu_x.width(tile.queries, tile.keys),) * 2
   band = mosaic_tpu_band.fitting(tile, length, Mask().causal)
   made = plan.make(*masked, *cut, table, encoding.coordinate, part, encoding.factors[1], band)
   spans_IJ, in_band = np.array(made.high_IJ - made.low_IJ), np.array(made.band_IJ) > 0

@@ -91,6 +91,7 @@ def attention(
   cut = blocks(query_BQHC, key_BKGC, block, num_segments(encoding), pieces, has_band(encoding))
   band = band_lib.fitting(cut, key_BKGC.shape[1] // pieces, mask.causal)
   setup, constants = _setup(encoding, table, query_BQHC, cut, band, mask.causal, interpret)
+  wide = x_lib.width(cut.queries, cut.keys)
   queries, keys = plan_lib.cut(
     mask,
     cut.queries,
@@ -105,8 +106,8 @@ def attention(
     cut.queries,
     cut.keys,
     coordinate=encoding.coordinate,
-    part=x_lib.part(cut.queries, cut.keys),
-    rate=(x_lib.factors(encoding) or (None, None))[1],
+    part=(wide, wide),
+    rate=x_lib.factors(encoding)[1],
     band=band,
   )
   kernels = Kernels(setup, constants, make_plan)
@@ -173,7 +174,7 @@ def _forward_kernel(spans, held, inputs, so_far, found, sums, largest, norms, ow
     largest[head] = jnp.broadcast_to(largest_Q1, largest.shape[1:])
     norms[head] = jnp.broadcast_to(jnp.where(seen_Q1, 1.0, 0.0), norms.shape[1:])
 
-  call.fill_band(setup, at, spans, inputs, own)
+  band_lib.lay_out(setup, at, spans, inputs, own.band)
 
   @pl.when(at.begins)
   def _():

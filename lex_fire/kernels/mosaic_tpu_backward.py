@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
+from lex_fire.kernels import mosaic_tpu_band as band_lib
 from lex_fire.kernels import mosaic_tpu_call as call
 from lex_fire.kernels import mosaic_tpu_heads as heads_lib
 from lex_fire.kernels import mosaic_tpu_x as x_lib
@@ -44,7 +45,7 @@ def _query_kernel(spans, held, inputs, softmax, d_query, d_table, d_queries, scr
   own, lines = scratch
   sums = None if lines is None else lines._replace(coordinate=d_table.coordinate)
   at = call.Place(setup, by_column=False)
-  band = call.fill_band(setup, at, spans, inputs, own)
+  band = band_lib.lay_out(setup, at, spans, inputs, own.band)
 
   @pl.when(at.begins_row)
   def _():
@@ -102,7 +103,7 @@ def _write_sums(in_lanes, out):
 def _key_kernel(spans, held, inputs, softmax, d_key, d_value, d_keys, d_values, own, *, setup):
   """Visits tiles column by column."""
   at = call.Place(setup, by_column=True)
-  call.fill_band(setup, at, spans, inputs, own)
+  band_lib.lay_out(setup, at, spans, inputs, own.band)
 
   @pl.when(at.begins)
   def _():

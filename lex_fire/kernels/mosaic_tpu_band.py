@@ -104,6 +104,23 @@ class Band:
     self.at.finish(sums)
 
 
+def lay_out(setup: Setup, at: Any, spans: Any, inputs: Any, scratch: Scratch) -> Band | None:
+  """Has the band laid out if a kernel is at its first tile; None: the bias has none.
+
+  Args:
+    setup: of the kernel.
+    at: a `mosaic_tpu_call.Place`.
+    spans: as `mosaic_tpu_call.packed` has them, the band's last.
+    inputs: of the kernel.
+    scratch: see `scratch`.
+  """
+  if setup.band is None:
+    return None
+  band = Band(setup, spans[spans.shape[0] - 1], at.first_head, inputs, scratch)
+  pl.when(at.is_first & band.is_met)(band.fill)
+  return band
+
+
 class InBand:
   """The bias of a tile that the band has."""
 

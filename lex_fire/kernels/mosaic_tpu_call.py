@@ -175,15 +175,6 @@ class Place:
     self.is_first, self.is_last = self.begins_row & (row == 0), self.ends_row & (row == rows - 1)
 
 
-def fill_band(setup: Setup, at: Place, spans: Any, inputs: Inputs, own: Scratch) -> Any:
-  """Has the band laid out at the first tile; returns a `mosaic_tpu_band.Band`, or None."""
-  if setup.band is None:
-    return None
-  band = band_lib.Band(setup, spans[spans.shape[0] - 1], at.first_head, inputs, own.band)
-  pl.when(at.is_first & band.is_met)(band.fill)
-  return band
-
-
 def rows_together(batch: int, head_blocks: int, band: Any) -> int:
   """Returns how many rows of the batch one core takes in turn, with one band for all of them.
 

@@ -118,7 +118,22 @@ class Inputs(NamedTuple):
   constants: Constants
 
 
-class Tile:
+class _Numbers:
+  """What a tile and a band are both asked for."""
+
+  table: Any
+  first_head: Any
+
+  def numbers(self, head):
+    """Returns the numbers of x for a head, scalars."""
+
+    def of_head(number_H):
+      return number_H[self.first_head + head if number_H.shape[0] > 1 else 0]
+
+    return jax.tree.map(of_head, self.table.coordinate)
+
+
+class Tile(_Numbers):
   """The logits of one tile, inside a kernel, from refs to its blocks."""
 
   def __init__(self, setup, code, held, first_head, inputs, scratch):
@@ -145,10 +160,6 @@ class Tile:
       tests.append(queries.segment_B1Q[0].T == keys.segment_B1K[0])
     return functools.reduce(jnp.logical_and, tests) if tests else None
 
-  def numbers(self, head):
-    """Returns the numbers of x for a head, scalars."""
-    return _numbers(self.table, self.first_head + head)
-
   def logits(self, head, products, bias):
     """Returns logits_QK of a head, HIDDEN_LOGIT where hidden, and what they are higher by, or None.
 
@@ -173,7 +184,7 @@ class Tile:
     return self.keys.key_BGKC[0, group], self.keys.value_BGKC[0, group]
 
 
-class Strip:
+class Strip(_Numbers):
   """The pairs of a band, as a tile of one block of keys; see `Tile`."""
 
   def __init__(self, setup, code, first_head, inputs):
@@ -189,17 +200,6 @@ class Strip:
     self.queries = plan.Queries(None, i_1Q[None], None, None, None, None)
     j_1K = jax.lax.broadcasted_iota(jnp.int32, (1, wide), 1) - setup.band.first * wide
     self.i_Q1, self.j_1K = i_1Q.T, j_1K
-
-  def numbers(self, head):
-    """Returns the numbers of x for a head, scalars."""
-    return _numbers(self.table, self.first_head + head)
-
-
-def _numbers(table, head):
-  def of_head(number_H):
-    return number_H[head if number_H.shape[0] > 1 else 0]
-
-  return jax.tree.map(of_head, table.coordinate)
 
 
 def _unpacked(code):

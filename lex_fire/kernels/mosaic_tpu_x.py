@@ -34,17 +34,12 @@ class Functions(NamedTuple):
 
 
 def width(query_block: int, key_block: int) -> int:
-  """Returns T of a tile's numbers; one that is narrower than a register is only interpreted."""
-  return SUBLANES if query_block % LANES or key_block % LANES else LANES
+  """Returns T of a tile's numbers: one that is narrower than a register is only interpreted.
 
-
-def part(query_block: int, key_block: int) -> tuple[int, int]:
-  """Returns queries and keys of a part of a tile, which has a span of segments of its own.
-
-  Fewer queries have fewer breakpoints, but each part takes its time to begin.
+  A part of a tile, which has a span of segments of its own, is as many queries by as many keys:
+  of fewer queries it would have fewer breakpoints, but each part takes its time to begin.
   """
-  wide = width(query_block, key_block)
-  return wide, wide
+  return SUBLANES if query_block % LANES or key_block % LANES else LANES
 
 
 def _rows_of_distances(query_block, key_block):
@@ -52,14 +47,14 @@ def _rows_of_distances(query_block, key_block):
   return pl.cdiv((query_block + key_block) // width(query_block, key_block), SUBLANES) * SUBLANES
 
 
-def factors(encoding: base.Encoding) -> tuple[Any, Any] | None:
+def factors(encoding: base.Encoding) -> tuple[Any, Any]:
   """Returns what of x depends on the distance alone, and its other factor: `base.factors`.
 
   The other is None if x has none, and both are if x is nothing but of pairs.
   """
   if encoding.shift_invariant:
     return encoding.coordinate, None
-  return encoding.factors
+  return encoding.factors or (None, None)
 
 
 def trace(
@@ -84,7 +79,7 @@ def trace(
     made = jax.make_jaxpr(function)(numbers, *arguments)
     return made.jaxpr, tuple(made.consts)
 
-  of_distance, rate = factors(encoding) or (None, None)
+  of_distance, rate = factors(encoding)
   both = (
     traced(encoding.coordinate, 'i_Q1', 'j_1K'),
     traced(of_distance, 'i_S1', 'j_1T'),
@@ -153,8 +148,7 @@ class Pairs:
 
   def __init__(self, tile: Any, refs: Refs):
     self.tile, self.refs, setup = tile, refs, tile.setup
-    self.width = width(setup.query_block, setup.key_block)
-    self.part_rows, _ = part(setup.query_block, setup.key_block)
+    self.width = self.part_rows = width(setup.query_block, setup.key_block)
     self.num_parts = setup.query_block * setup.key_block // self.width // self.part_rows
 
   @property
