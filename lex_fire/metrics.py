@@ -143,13 +143,18 @@ class Pace:
     """Says that a pause after `step` steps is over: the rate leaves it out, not the time left."""
     self._last = (step, time.monotonic())
 
-  def measure(self, step: int) -> tuple[float, float]:
-    """Returns tokens/s since the last call, and the seconds left at the mean pace so far."""
+  def measure(self, step: int) -> tuple[float, float] | None:
+    """Returns tokens/s since the last call, and the seconds left at the mean pace so far.
+
+    None if there has been no step since, or none but the one that compiled.
+    """
     now = time.monotonic()
     last_step, last = self._last
+    if step == last_step:
+      return None
     self._last = (step, now)
     rate = (step - last_step) * self._tokens_per_step / max(now - last, 1e-9)
-    per_step = (now - self._start) / max(step - self._first_step, 1)
+    per_step = (now - self._start) / (step - self._first_step)
     return rate, per_step * (self._steps - step)
 
 

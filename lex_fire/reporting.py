@@ -124,19 +124,20 @@ class Reporter:
       say(f'{what}: skipped ({self._skipped} so far); its batch is in {str(folder)!r}')
 
   def _report(self, done, values):
-    rate, seconds_left = self._pace.measure(done)
     values |= self._bits_per_byte('', values['loss'])
-    values |= {
-      'learning_rate': self._rate(done - 1 - self._skipped),
-      'tokens_per_second': rate,
-      'model_flops_per_second': rate * self._flops,
-    }
-    utilization = metrics.utilization(rate * self._flops)
-    if utilization is not None:
-      values['model_flops_utilization'] = utilization
+    values['learning_rate'] = self._rate(done - 1 - self._skipped)
+    pace = self._pace.measure(done)
+    if pace is not None:
+      values |= self._speed(pace[0])
     values |= {f'{name}_share': share for name, share in self.spent.shares().items()}
     self._writer.write(done, values)
-    self._print(done, values, seconds_left)
+    self._print(done, values, pace and pace[1])
+
+  def _speed(self, rate: float) -> dict[str, float]:
+    """Returns {name: number} of a rate [tokens/s]."""
+    found = {'tokens_per_second': rate, 'model_flops_per_second': rate * self._flops}
+    utilization = metrics.utilization(rate * self._flops)
+    return found | ({} if utilization is None else {'model_flops_utilization': utilization})
 
   def _rate(self, step):
     """Returns the learning rate of a step that comes after so many that were not skipped."""
@@ -151,14 +152,16 @@ class Reporter:
 
   def _print(self, done, values, seconds_left):
     bits = values.get('bits_per_byte')
-    utilization = values.get('model_flops_utilization')
+    rate, utilization = (
+      values.get(name) for name in ('tokens_per_second', 'model_flops_utilization')
+    )
     say(
       f'step {done:>{len(str(self._config.train.steps))}}/{self._config.train.steps}'
       f'  loss {values["loss"]:.3f}'
       + (f'  {bits:.3f} bits/byte' if bits is not None else '')
-      + f'  {values["tokens_per_second"]:,.0f} tokens/s'
+      + (f'  {rate:,.0f} tokens/s' if rate is not None else '')
       + (f'  {utilization:.1%} of peak' if utilization is not None else '')
-      + f'  ETA {metrics.clock(seconds_left)}'
+      + (f'  ETA {metrics.clock(seconds_left)}' if seconds_left is not None else '')
     )
 
   def validation(self, done: int, value: float) -> None:

@@ -14,13 +14,14 @@ import pytest
 
 from experiments.attention_speed import gpu_figures, gpu_plan, programs
 from lex_fire import encodings, kernels, topologies
-from lex_fire.kernels import mosaic_gpu
+from lex_fire.kernels import flash, mosaic_gpu
 
 if not topologies.has_cuda_compiler():
   pytest.skip("needs the compiler for NVIDIA's GPUs: make test-cuda", allow_module_level=True)
 
 NUM_HEADS, NUM_KV_HEADS = 2, 1
 GIB = 2**30
+AUTO = jax.sharding.AxisType.Auto
 
 
 @pytest.fixture(scope='module')
@@ -34,7 +35,7 @@ def bytes_on():
     }
 
 
-def bytes_of_gradients(chip, name, channels, length, options, mask, dtype):
+def bytes_of_gradients(chip, name, channels, length, options, mask, dtype, in_ring=False):
   """Compiles attention with its gradients; returns its temporary bytes, and of what it is given."""
   encoding = encodings.get(name, **options)._replace(rotate=None)
   topology = topologies.find(f'cuda:{chip}x1')
@@ -43,9 +44,13 @@ def bytes_of_gradients(chip, name, channels, length, options, mask, dtype):
   def struct(shape, dtype):
     return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
 
+  attention = mosaic_gpu.attention
+  if in_ring:
+    attention = functools.partial(flash.ring_attention, attention, axis='ring')
+
   def gradients(params, arrays, position_BL, segment_BL, d_out_BQHC):
     def attend(params, arrays):
-      return mosaic_gpu.attention(
+      return attention(
         *arrays,
         encoding=encoding,
         params=params,
@@ -57,6 +62,12 @@ def bytes_of_gradients(chip, name, channels, length, options, mask, dtype):
       )
 
     return jax.vjp(attend, params, arrays)[1](d_out_BQHC)
+
+  if in_ring:
+    alone = jax.make_mesh((1,), ('ring',), (AUTO,), devices=topology.devices)
+    P = jax.sharding.PartitionSpec
+    gradients = jax.shard_map(gradients, mesh=alone, in_specs=P(), out_specs=P(), check_vma=False)
+    sharding = jax.sharding.NamedSharding(alone, P())
 
   size = {'num_heads': NUM_HEADS, 'head_dim': channels, 'd_model': NUM_HEADS * channels}
   params = jax.eval_shape(lambda: encoding.init(jax.random.key(0), **size))
@@ -122,8 +133,21 @@ def test_attention_compiles_with_little_memory(
 def test_attention_of_float32_compiles(bytes_on, chip, name, channels):
   temporary, given = bytes_on[chip](name, channels, 8192, {}, kernels.Mask(), jnp.float32)
 
-  # Besides, queries, keys, values and the output's gradient in parts, and gradients likewise.
+  # Besides, queries, keys, values and the output's gradient in parts.
   assert temporary < 4 * given
+
+
+@pytest.mark.parametrize(
+  ('chip', 'name', 'channels'),
+  [('h200', 'fire', 256), ('h200', 'xpos', 128), ('h200', 'sandwich', 64), ('b200', 'fire', 128)],
+)
+def test_attention_in_a_ring_compiles(bytes_on, chip, name, channels):
+  """Its sums are float32, of queries in bfloat16; here one device has all keys."""
+  case = name, channels, 8192, {}, kernels.Mask(), jnp.bfloat16
+  temporary, given = bytes_on[chip](*case, True)
+
+  # Besides, the sums: of queries, keys and values twice, as what is added to and as a part.
+  assert temporary < 8 * given
 
 
 def compiled(function, arguments):
@@ -188,6 +212,27 @@ def test_a_preset_of_eight_gpus_compiles_for_them(tmp_path, chip, asked, taken):
   assert report['parameters'] * 4 / 8 < step['bytes']['parameters'] < report['parameters'] * 4 / 4
   assert evaluation['attention']['implementation'] == taken
   assert evaluation['bytes']['total'] < 4 * GIB
+
+
+@pytest.mark.parametrize('chip', ['h200', 'b200'])
+def test_gpus_that_share_rows_attend_by_the_ring_of_the_kernel(tmp_path, chip):
+  status, report, stderr = report_of(
+    tmp_path,
+    '--config=configs/c4.py:size=base,encoding=fire',
+    f'--topology=cuda:{chip}x4',
+    '--config.mesh.sequence=4',
+    '--config.data.length=8192',
+    '--config.data.batch_size=1',
+    '--config.evaluate.sequence=4',
+    '--config.evaluate.lengths=(131072,)',
+    '--config.model.attention=mosaic_gpu',
+  )
+
+  assert (status, stderr) == (0, '')
+  for program in report['programs']:
+    assert program['attention']['implementation'] == 'mosaic_gpu_ring'
+    assert program['messages']['collective-permute']['bytes'] > 0
+    assert program['bytes']['total'] < 4 * GIB
 
 
 def test_one_gpu_holds_a_model_of_350m_at_131072_tokens_in_training_and_evaluation(tmp_path):

@@ -211,10 +211,22 @@ def test_a_pause_counts_for_the_time_left_and_not_for_the_rate(watch):
   assert seconds_left == pytest.approx(79 * 80 / 20)
 
 
-def test_a_measure_without_a_step_or_a_second_is_finite(watch):
+def test_a_measure_without_a_second_is_finite(watch):
   pace = metrics.Pace(first_step=0, steps=100, tokens_per_step=50)
 
-  assert pace.measure(0) == (0.0, 0.0)
+  assert pace.measure(1) == (pytest.approx(5e10), 0.0)
+
+
+def test_nothing_is_said_of_no_step_and_of_none_but_that_which_compiles(watch):
+  """As of a run that goes on one step before a line of its log."""
+  pace = metrics.Pace(first_step=39, steps=100, tokens_per_step=50)
+
+  assert pace.measure(39) is None
+  watch.now += 300.0
+  pace.warm(40)
+  assert pace.measure(40) is None
+  watch.now += 10.0
+  assert pace.measure(50) == (pytest.approx(50.0), pytest.approx(50.0))
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,7 @@ import pytest
 
 from lex_fire import attention, encodings, errors, kernels, model, sharding
 from lex_fire import config as config_lib
-from lex_fire.kernels import chunked, mosaic_tpu_ring, ring
+from lex_fire.kernels import chunked, flash, mosaic_tpu, ring
 
 LENGTH, HEADS, KV_HEADS, CHANNELS = 64, 4, 2, 8
 FOUR, MIXED = (1, 1, 4, 1), (1, 2, 2, 2)  # sequence=4; fsdp=2, sequence=2, tensor=2
@@ -142,9 +142,11 @@ def test_the_ring_gives_the_values_and_gradients_of_one_device(name, mask_name):
 def kernel_for_tpu(monkeypatch):
   """Has attention go by the ring of the kernel for TPU, interpreted, in tiles of 8 x 16 tokens."""
   chosen = kernels.Choice('mosaic_tpu_ring', 'as the test has it')
-  interpreted = functools.partial(mosaic_tpu_ring.attention, block=8, interpret=True)
+  of_chunks = {'block': 8, 'interpret': True, 'pieces': ring.CHUNKS}
+  interpreted = functools.partial(mosaic_tpu.attention, **of_chunks)
+  in_ring = functools.partial(flash.ring_attention, interpreted)
   monkeypatch.setattr(kernels, 'choose', lambda *_, **__: chosen)
-  monkeypatch.setitem(kernels.RINGS, 'mosaic_tpu_ring', interpreted)
+  monkeypatch.setitem(kernels.RINGS, 'mosaic_tpu_ring', in_ring)
 
 
 @pytest.mark.parametrize(
@@ -361,10 +363,34 @@ def test_a_row_that_the_axis_does_not_divide_is_refused_by_name():
 
 
 def test_an_implementation_of_whole_rows_is_refused_where_they_are_cut():
-  message = re.escape("implementation='chunked' needs whole rows, but mesh axis 'sequence' cuts")
+  message = re.escape("implementation='splash' needs whole rows, but mesh axis 'sequence' cuts")
 
-  with jax.set_mesh(make_mesh(FOUR)), pytest.raises(errors.UserError, match=message):
-    jax.eval_shape(attend(encodings.get('rope'), kernels.Mask(), 'chunked'), {}, *arrays())
+  with (
+    jax.set_mesh(make_mesh(FOUR)),
+    jax.default_device('tpu'),
+    pytest.raises(errors.UserError, match=message),
+  ):
+    jax.eval_shape(attend(encodings.get('rope'), kernels.Mask(), 'splash'), {}, *arrays())
+
+
+@pytest.mark.parametrize(
+  ('asked', 'platform', 'taken'),
+  [
+    ('chunked', 'tpu', 'ring'),
+    ('mosaic_tpu', 'tpu', 'mosaic_tpu_ring'),
+    ('mosaic_gpu', 'gpu', 'mosaic_gpu_ring'),
+    ('reference', 'gpu', 'reference'),
+  ],
+)
+def test_what_is_asked_for_is_taken_by_its_ring(asked, platform, taken):
+  c = config_lib.ModelConfig(attention=asked)
+  transformer = model.Transformer(c, encodings.get('fire'))
+
+  with jax.set_mesh(make_mesh(FOUR)), jax.default_device(platform):
+    choice = attention.choice(transformer, LENGTH, counted=True)
+
+  assert choice.implementation == taken
+  assert choice.reason.startswith('as asked')
 
 
 @pytest.mark.parametrize(

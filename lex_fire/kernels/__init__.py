@@ -12,9 +12,9 @@ from lex_fire import errors
 from lex_fire.encodings import base, piecewise
 from lex_fire.kernels import (
   chunked,
+  flash,
   library,
   mosaic_tpu,
-  mosaic_tpu_ring,
   mosaic_tpu_size,
   reference,
   ring,
@@ -36,12 +36,16 @@ IMPLEMENTATIONS: dict[str, Callable[..., jax.Array]] = {
   **{kernel.name: kernel.attention for kernel in library.KERNELS.values()},
 }
 
-# Of rows that devices hold in parts. They are chosen, and not asked for, as there is no ring on one
-# device.
+# Of rows that devices hold in parts, by what one device does with a block of keys.
 RINGS: dict[str, Callable[..., jax.Array]] = {
   'ring': ring.attention,
-  'mosaic_tpu_ring': mosaic_tpu_ring.attention,
+  'mosaic_tpu_ring': functools.partial(
+    flash.ring_attention, functools.partial(mosaic_tpu.attention, pieces=ring.CHUNKS)
+  ),
+  'mosaic_gpu_ring': functools.partial(flash.ring_attention, _mosaic_gpu),
 }
+# By what whole rows go by.
+_RING_OF = {'chunked': 'ring', 'mosaic_tpu': 'mosaic_tpu_ring', 'mosaic_gpu': 'mosaic_gpu_ring'}
 
 # Kernels of one platform. The compiler cannot divide them over devices, as it does the others.
 _OF_LIBRARIES = {kernel.name: platform for platform, kernel in library.KERNELS.items()}
@@ -87,13 +91,13 @@ def choose(
   one, and interpreted. What others keep, they have run.
 
   Args:
-    implementation: a key of IMPLEMENTATIONS, which is taken, or 'auto'.
+    implementation: a key of IMPLEMENTATIONS, which is taken, or its ring; or 'auto'.
     encoding: says the decay and the bias of the logits.
     mask: which keys a query may see.
     query: an array query_BQHC, or its shape and dtype.
     key: likewise key_BKGC.
-    sequence_axis: the mesh axis over which rows are cut in parts, if they are. 'auto' is then a key
-      of RINGS.
+    sequence_axis: the mesh axis over which rows are cut in parts, if they are. Then it is a key of
+      RINGS that is chosen, or the reference if asked for.
     counted: whether attention is given no positions and no segments, as `library` wants it.
     rows: how many have positions of their own on a device; 1: all share theirs.
 
@@ -112,11 +116,13 @@ def choose(
       f'unknown {implementation=}; known: auto, {", ".join(sorted(IMPLEMENTATIONS))}'
     )
   # The compiler divides the reference, as dense products; of tiles it would fetch all to each.
-  if sequence_axis is not None and implementation not in ('auto', 'reference'):
+  if sequence_axis is not None and implementation not in ('auto', 'reference', *_RING_OF):
     raise errors.UserError(
       f'{implementation=} needs whole rows, but mesh axis {sequence_axis!r} cuts them in parts; '
       "use 'auto'"
     )
+  if sequence_axis is not None and implementation in _RING_OF:
+    return Choice(_RING_OF[implementation], f'as asked, {_cut_by(sequence_axis)}')
   if implementation in IMPLEMENTATIONS:
     return Choice(implementation, 'as asked')
   if sequence_axis is not None:
@@ -141,9 +147,13 @@ def _why_not_on_tpu(encoding: base.Encoding, query: Any, key: Any, pieces: int =
   return mosaic_tpu_size.why_not(encoding, query, key, pieces)
 
 
+def _cut_by(axis: str) -> str:
+  return f'as mesh axis {axis!r} cuts rows in parts'
+
+
 def _of_parts(here: str, encoding: base.Encoding, query: Any, key: Any, axis: str) -> Choice:
   """Chooses for rows of which a mesh axis gives each device a part."""
-  why = f'as mesh axis {axis!r} cuts rows in parts'
+  why = _cut_by(axis)
   if here != 'tpu':
     return Choice('ring', why)
   devices = jax.sharding.get_abstract_mesh().shape.get(axis, 1)

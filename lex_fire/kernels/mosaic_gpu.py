@@ -14,6 +14,7 @@ run.
 # pyright: basic
 
 import functools
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -24,18 +25,19 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from lex_fire import errors
 from lex_fire.encodings import base
-from lex_fire.kernels import decay, residuals, sides, tile
+from lex_fire.kernels import decay, flash, sides, tile
 from lex_fire.kernels import mask as mask_lib
-from lex_fire.kernels import mosaic_gpu_backward as backward
+from lex_fire.kernels import mosaic_gpu_backward as backward_lib
 from lex_fire.kernels import mosaic_gpu_elementwise as elementwise
 from lex_fire.kernels import mosaic_gpu_plan as plan_lib
 from lex_fire.kernels import mosaic_gpu_products as products
 from lex_fire.kernels import mosaic_gpu_tensor_memory as tensor_memory
 from lex_fire.kernels import mosaic_gpu_tile as tile_lib
+from lex_fire.kernels.mosaic_gpu_plan import Keys, Queries
 
 CHANNELS = (64, 128, 256)  # of a head
 MOST_SEGMENTS = 1280  # of a table, whose gradient is summed in shared memory
-ROWS, UNITS = tile_lib.ROWS, tile_lib.UNITS
+ROWS = tile_lib.ROWS
 # By `Setup.size`: what shared memory has room for.
 SIZES = {
   (64, False): tile_lib.Size(columns=128, stages=4),
@@ -47,32 +49,6 @@ SIZES = {
   (256, True): tile_lib.Size(columns=32, stages=1),
   (512, True): tile_lib.Size(columns=32, stages=1, units=1),
 }
-
-
-class Inputs(NamedTuple):
-  """Queries, keys and values in whole blocks, prepared, with their integers and tiles.
-
-  Attributes:
-    query_BQHC: of one type with the two below.
-    key_BKGC: of a length that is a multiple of 128, as the queries'.
-    value_BKGC: likewise.
-    query_BNQ: see `mosaic_gpu_plan.query_numbers`; B of the integers may be 1.
-    key_BNK: see `mosaic_gpu_plan.key_numbers`.
-    waves: query_YBQ1W and key_YBK1W; see `mosaic_gpu_products.waves_of`.
-    forward: tiles of the forward pass, queries in rows.
-    queries: of the backward pass for queries, likewise.
-    keys: of the one for keys, keys in rows.
-  """
-
-  query_BQHC: Any
-  key_BKGC: Any
-  value_BKGC: Any
-  query_BNQ: Any
-  key_BNK: Any
-  waves: Any
-  forward: Any
-  queries: Any
-  keys: Any
 
 
 def why_not(encoding: base.Encoding, channels: int, dtype: Any, capability: str = '') -> str | None:
@@ -146,11 +122,25 @@ def attention(
   mask: mask_lib.Mask,
   interpret: Any = False,
   capability: str = tensor_memory.HOPPER,
+  make_flash: Callable[..., Any] = flash.on_device,
 ) -> tuple[jax.Array, jax.Array]:
   """Attention like `reference.attention`.
 
-  `interpret` is what `plgpu.kernel` takes: False on a GPU; its interpreter's parameters to run on
-  any platform, slowly, as a GPU of a compute capability would.
+  Args:
+    query_BQHC: see `kernels.attention`, as for all that is not said here.
+    key_BKGC: likewise.
+    value_BKGC: likewise.
+    encoding: likewise.
+    params: likewise.
+    query_position_BQ: likewise.
+    key_position_BK: likewise.
+    query_segment_BQ: likewise.
+    key_segment_BK: likewise.
+    mask: likewise.
+    interpret: what `plgpu.kernel` takes: False on a GPU; its interpreter's parameters to run on any
+      platform, slowly.
+    capability: of the GPU that is interpreted.
+    make_flash: Kernels -> what computes all blocks, as `flash.on_device` makes it.
 
   Raises:
     errors.UserError: as `why_not` says.
@@ -170,35 +160,19 @@ def attention(
     causal=mask.causal,
   )
   table = None if encoding.table is None else encoding.table(params, num_heads)
-  query_padding, key_padding = (-x.shape[1] % (UNITS * ROWS) for x in (query_BQHC, key_BKGC))
   rate_C = stretch = None
   if encoding.log_decay is not None:
     log_decay_C = encoding.log_decay(channels)
     stretch = decay.stretch_of(log_decay_C)
     rate_C = np.float32(stretch * log_decay_C)
-  of_queries = query_position_BQ, query_segment_BQ, query_padding
-  query_BNQ = plan_lib.query_numbers(mask, *of_queries, stretch)
-  key_BNK = plan_lib.key_numbers(key_position_BK, key_segment_BK, key_padding, stretch)
-  setup = _setup(encoding, table, query_BQHC.dtype, interpret, capability)
-  size, backward_size = _size(setup, channels), backward.size_of(setup, channels)
-  columns = backward_size.columns
-  codes = functools.partial(plan_lib.codes, query_BNQ, key_BNK, table, encoding.coordinate)
-  inputs = Inputs(
-    query_BQHC=_padded(query_BQHC, query_padding),
-    key_BKGC=_padded(key_BKGC, key_padding),
-    value_BKGC=_padded(value_BKGC, key_padding),
-    query_BNQ=query_BNQ,
-    key_BNK=key_BNK,
-    waves=(
-      products.waves_of(encoding, query_position_BQ, query_padding),
-      products.waves_of(encoding, key_position_BK, key_padding),
-    ),
-    forward=plan_lib.tiles(codes((ROWS, size.columns)), size.units),
-    queries=plan_lib.tiles(codes((ROWS, columns)), backward_size.units),
-    keys=plan_lib.tiles(jnp.swapaxes(codes((columns, ROWS)), 1, 2), backward_size.units),
+  queries, keys = plan_lib.cut(
+    mask,
+    stretch,
+    (query_BQHC, query_position_BQ, query_segment_BQ),
+    (key_BKGC, value_BKGC, key_position_BK, key_segment_BK),
   )
-  table = None if table is None else plan_lib.table(table, num_heads)
-  out_BQHC, log_norm_BHQ = _flash(setup, rate_C)(table, inputs)
+  kernels = Kernels(_setup(encoding, table, query_BQHC.dtype, interpret, capability), rate_C)
+  out_BQHC, log_norm_BHQ = make_flash(kernels)(table, queries, keys)
   return out_BQHC[:, :num_queries], log_norm_BHQ[..., :num_queries]
 
 
@@ -209,7 +183,7 @@ def _setup(encoding, table, dtype, interpret, capability):
     segments=0 if table is None else table.slope_ZH.shape[0],
     learned=encoding.learned,
     decays=encoding.log_decay is not None,
-    waves=encoding.waves is not None,
+    waves=encoding.waves,
     parts=products.PARTS[dtype.name],
     tensor_memory=capability == tensor_memory.BLACKWELL,
     room=None,
@@ -221,75 +195,108 @@ def _size(setup, channels):
   return setup.size(SIZES, tensor_memory.FORWARD_SIZES, channels)
 
 
-def _padded(x_BLHC, padding):
-  return jnp.pad(x_BLHC, [(0, 0), (0, padding), (0, 0), (0, 0)])
+class Kernels(NamedTuple):
+  """Those for NVIDIA's GPUs, as `flash.Kernels` has them.
 
-
-def _flash(setup, rate_C):
-  """Makes (table, Inputs) -> out_BQHC, log_norm_BHQ with flash attention's own gradient.
-
-  The logarithm of the softmax's normaliser is +inf where a query sees no key. Of a decay the rate
-  is nats a stretch; None without one.
+  Attributes:
+    setup: what is static of them.
+    rate_C: the decay of each channel [nats a stretch]; None without one.
   """
 
-  @jax.custom_vjp
-  def flash(table, inputs):
-    return _forward(setup, rate_C, table, inputs)
+  setup: tile_lib.Setup
+  rate_C: Any
 
-  def forward(table, inputs):
-    out_BQHC, log_norm_BHQ = residuals.named(*_forward(setup, rate_C, table, inputs))
-    return (out_BQHC, log_norm_BHQ), (table, inputs, out_BQHC, log_norm_BHQ)
+  def make_plan(self, *, table: Any, queries: Queries, keys: Keys) -> plan_lib.Plan:
+    """Returns the tiles of each kernel."""
+    channels = queries.query_BQHC.shape[3]
+    forward, backward = _size(self.setup, channels), backward_lib.size_of(self.setup, channels)
+    of_blocks = queries.number_BNQ, keys.number_BNK, table, self.setup.coordinate
+    codes = functools.partial(plan_lib.codes, *of_blocks)
+    of_keys = jnp.swapaxes(codes((backward.columns, ROWS)), 1, 2)
+    return plan_lib.Plan(
+      forward=plan_lib.tiles(codes((ROWS, forward.columns)), forward.units),
+      queries=plan_lib.tiles(codes((ROWS, backward.columns)), backward.units),
+      keys=plan_lib.tiles(of_keys, backward.units),
+    )
 
-  def gradient(saved, d_found):
-    d_out_BQHC, d_log_norm_BHQ = d_found
-    table, inputs, out_BQHC, log_norm_BHQ = saved
+  def nothing(self, queries: Queries) -> flash.Found:
+    """Returns what is found over no keys."""
+    batch, num_queries, num_heads, _ = queries.query_BQHC.shape
+    none_BHQ = jnp.full((batch, num_heads, num_queries), jnp.inf)
+    return jnp.zeros(queries.query_BQHC.shape, jnp.float32), none_BHQ
+
+  def forward(
+    self, table: Any, queries: Queries, keys: Keys, plan: plan_lib.Plan, so_far: Any = None
+  ) -> flash.Found:
+    """Returns out_BQHC and log_norm_BHQ."""
+    dtype = keys.value_BKGC.dtype if so_far is None else jnp.float32
+    given = self._given(self._lines(table, queries), queries, keys)
+    found = _forward(self.setup, given, plan.forward, dtype)
+    return found if so_far is None else sides.together(so_far, found)
+
+  def softmax(self, found: flash.Found, d_found: flash.Found) -> backward_lib.Softmax:
+    """Returns what kernels of the backward pass take."""
+    (out_BQHC, log_norm_BHQ), (d_out_BQHC, d_log_norm_BHQ) = found, d_found
     delta_BHQ = jnp.einsum(
       'BQHC,BQHC->BHQ', d_out_BQHC.astype(jnp.float32), out_BQHC.astype(jnp.float32)
     )
     delta_BHQ -= d_log_norm_BHQ  # of a logit it is its weight times this
-    norm_BHPQ = jnp.stack([log_norm_BHQ, delta_BHQ], axis=2)
-    given = tile_lib.operands(table, rate_C), split(setup, inputs), inputs
-    d_out_YBQHC = products.split(d_out_BQHC, setup.parts)
-    d_query_BQHC, d_table = backward.of_queries(setup, table, *given, d_out_YBQHC, norm_BHPQ)
-    d_key_BKGC, d_value_BKGC = backward.of_keys(setup, *given, d_out_YBQHC, norm_BHPQ)
+    d_out_YBQHC = products.split(d_out_BQHC, self.setup.parts)
+    return backward_lib.Softmax(d_out_YBQHC, jnp.stack([log_norm_BHQ, delta_BHQ], axis=2))
+
+  def gradients(
+    self,
+    table: Any,
+    queries: Queries,
+    keys: Keys,
+    plan: plan_lib.Plan,
+    softmax: backward_lib.Softmax,
+    dtype: Any = None,
+  ) -> tuple[Any, Queries, Keys]:
+    """Returns those of table, queries and keys."""
+    lines, of_table = jax.vjp(functools.partial(self._lines, queries=queries), table)
+    of_all = self._given(lines, queries, keys), softmax
+    tokens = queries.query_BQHC, keys.key_BKGC, keys.value_BKGC
+    query_dtype, *dtypes = (dtype or x_BLHC.dtype for x_BLHC in tokens)
+    of_queries = backward_lib.of_queries(self.setup, lines, plan.queries, *of_all, query_dtype)
+    d_query_BQHC, d_lines = of_queries
+    d_key_BKGC, d_value_BKGC = backward_lib.of_keys(self.setup, plan.keys, *of_all, dtypes)
     # None: integers have no gradient.
-    nothing = Inputs(*(None for _ in Inputs._fields))
-    return d_table, nothing._replace(
-      query_BQHC=d_query_BQHC, key_BKGC=d_key_BKGC, value_BKGC=d_value_BKGC
-    )
+    return *of_table(d_lines), Queries(d_query_BQHC, None), Keys(d_key_BKGC, d_value_BKGC, None)
 
-  flash.defvjp(forward, gradient)
-  return flash
+  def _lines(self, table, queries):
+    return None if table is None else plan_lib.table(table, queries.query_BQHC.shape[2])
+
+  def _given(self, lines, queries, keys):
+    """Returns what all kernels take first."""
+    tokens = queries.query_BQHC, keys.key_BKGC, keys.value_BKGC
+    in_parts = (products.split(x_BLHC, self.setup.parts) for x_BLHC in tokens)
+    numbers = queries.number_BNQ, keys.number_BNK
+    waves = (products.waves_of(self.setup, number_BNL) for number_BNL in numbers)
+    given = *tile_lib.operands(lines, self.rate_C), *in_parts, *numbers, *waves
+    return products.Given(*given)
 
 
-def split(setup, inputs):
-  """Returns what kernels take of queries, keys and values, in parts, their integers and waves."""
-  arrays = (products.split(x_BLHC, setup.parts) for x_BLHC in inputs[:3])
-  return (*arrays, inputs.query_BNQ, inputs.key_BNK, *inputs.waves)
-
-
-def _forward(setup, rate_C, table, inputs):
-  """Returns out_BQHC and log_norm_BHQ, the logarithm of the softmax's normaliser."""
-  batch, num_queries, num_heads, channels = inputs.query_BQHC.shape
-  parts = setup.parts
+def _forward(setup, given, tiles, dtype):
+  """Returns out_BQHC, in a dtype, and log_norm_BHQ."""
+  parts, batch, num_queries, num_heads, channels = given.query_YBQHC.shape
   size = _size(setup, channels)
   columns, stages, units = size
-  arrays = split(setup, inputs)
-  out_YBQHC, log_norm_BHQ = tile_lib.run(
+  out_BQHC, log_norm_BHQ = tile_lib.run(
     setup,
     size,
     functools.partial(_forward_kernel, setup, size),
-    (*tile_lib.operands(table, rate_C), *arrays, *inputs.forward),
+    (*given, *tiles),
     out_type=(
-      arrays[0],
+      jax.ShapeDtypeStruct(given.query_YBQHC.shape[1:], dtype),
       jax.ShapeDtypeStruct((batch, num_heads, num_queries), jnp.float32),
     ),
     scratch_types=dict(
       query_IYQC=products.blocks(setup, (units, parts, ROWS, channels), columns),
       key_JYKC=products.blocks(setup, (stages, parts, columns, channels), columns),
       value_JYKC=products.blocks(setup, (stages, parts, columns, channels), columns),
-      query_INQ=plgpu.SMEM((units, inputs.query_BNQ.shape[1], ROWS), jnp.int32),
-      key_JNK=plgpu.SMEM((stages, inputs.key_BNK.shape[1], columns), jnp.int32),
+      query_INQ=plgpu.SMEM((units, given.query_BNQ.shape[1], ROWS), jnp.int32),
+      key_JNK=plgpu.SMEM((stages, given.key_BNK.shape[1], columns), jnp.int32),
       query_waves=products.wave_blocks(setup, units, ROWS, columns),
       key_waves=products.wave_blocks(setup, stages, columns, columns),
       log_norm_IQ=plgpu.SMEM((units, ROWS), jnp.float32),
@@ -300,7 +307,7 @@ def _forward(setup, rate_C, table, inputs):
     ),
     grid=dict(head=num_heads, row=num_queries // (units * ROWS), batch=batch),
   )
-  return products.join(out_YBQHC, inputs.query_BQHC.dtype), log_norm_BHQ
+  return out_BQHC, log_norm_BHQ
 
 
 def _forward_kernel(
@@ -320,7 +327,7 @@ def _forward_kernel(
   free,
   rooms,
 ):
-  given, (code_BIJ, range_BIP, out_YBQHC, log_norm_BHQ) = products.given(refs)
+  given, (code_BIJ, range_BIP, out_BQHC, log_norm_BHQ) = products.given(refs)
   batch, head, row = (jax.lax.axis_index(name) for name in ('batch', 'head', 'row'))
   integers = tile_lib.row_of(code_BIJ, batch)
   first, count = range_BIP[integers, row, 0], range_BIP[integers, row, 1]
@@ -358,12 +365,8 @@ def _forward_kernel(
     code = functools.partial(tile_lib.code, code_BIJ, integers, block, first)
     end = tile_lib.walk(visit, code, start, count, size.stages, ready, free)
     out_QC, log_norm_Q[...] = _softmax_end(*end)
-    products.write(setup, query_YQC, out_QC)
-    pairs = (
-      *products.of_parts(out_YBQHC, batch, rows, head, query_YQC),
-      (log_norm_BHQ.at[batch, head, rows], log_norm_Q),
-    )
-    tile_lib.copy_back(pairs)
+    pairs = products.put(out_QC, out_BQHC.at[batch, rows, head], query_YQC)
+    tile_lib.copy_back([*pairs, (log_norm_BHQ.at[batch, head, rows], log_norm_Q)])
 
   pipeline = functools.partial(tile_lib.pipeline, copy, count, size.stages, free)
   tile_lib.warpgroups(setup, size.units, rooms, compute, pipeline)

@@ -10,7 +10,9 @@ the coordinate. Each warpgroup sums its own 64 queries in order, and XLA sums th
 # pyright: basic
 
 import functools
+import itertools
 import math
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -42,39 +44,49 @@ def size_of(setup, channels):
   return setup.size(SIZES, tensor_memory.BACKWARD_SIZES, channels)
 
 
-def of_queries(setup, table, operands, arrays, inputs, d_out_YBQHC, norm_BHPQ):
+class Softmax(NamedTuple):
+  """What these passes take of the forward pass, and of its gradient.
+
+  Attributes:
+    d_out_YBQHC: gradient of its output, in parts.
+    norm_BHPQ: the logarithm of the softmax's normaliser, and delta.
+  """
+
+  d_out_YBQHC: Any
+  norm_BHPQ: Any
+
+
+def of_queries(setup, table, tiles, given, softmax, dtype):
   """Returns d_query_BQHC and the gradient of the table, or None.
 
   Args:
     setup: of the kernel.
     table: a `mosaic_gpu_plan.Table`, or None.
-    operands: what kernels take of it and of a decay.
-    arrays: what they take of queries, keys and values, in parts, and of their integers.
-    inputs: of the forward pass.
-    d_out_YBQHC: gradient of its output, in parts.
-    norm_BHPQ: the logarithm of the softmax's normaliser, and delta.
+    tiles: of this kernel.
+    given: `mosaic_gpu_products.Given`, as arrays.
+    softmax: as above.
+    dtype: of d_query_BQHC.
   """
-  batch, num_queries, num_heads, channels = inputs.query_BQHC.shape
-  parts = setup.parts
+  parts, batch, num_queries, num_heads, channels = given.query_YBQHC.shape
   size = size_of(setup, channels)
   columns, stages, units = size
   blocks = num_queries // ROWS
   sums = _sums_shape(setup)
-  d_query_YBQHC, *sums_BHI = tile_lib.run(
+  d_query_BQHC, *sums_BHI = tile_lib.run(
     setup,
     size,
     functools.partial(_query_kernel, setup, size),
-    (*operands, *arrays, d_out_YBQHC, norm_BHPQ, *inputs.queries),
-    out_type=[d_out_YBQHC]
+    (*given, *softmax, *tiles),
+    out_type=[jax.ShapeDtypeStruct(given.query_YBQHC.shape[1:], dtype)]
     + [jax.ShapeDtypeStruct((batch, num_heads, blocks, *shape), jnp.float32) for shape in sums],
     scratch_types=dict(
       query_IYQC=products.blocks(setup, (units, parts, ROWS, channels), columns),
       d_out_IYQC=products.blocks(setup, (units, parts, ROWS, channels), columns),
       key_JYKC=products.blocks(setup, (stages, parts, columns, channels), columns),
       value_JYKC=products.blocks(setup, (stages, parts, columns, channels), columns),
-      query_INQ=plgpu.SMEM((units, inputs.query_BNQ.shape[1], ROWS), jnp.int32),
+      query_INQ=plgpu.SMEM((units, given.query_BNQ.shape[1], ROWS), jnp.int32),
       norm_IPQ=plgpu.SMEM((units, 2, ROWS), jnp.float32),
-      key_JNK=plgpu.SMEM((stages, inputs.key_BNK.shape[1], columns), jnp.int32),
+      key_JNK=plgpu.SMEM((stages, given.key_BNK.shape[1], columns), jnp.int32),
       query_waves=products.wave_blocks(setup, units, ROWS, columns),
       key_waves=products.wave_blocks(setup, stages, columns, columns),
       sums=[plgpu.SMEM((units, *shape), jnp.float32) for shape in sums],
@@ -88,7 +100,6 @@ def of_queries(setup, table, operands, arrays, inputs, d_out_YBQHC, norm_BHPQ):
     ),
     grid=dict(head=num_heads, row=blocks // units, batch=batch),
   )
-  d_query_BQHC = products.join(d_query_YBQHC, inputs.query_BQHC.dtype)
   if not sums:
     return d_query_BQHC, jax.tree.map(jnp.zeros_like, table)
   line_HZP, number_HN = (
@@ -137,7 +148,7 @@ def _query_kernel(
   rooms,
 ):
   given, others = products.given(refs)
-  d_out_YBQHC, norm_BHPQ, code_BIJ, range_BIP, d_query_YBQHC, *sums_BHI = others
+  d_out_YBQHC, norm_BHPQ, code_BIJ, range_BIP, d_query_BQHC, *sums_BHI = others
   batch, head, row = (jax.lax.axis_index(name) for name in ('batch', 'head', 'row'))
   integers = tile_lib.row_of(code_BIJ, batch)
   first, count = range_BIP[integers, row, 0], range_BIP[integers, row, 1]
@@ -183,11 +194,11 @@ def _query_kernel(
     code = functools.partial(tile_lib.code, code_BIJ, integers, block, first)
     end = tile_lib.walk(visit, code, start, count, size.stages, ready, free)
     d_query_QC, table_sums = end
-    products.write(setup, query_YQC, d_query_QC)
+    pairs = products.put(d_query_QC, d_query_BQHC.at[batch, rows, head], query_YQC)
     gradient.end(table_sums)
     totals = zip(sums_BHI, gradient.refs, strict=True)
     pairs = (
-      *products.of_parts(d_query_YBQHC, batch, rows, head, query_YQC),
+      *pairs,
       *((target.at[batch, head, block], source) for target, source in totals),
     )
     tile_lib.copy_back(pairs)
@@ -273,34 +284,35 @@ class TableGradient:
         self._store_total(self.refs[1], n, sum_Q)
 
 
-def of_keys(setup, *given):
-  """Returns d_key_BKGC and d_value_BKGC; takes what `of_queries` does, but the table."""
-  both = functools.partial(_of_keys, setup, *given)
-  _, _, inputs, *_ = given
-  if inputs.key_BKGC.shape[3] == 256:
+def of_keys(setup, tiles, given, softmax, dtypes):
+  """Returns d_key_BKGC and d_value_BKGC, of two dtypes; takes what `of_queries` does besides."""
+  both = functools.partial(_of_keys, setup, tiles, given, softmax, dtypes)
+  if given.key_YBKGC.shape[4] == 256:
     # The sums of both do not fit in registers.
     return *both((True, False)), *both((False, True))
   return both((True, True))
 
 
-def _of_keys(setup, operands, arrays, inputs, d_out_YBQHC, norm_BHPQ, wanted):
-  batch, num_keys, num_groups, channels = inputs.key_BKGC.shape
-  parts = setup.parts
+def _of_keys(setup, tiles, given, softmax, dtypes, wanted):
+  parts, batch, num_keys, num_groups, channels = given.key_YBKGC.shape
   size = size_of(setup, channels)
   columns, stages, units = size
-  d_YBKGC = tile_lib.run(
+  return tile_lib.run(
     setup,
     size,
     functools.partial(_key_kernel, setup, size, wanted),
-    (*operands, *arrays, d_out_YBQHC, norm_BHPQ, *inputs.keys),
-    out_type=[arrays[1]] * sum(wanted),
+    (*given, *softmax, *tiles),
+    out_type=[
+      jax.ShapeDtypeStruct(given.key_YBKGC.shape[1:], dtype)
+      for dtype in itertools.compress(dtypes, wanted)
+    ],
     scratch_types=dict(
       key_JYKC=products.blocks(setup, (units, parts, ROWS, channels), columns),
       value_JYKC=products.blocks(setup, (units, parts, ROWS, channels), columns),
       query_IYQC=products.blocks(setup, (stages, parts, columns, channels), columns),
       d_out_IYQC=products.blocks(setup, (stages, parts, columns, channels), columns),
-      key_JNK=plgpu.SMEM((units, inputs.key_BNK.shape[1], ROWS), jnp.int32),
-      query_INQ=plgpu.SMEM((stages, inputs.query_BNQ.shape[1], columns), jnp.int32),
+      key_JNK=plgpu.SMEM((units, given.key_BNK.shape[1], ROWS), jnp.int32),
+      query_INQ=plgpu.SMEM((stages, given.query_BNQ.shape[1], columns), jnp.int32),
       norm_IPQ=plgpu.SMEM((stages, 2, columns), jnp.float32),
       key_waves=products.wave_blocks(setup, units, ROWS, columns),
       query_waves=products.wave_blocks(setup, stages, columns, columns),
@@ -311,7 +323,6 @@ def _of_keys(setup, operands, arrays, inputs, d_out_YBQHC, norm_BHPQ, wanted):
     ),
     grid=dict(group=num_groups, row=num_keys // (units * ROWS), batch=batch),
   )
-  return [products.join(d_YBKGC, inputs.key_BKGC.dtype) for d_YBKGC in d_YBKGC]
 
 
 def _key_kernel(
@@ -334,7 +345,7 @@ def _key_kernel(
   rooms,
 ):
   given, others = products.given(refs)
-  d_out_YBQHC, norm_BHPQ, code_BIJ, range_BIP, *d_YBKGC = others
+  d_out_YBQHC, norm_BHPQ, code_BIJ, range_BIP, *d_BKGC = others
   batch, group, row = (jax.lax.axis_index(name) for name in ('batch', 'group', 'row'))
   integers = tile_lib.row_of(code_BIJ, batch)
   first, blocks = range_BIP[integers, row, 0], range_BIP[integers, row, 1]
@@ -388,9 +399,8 @@ def _key_kernel(
 
     start = [tile_lib.full(setup, key_YKC.shape[1:], 0.0)] * sum(wanted)
     sums = tile_lib.walk(visit, code, start, count, size.stages, ready, free)
-    for sum_KC, block_YKC, d_YBGC in zip(sums, (key_YKC, value_YKC), d_YBKGC, strict=False):
-      products.write(setup, block_YKC, sum_KC)
-      tile_lib.copy_back(products.of_parts(d_YBGC, batch, rows, group, block_YKC))
+    for sum_KC, block_YKC, d_x_BKGC in zip(sums, (key_YKC, value_YKC), d_BKGC, strict=False):
+      tile_lib.copy_back(products.put(sum_KC, d_x_BKGC.at[batch, rows, group], block_YKC))
 
   pipeline = functools.partial(tile_lib.pipeline, copy, count, size.stages, free)
   tile_lib.warpgroups(setup, size.units, rooms, compute, pipeline)

@@ -31,6 +31,61 @@ class Table(NamedTuple):
   number_HN: jax.Array
 
 
+class Queries(NamedTuple):
+  """Queries, prepared, in whole blocks; B of their numbers may be 1.
+
+  Attributes:
+    query_BQHC: of a length that is a multiple of 128.
+    number_BNQ: see `query_numbers`.
+  """
+
+  query_BQHC: Any
+  number_BNQ: Any
+
+
+class Keys(NamedTuple):
+  """Keys and values likewise; see `key_numbers`."""
+
+  key_BKGC: Any
+  value_BKGC: Any
+  number_BNK: Any
+
+
+def cut(
+  mask: mask_lib.Mask,
+  stretch: int | None,
+  of_queries: tuple[Any, ...],
+  of_keys: tuple[Any, ...],
+) -> tuple[Queries, Keys]:
+  """Returns queries and keys in whole blocks.
+
+  Args:
+    mask: which keys a query may see.
+    stretch: of a decay [tokens]; None without one.
+    of_queries: these, prepared, their positions, and segments or None.
+    of_keys: keys, prepared, values, and likewise.
+  """
+  query_BQHC, query_position_BQ, query_segment_BQ = of_queries
+  key_BKGC, value_BKGC, key_position_BK, key_segment_BK = of_keys
+  of_query, of_key = (
+    -x.shape[1] % (tile_lib.UNITS * tile_lib.ROWS) for x in (query_BQHC, key_BKGC)
+  )
+
+  def padded(x_BLHC, padding):
+    return jnp.pad(x_BLHC, [(0, 0), (0, padding), (0, 0), (0, 0)])
+
+  queries = Queries(
+    padded(query_BQHC, of_query),
+    query_numbers(mask, query_position_BQ, query_segment_BQ, of_query, stretch),
+  )
+  keys = Keys(
+    padded(key_BKGC, of_key),
+    padded(value_BKGC, of_key),
+    key_numbers(key_position_BK, key_segment_BK, of_key, stretch),
+  )
+  return queries, keys
+
+
 class Tiles(NamedTuple):
   """What to do in a grid of tiles; B may be 1.
 
@@ -42,6 +97,17 @@ class Tiles(NamedTuple):
 
   code_BIJ: jax.Array
   range_BIP: jax.Array
+
+
+class Plan(NamedTuple):
+  """Tiles of the forward pass, and of the backward ones for queries and for keys.
+
+  Queries are in rows but of the last, where keys are.
+  """
+
+  forward: Tiles
+  queries: Tiles
+  keys: Tiles
 
 
 def table(table: piecewise.Table, num_heads: int) -> Table:

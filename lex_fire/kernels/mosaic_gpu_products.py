@@ -23,7 +23,6 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from lex_fire.encodings import base
 from lex_fire.kernels import mosaic_gpu_tensor_memory as tensor_memory
 from lex_fire.kernels import mosaic_gpu_tile as tile_lib
 
@@ -41,11 +40,6 @@ def split(x: jax.Array, parts: int) -> jax.Array:
     parts: by PARTS.
   """
   return x[None] if parts == 1 else jnp.stack(_split(x, parts, in_kernel=False))
-
-
-def join(x_Y: jax.Array, dtype: Any) -> jax.Array:
-  """Returns the sum of an array's parts, of a type that has as many."""
-  return x_Y[0] if len(x_Y) == 1 else x_Y.astype(dtype).sum(axis=0)
 
 
 def _split(x, parts, in_kernel):
@@ -78,15 +72,19 @@ def blocks(setup, shape, columns, channels=None) -> Any:
   return plgpu.SMEM(shape, jnp.bfloat16, transforms=(tiling, swizzle))
 
 
-def waves_of(encoding: base.Encoding, position_BL: jax.Array, padding: int) -> jax.Array:
+def waves_of(setup: Any, number_BNL: jax.Array) -> jax.Array:
   """Returns waves_YBL1W in parts, as if they were one head's of WAVES channels.
 
   Of no size if the encoding has none.
+
+  Args:
+    setup: of the kernel.
+    number_BNL: of queries or keys.
   """
-  if encoding.waves is None:
+  if setup.waves is None:
     return jnp.zeros((1,) * 5, jnp.bfloat16)
-  waves_BLW = encoding.waves(position_BL)
-  padded_BLW = jnp.pad(waves_BLW, [(0, 0), (0, padding), (0, WAVES - waves_BLW.shape[2])])
+  waves_BLW = setup.waves(number_BNL[:, tile_lib.POSITION])
+  padded_BLW = jnp.pad(waves_BLW, [(0, 0), (0, 0), (0, WAVES - waves_BLW.shape[2])])
   return split(padded_BLW[:, :, None], WAVE_PARTS)
 
 
@@ -110,10 +108,19 @@ def copies(setup, parts) -> int:
   return parts + 1 + (WAVE_PARTS if setup.waves else 0)
 
 
-def write(setup, block_YLC, x_LC):
-  """Writes a float32 array to a block."""
-  for part, x in enumerate(_split(x_LC, setup.parts, not setup.interpret)):
-    block_YLC[part] = x
+def put(x_LC, target_LC, block_YLC):
+  """Writes a float32 array, of a tile's rows, where it goes; returns what is left to copy there.
+
+  Args:
+    x_LC: in registers.
+    target_LC: bfloat16, or float32, which has no room of its own in shared memory and needs none.
+    block_YLC: in shared memory, by which bfloat16 goes.
+  """
+  if target_LC.dtype == jnp.float32:
+    target_LC[...] = x_LC
+    return []
+  block_YLC[0] = x_LC.astype(jnp.bfloat16)
+  return [(target_LC, block_YLC.at[0])]
 
 
 def _pairs(parts):

@@ -43,7 +43,7 @@ class Setup(NamedTuple):
     segments: of the table.
     learned: whether the table has a gradient.
     decays: whether a decay with distance is left to the tiles.
-    waves: whether x is a product of waves of the positions; see `mosaic_gpu_products`.
+    waves: of positions, whose products x is, or None; see `mosaic_gpu_products`.
     parts: of bfloat16 that a number is made of; see `mosaic_gpu_products`.
     tensor_memory: whether products are made there; see `mosaic_gpu_tensor_memory`.
     room: that a warpgroup makes them in, inside a kernel.
@@ -55,7 +55,7 @@ class Setup(NamedTuple):
   segments: int
   learned: bool
   decays: bool
-  waves: bool
+  waves: Any
   parts: int
   tensor_memory: bool
   room: Any
@@ -69,8 +69,9 @@ class Setup(NamedTuple):
       others: of those with tensor memory, that differ, by parts, channels and waves.
       channels: of a head.
     """
-    own = others.get((self.parts, channels, self.waves)) if self.tensor_memory else None
-    return own or sizes[self.parts * channels, self.waves]
+    waves = self.waves is not None
+    own = others.get((self.parts, channels, waves)) if self.tensor_memory else None
+    return own or sizes[self.parts * channels, waves]
 
 
 def vector(setup, ref, axis):

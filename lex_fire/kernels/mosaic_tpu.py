@@ -20,7 +20,7 @@ from jax.experimental import pallas as pl
 
 from lex_fire import errors
 from lex_fire.encodings import base
-from lex_fire.kernels import decay, residuals, sides, tile
+from lex_fire.kernels import decay, flash, sides, tile
 from lex_fire.kernels import mask as mask_lib
 from lex_fire.kernels import mosaic_tpu_backward as backward_lib
 from lex_fire.kernels import mosaic_tpu_band as band_lib
@@ -50,7 +50,7 @@ def attention(
   block: int = BLOCK,
   interpret: bool = False,
   pieces: int = 1,
-  make_flash: Callable[..., Any] | None = None,
+  make_flash: Callable[..., Any] = flash.on_device,
 ) -> tuple[jax.Array, jax.Array]:
   """Attention like `reference.attention`, in tiles of `block` queries by twice the keys.
 
@@ -71,7 +71,7 @@ def attention(
     interpret: see above.
     pieces: equal parts of a row that follow one another in the array and not in the text: a tile is
       no longer than one, as one that has tokens of two has more to do.
-    make_flash: Kernels -> what computes all blocks, as `flash` makes it; None: `flash`.
+    make_flash: Kernels -> what computes all blocks, as `flash.on_device` makes it.
 
   Raises:
     errors.UserError: as `mosaic_tpu_size.why_not` says.
@@ -111,7 +111,7 @@ def attention(
     band=band,
   )
   kernels = Kernels(setup, constants, make_plan)
-  out_BHQC, log_norm_BHQ = (make_flash or flash)(kernels)(table, queries, keys)
+  out_BHQC, log_norm_BHQ = make_flash(kernels)(table, queries, keys)
   num_queries = query_BQHC.shape[1]
   return jnp.swapaxes(out_BHQC, 1, 2)[:, :num_queries], log_norm_BHQ[..., :num_queries]
 
@@ -226,7 +226,7 @@ def _widened(number_QT, columns):
 
 
 class Kernels(NamedTuple):
-  """The kernels of an attention, for any keys of those that its queries may see.
+  """Those for TPU, as `flash.Kernels` has them.
 
   Attributes:
     setup: what is static of them.
@@ -238,19 +238,15 @@ class Kernels(NamedTuple):
   constants: Constants
   make_plan: Callable[..., plan_lib.Plan]
 
+  def nothing(self, queries: Queries) -> flash.Found:
+    """Returns what is found over no keys."""
+    shape = queries.query_BHQC.shape
+    return jnp.zeros(shape, jnp.float32), jnp.full(shape[:3], jnp.inf)
+
   def forward(
     self, table: Any, queries: Queries, keys: Keys, plan: plan_lib.Plan, so_far: Any = None
-  ) -> tuple[jax.Array, jax.Array]:
-    """Returns out_BHQC and log_norm_BHQ, which is +inf where a query has seen no key.
-
-    Args:
-      table: as prepared for all kernels, as are all but the last.
-      queries: likewise.
-      keys: likewise.
-      plan: likewise.
-      so_far: what this returned for other keys, with out_BHQC in float32: then that of all keys
-        is returned, in float32. None: there are no others, and out_BHQC is in the values' dtype.
-    """
+  ) -> flash.Found:
+    """Returns out_BHQC and log_norm_BHQ."""
     setup, query_BHQC = self.setup, queries.query_BHQC
     batch, num_heads, num_queries, channels = query_BHQC.shape
     rows, columns = plan.low_IJ.shape
@@ -286,10 +282,8 @@ class Kernels(NamedTuple):
     batch, num_heads, num_queries, _ = query_BHQC.shape
     return batch, num_heads // self.setup.heads, self.setup.heads, num_queries
 
-  def softmax(
-    self, found: tuple[jax.Array, jax.Array], d_found: tuple[jax.Array, jax.Array]
-  ) -> backward_lib.Softmax:
-    """Returns what `gradients` takes of the forward pass over all keys, and of its gradient."""
+  def softmax(self, found: flash.Found, d_found: flash.Found) -> backward_lib.Softmax:
+    """Returns what kernels of the backward pass take."""
     (out_BHQC, log_norm_BHQ), (d_out_BHQC, d_log_norm_BHQ) = found, d_found
     delta_BHQ = (d_out_BHQC.astype(jnp.float32) * out_BHQC.astype(jnp.float32)).sum(axis=3)
     delta_BHQ -= d_log_norm_BHQ  # of a logit it is its weight times this
@@ -305,36 +299,10 @@ class Kernels(NamedTuple):
     softmax: backward_lib.Softmax,
     dtype: Any = None,
   ) -> tuple[Any, Queries, Keys]:
-    """Returns those of table, queries and keys that these keys have a part in.
-
-    In a dtype; None: of queries and keys in their own.
-    """
+    """Returns those of table, queries and keys."""
     of_all = self.setup, self.constants, table, queries, keys, plan, softmax, dtype
     d_query_BHQC, d_table = backward_lib.query_gradient(*of_all)
     d_key_BGKC, d_value_BGKC = backward_lib.key_gradient(*of_all)
     # None: positions and segments are integers and have no gradient.
     d_queries = Queries(d_query_BHQC, *[None] * (len(queries) - 1))
     return d_table, d_queries, Keys(d_key_BGKC, d_value_BGKC, *[None] * (len(keys) - 2))
-
-
-def flash(kernels: Kernels) -> Callable[..., tuple[jax.Array, jax.Array]]:
-  """Makes (table, queries, keys) -> out_BHQC, log_norm_BHQ with flash attention's gradient.
-
-  The logarithm of the softmax's normaliser is +inf where a query sees no key.
-  """
-
-  def forward(table, queries, keys):
-    plan = kernels.make_plan(table=table, queries=queries, keys=keys)
-    found = residuals.named(*kernels.forward(table, queries, keys, plan))
-    return found, (table, queries, keys, plan, found)
-
-  def backward(saved, d_found):
-    table, queries, keys, plan, found = saved
-    return kernels.gradients(table, queries, keys, plan, kernels.softmax(found, d_found))
-
-  @jax.custom_vjp
-  def attend(table, queries, keys):
-    return forward(table, queries, keys)[0]
-
-  attend.defvjp(forward, backward)
-  return attend

@@ -4,7 +4,7 @@ Each device keeps its own queries, and their running softmax, while the blocks o
 with their positions and segments, pass from device to device until each has been everywhere (Liu
 et al. 2023, arXiv:2310.01889). A device holds two blocks at a time, its own and one on its way, so
 that memory a device is linear in length / devices. What is done with a block are the tiles of
-`chunked`, or the kernels of `mosaic_tpu_ring`: a tile is told the positions of its tokens and asks
+`chunked`, or a platform's kernels (`flash`): a tile is told the positions of its tokens and asks
 for no more, so every encoding and every mask is what it is on one device, wherever a token lies.
 
 The backward pass sends the blocks round once more, and after each the sums of its gradients.

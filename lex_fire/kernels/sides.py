@@ -3,7 +3,8 @@
 A decay that shrinks with |i - j| on both sides is, for keys after the query, the causal one with
 all positions negated (`decay`). So a kernel runs twice: for keys up to the query, and for those
 after it. Each pair is in one of them, and a side's output counts by its share of the softmax's
-normaliser, through which the gradient finds its way back.
+normaliser, through which the gradient finds its way back. So are softmaxes of other keys joined,
+that a query meets one after another.
 """
 
 import functools
@@ -49,17 +50,22 @@ def joined(kernel: Callable[..., tuple[jax.Array, jax.Array]]) -> Callable[..., 
     if encoding.log_decay is None or mask.causal:
       return side(mask=mask, **positions)[0]
     negated = {name: -position_BL for name, position_BL in positions.items()}
-    return _joined(side(mask=mask_lib.Mask(), **positions), side(mask=_Earlier(), **negated))
+    return together(side(mask=mask_lib.Mask(), **positions), side(mask=_Earlier(), **negated))[0]
 
   return attention
 
 
-def _joined(*sides: tuple[jax.Array, jax.Array]) -> jax.Array:
-  """Returns the output of one softmax over the keys of all sides; 0 if none has any."""
+def together(*sides: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+  """Returns what one softmax over the keys of all sides gives, of what each side's gave.
+
+  An output out_BQHC, 0 if none has any keys, and log_norm_BHQ, +inf then.
+  """
   outs, log_norms = zip(*sides, strict=True)
   log_norm_YBHQ = jnp.stack(log_norms)
-  log_norm_YBHQ = jnp.where(log_norm_YBHQ < jnp.inf, log_norm_YBHQ, mask_lib.HIDDEN_LOGIT)
+  seen_YBHQ = log_norm_YBHQ < jnp.inf
+  log_norm_YBHQ = jnp.where(seen_YBHQ, log_norm_YBHQ, mask_lib.HIDDEN_LOGIT)
   share_YBQH = jnp.swapaxes(jax.nn.softmax(log_norm_YBHQ, axis=0), 2, 3)
   pairs = zip(share_YBQH, outs, strict=True)
   out_BQHC = sum(share_BQH[..., None] * out_BQHC for share_BQH, out_BQHC in pairs)
-  return jnp.asarray(out_BQHC, outs[0].dtype)
+  log_norm_BHQ = jnp.where(seen_YBHQ.any(axis=0), jax.nn.logsumexp(log_norm_YBHQ, axis=0), jnp.inf)
+  return jnp.asarray(out_BQHC, outs[0].dtype), log_norm_BHQ
