@@ -95,7 +95,8 @@ def traced(
     )
     return out_BQHC.astype(jnp.float32).sum()
 
-  with jax.default_device('tpu'):
+  # By which kernels are chosen, and its matrix unit.
+  with jax.default_device('tpu' if sharding is None else next(iter(sharding.device_set))):
     return jax.jit(jax.grad(total, argnums=(0, 1, 2, 3)), out_shardings=sharding).trace(
       jax.tree.map(lambda leaf: abstract(leaf.shape, leaf.dtype), params),
       *(abstract((batch, length, count, head_dim), dtype) for count in heads),

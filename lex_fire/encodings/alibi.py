@@ -39,4 +39,5 @@ def alibi() -> base.Encoding:
     bias=functools.partial(piecewise.bias_of_params, table=_table, coordinate=_distance),
     table=_table,
     coordinate=_distance,
+    smooth=True,
   )

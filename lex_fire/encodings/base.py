@@ -9,7 +9,7 @@ The dimension key of the whole project (one capital a dimension, as the suffix o
   H heads         G heads of keys and values      C channels per head
   D model width   R rotation pairs (C / 2)        P the two of a pair
   F feed-forward  V vocabulary                    N layers
-  W, X widths of an MLP, or waves                 Z buckets, or rows of a table
+  W, X widths of an MLP, waves, columns           Z buckets, or rows of a table
   I, J blocks of queries and of keys              Y parts of a tile, number, softmax
   S, T rows and lanes, as a kernel lays them out  1 a broadcast dimension
 
@@ -62,6 +62,8 @@ class Encoding(NamedTuple):
       what depends on the distance alone, and (table.coordinate, position) -> a number of the later
       position, in which it is monotone. Of no use where `coordinate` itself depends on the distance
       alone.
+    smooth: whether x of a query is, over the keys before it, as smooth in their distance d as
+      log(d) and powers of d are: kernels may then interpolate it where d is large.
     waves: position -> float32 [..., W], or None. `coordinate` is the inner product of those of i
       and of j: a kernel can then make x by a product as it makes the logits.
     shared: whether one set of parameters serves all layers (FIRE-S, and whatever is only embedded).
@@ -82,6 +84,7 @@ class Encoding(NamedTuple):
   table: Callable[[Params, int], Any] | None = None
   coordinate: Callable[[Any, jax.Array, jax.Array], jax.Array] | None = None
   factors: tuple[Callable[..., jax.Array], Callable[..., jax.Array]] | None = None
+  smooth: bool = False
   waves: Callable[[jax.Array], jax.Array] | None = None
   shared: bool = False
   shift_invariant: bool = True

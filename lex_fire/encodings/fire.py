@@ -227,6 +227,7 @@ def fire(
       functools.partial(_rate, **coordinate),
     ),
     shared=shared,
+    smooth=True,
     shift_invariant=False,
     learned=True,
   )

@@ -96,6 +96,7 @@ def _kerple(
     bias=functools.partial(piecewise.bias_of_params, table=table, coordinate=coordinate),
     table=table,
     coordinate=coordinate,
+    smooth=True,
     learned=True,
   )
 

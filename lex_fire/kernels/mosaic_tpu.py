@@ -25,6 +25,7 @@ from lex_fire.kernels import mask as mask_lib
 from lex_fire.kernels import mosaic_tpu_backward as backward_lib
 from lex_fire.kernels import mosaic_tpu_band as band_lib
 from lex_fire.kernels import mosaic_tpu_call as call
+from lex_fire.kernels import mosaic_tpu_far as far_lib
 from lex_fire.kernels import mosaic_tpu_heads as heads_lib
 from lex_fire.kernels import mosaic_tpu_x as x_lib
 from lex_fire.kernels import plan as plan_lib
@@ -90,7 +91,8 @@ def attention(
   table = None if encoding.table is None else encoding.table(params, query_BQHC.shape[2])
   cut = blocks(query_BQHC, key_BKGC, block, num_segments(encoding), pieces, has_band(encoding))
   band = band_lib.fitting(cut, key_BKGC.shape[1] // pieces, mask.causal)
-  setup, constants = _setup(encoding, table, query_BQHC, cut, band, mask.causal, interpret)
+  far = far_lib.has_room(encoding, cut.keys, query_BQHC.shape[3], interpret)
+  setup, constants = _setup(encoding, table, query_BQHC, cut, band, far, mask.causal, interpret)
   wide = x_lib.width(cut.queries, cut.keys)
   queries, keys = plan_lib.cut(
     mask,
@@ -109,6 +111,7 @@ def attention(
     part=(wide, wide),
     rate=x_lib.factors(encoding)[1],
     band=band,
+    far=far,
   )
   kernels = Kernels(setup, constants, make_plan)
   out_BHQC, log_norm_BHQ = make_flash(kernels)(table, queries, keys)
@@ -116,7 +119,7 @@ def attention(
   return jnp.swapaxes(out_BHQC, 1, 2)[:, :num_queries], log_norm_BHQ[..., :num_queries]
 
 
-def _setup(encoding, table, query_BQHC, cut, band, causal, interpret):
+def _setup(encoding, table, query_BQHC, cut, band, far, causal, interpret):
   """Returns Setup and Constants."""
   batch, _, num_heads, channels = query_BQHC.shape
   rate_1C = stretch = None
@@ -124,11 +127,12 @@ def _setup(encoding, table, query_BQHC, cut, band, causal, interpret):
     rate_1C = np.float32(encoding.log_decay(channels)[None])
     stretch = decay.stretch_of(encoding.log_decay(channels))
   trace = functools.partial(x_lib.trace, encoding, table, causal=causal)
-  functions, of_functions = trace(cut.queries, cut.keys)
+  wide = x_lib.width(cut.queries, cut.keys)
+  nodes = far_lib.nodes(cut.keys, wide, query_BQHC.dtype) if far else None
+  functions, of_functions = trace(cut.queries, cut.keys, nodes=far_lib.ROWS if far else 0)
   band_functions = of_band_functions = None
   if band is not None:
-    wide = x_lib.width(cut.queries, cut.keys)
-    traced = trace(band.count * wide, wide)
+    traced = trace(band.count * wide, wide, nodes=0)
     # Of pairs it has no numbers.
     band_functions = traced[0]._replace(of_pairs=None, of_keys=None)
     of_band_functions = traced[1]._replace(of_pairs=(), of_keys=())
@@ -149,7 +153,7 @@ def _setup(encoding, table, query_BQHC, cut, band, causal, interpret):
     heads_first=batch == together,
     interpret=interpret,
   )
-  return setup, Constants(rate_1C, of_functions, of_band_functions)
+  return setup, Constants(rate_1C, of_functions, of_band_functions, nodes)
 
 
 class Found(NamedTuple):

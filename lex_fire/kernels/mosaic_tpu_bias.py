@@ -29,7 +29,7 @@ class Line:
   Heads are numbered within the tile, and the lines of its heads lie flat, a head's together.
   """
 
-  def __init__(self, at: Pairs):
+  def __init__(self, at: Any):
     """Takes the segment that the tile's span begins with, or the only one there is."""
     self.at, self.table, self.z = at, at.tile.table, at.tile.span[0]
 
@@ -57,9 +57,9 @@ class Line:
     of_x = self._sum(d_bias_ST * self.at.x(head))
     if sums.value_ZH is not None:
       of_one = self._sum(d_bias_ST)
-      _add_to(sums.value_ZH, index, of_one)
+      add_to(sums.value_ZH, index, of_one)
       of_x -= self.table.anchor_Z[self.z] * of_one
-    _add_to(sums.slope_ZH, index, of_x)
+    add_to(sums.slope_ZH, index, of_x)
     if not sums.coordinate:
       return
     d_x_ST = self.table.slope_ZH[0, 0, index] * d_bias_ST
@@ -71,7 +71,7 @@ class Line:
   def _sum(self, number_ST):
     # One sum after another would each wait for the last.
     rows = self.at.tile.setup.sum_rows
-    return sum(_over_rows(number_ST[part], rows) for part in self.at.static_parts())
+    return sum(over_rows(number_ST[part], rows) for part in self.at.static_parts())
 
 
 class Pieces:
@@ -210,8 +210,8 @@ class Pieces:
       return table.slope_ZH[0, 0, start + z]
 
     def add(z, of_x, of_one):
-      _add_to(sums.slope_ZH, start + z, of_x - table.anchor_Z[z] * of_one)
-      _add_to(sums.value_ZH, start + z, of_one)
+      add_to(sums.slope_ZH, start + z, of_x - table.anchor_Z[z] * of_one)
+      add_to(sums.value_ZH, start + z, of_one)
 
     def add_pieces(rows, first, end):
       def step(z, from_before):
@@ -219,7 +219,7 @@ class Pieces:
         if d_x_ST is not None:
           d_x_ST[rows] += (slope(z) - slope(z - 1)) * d_above
         of_rows = d_above * x_ST[rows], d_above
-        from_here = tuple(_over_rows(_halved(x), sum_rows) for x in of_rows)
+        from_here = tuple(over_rows(_halved(x), sum_rows) for x in of_rows)
         add(z - 1, *(a - b for a, b in zip(from_before, from_here, strict=True)))
         return from_here
 
@@ -232,7 +232,7 @@ class Pieces:
       if d_x_ST is not None:
         d_x_ST[rows] += slope(first) * d_bias_ST[rows]
       of_rows = d_bias_ST[rows] * x_ST[rows], d_bias_ST[rows]
-      add(first, *(_over_rows(number_ST, sum_rows) for number_ST in of_rows))
+      add(first, *(over_rows(number_ST, sum_rows) for number_ST in of_rows))
     self._each_listed(0, self.few + self.many, add_pieces)
 
 
@@ -244,7 +244,7 @@ def _height(table, slope, index, z):
   return table.value_ZH[0, 0, index] - slope * table.anchor_Z[z]
 
 
-def _over_rows(number_ST, rows):
+def over_rows(number_ST: jax.Array, rows: int) -> jax.Array:
   """Returns the sum over all but so many rows; what is left of it is done once, in the end."""
   if rows == 1:
     return number_ST.sum(axis=0, keepdims=True)
@@ -262,7 +262,8 @@ def _halved(number_ST):
   return number_ST
 
 
-def _add_to(ref, index, sum_ST):
+def add_to(ref: Any, index: Any, sum_ST: Any) -> None:
+  """Adds to the sum of an index, which lies in some rows of a ref."""
   rows = len(sum_ST)
   ref[pl.ds(pl.multiple_of(index * rows, rows), rows)] += sum_ST
 

@@ -9,9 +9,18 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from lex_fire.kernels import mosaic_tpu_band as band_lib
+from lex_fire.kernels import mosaic_tpu_far as far_lib
 from lex_fire.kernels import mosaic_tpu_x as x_lib
 from lex_fire.kernels.mosaic_tpu_size import LANES, VMEM_BYTES, per_head
-from lex_fire.kernels.mosaic_tpu_tile import HELD_BITS, SPAN_BITS, Inputs, Lines, Scratch, Setup
+from lex_fire.kernels.mosaic_tpu_tile import (
+  BAND_BITS,
+  HELD_BITS,
+  SPAN_BITS,
+  Inputs,
+  Lines,
+  Scratch,
+  Setup,
+)
 from lex_fire.kernels.plan import Keys, Plan, Queries
 
 
@@ -209,7 +218,8 @@ def call(kernel, setup, grid, plan, held_IJ, inputs, in_specs, outputs, sums, ow
   grid = *setup.split(heads, batch // setup.together), setup.together, *outer_and_step
   leaves, tree = jax.tree.flatten(outputs, is_leaf=lambda x: isinstance(x, Output))
   arrays, out_specs = (jax.tree.unflatten(tree, list(part)) for part in zip(*leaves, strict=True))
-  scalars = packed(plan), (held_IJ | plan.band_IJ << HELD_BITS).ravel()
+  how_IJ = plan.band_IJ | plan.far_IJ << BAND_BITS
+  scalars = packed(plan), (held_IJ | how_IJ << HELD_BITS).ravel()
   count = len(scalars) + len(jax.tree.leaves(inputs))
   aliases = {count - len(leaves) + index: index for index in range(len(leaves))}
   return pl.pallas_call(
@@ -235,14 +245,15 @@ def call(kernel, setup, grid, plan, held_IJ, inputs, in_specs, outputs, sums, ow
 def scratch(setup: Setup, table: Any, learned: bool) -> Scratch:
   """Returns what a kernel needs besides sums: for the gradient of the table, too, if learned."""
   if table is None:
-    return Scratch(x_lib.NOTHING, x_lib.NOTHING, None)
+    return Scratch(x_lib.NOTHING, x_lib.NOTHING, None, None)
   shape = setup.query_block, setup.key_block
   of_distances = x_lib.NOTHING
   if setup.functions.of_distances is not None and not per_head(table):
     of_distances = x_lib.refs_of_distances(table, *shape, learned=False)
     of_distances = of_distances._replace(segment_ST=None, parts_Y=None)  # it is of x alone
   of_pairs = x_lib.refs_of_pairs(table, *shape, learned)
-  return Scratch(of_pairs, of_distances, band_lib.scratch(setup, table, learned))
+  band, far = (lib.scratch(setup, table, learned) for lib in (band_lib, far_lib))
+  return Scratch(of_pairs, of_distances, band, far)
 
 
 def like(array: Any, dtype: Any) -> jax.ShapeDtypeStruct:

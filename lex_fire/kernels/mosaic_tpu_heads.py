@@ -9,6 +9,7 @@ from jax.experimental import pallas as pl
 
 from lex_fire.kernels.mosaic_tpu_band import InBand
 from lex_fire.kernels.mosaic_tpu_bias import Line, Pieces
+from lex_fire.kernels.mosaic_tpu_far import Far, FarBias, FarProducts
 from lex_fire.kernels.mosaic_tpu_products import OneStretch, Products, Stretches
 from lex_fire.kernels.mosaic_tpu_x import Distances, Factors, Pairs
 
@@ -19,7 +20,8 @@ def visit(tile: Any, heads: Callable[[Any, Any], None], sums: Any = None) -> Non
   """Calls heads(products, bias), which visits all heads of a tile.
 
   It is traced for each way in which products and bias may be computed, of which the tile takes one:
-  products are `mosaic_tpu_products.Products`, a bias is an `InBand`, a `Line`, `Pieces` or None.
+  products are `mosaic_tpu_products.Products`, a bias is an `InBand`, a `FarBias`, a `Line`,
+  `Pieces` or None.
 
   Args:
     tile: a `mosaic_tpu_tile.Tile`.
@@ -27,7 +29,12 @@ def visit(tile: Any, heads: Callable[[Any, Any], None], sums: Any = None) -> Non
     sums: a table of refs, to which is added the gradient of what all heads share; or None.
   """
   if tile.setup.stretch is None:
-    _by_bias(tile, functools.partial(heads, Products(tile)), sums)
+    of_products = functools.partial(heads, Products(tile))
+    if tile.setup.functions.of_nodes is None:
+      _by_bias(tile, of_products, sums)
+      return
+    pl.when(tile.is_far)(lambda: _visit_far(tile, heads, sums))
+    pl.when(~tile.is_far)(lambda: _by_bias(tile, of_products, sums))
     return
   first, end = tile.span
   for here, products in ((end - first == 1, OneStretch), (end - first > 1, Stretches)):
@@ -60,6 +67,16 @@ def _by_bias(tile, heads, sums):
   else:
     pl.when(tile.in_band > 0)(lambda: heads(InBand(tile)))
     pl.when(tile.in_band == 0)(lambda: _visit_made(tile, heads, sums))
+
+
+def _visit_far(tile, heads, sums):
+  """Visits heads by products that have the bias in them."""
+  far = Far(tile)
+  far.fill()
+  bias = FarBias(far)
+  heads(FarProducts(bias), bias)
+  if sums is not None:
+    far.finish(sums)
 
 
 def _visit_made(tile, heads, sums):

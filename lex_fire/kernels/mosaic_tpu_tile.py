@@ -61,11 +61,13 @@ class Constants(NamedTuple):
     rate_1C: of a decay [nats per token], or None.
     of_functions: those of `Setup.functions`.
     of_band_functions: those of `Setup.band_functions`.
+    nodes: a `mosaic_tpu_far.Nodes`, or None.
   """
 
   rate_1C: Any
   of_functions: Functions
   of_band_functions: Functions | None
+  nodes: Any
 
 
 class Lines(NamedTuple):
@@ -82,6 +84,7 @@ class Lines(NamedTuple):
 
 SPAN_BITS = 15  # a table has fewer than 2^15 segments
 HELD_BITS = 20  # a row has fewer than 2^20 blocks
+BAND_BITS = 10  # and a band of fewer than 2^10, and those of a tile before it
 
 
 class Scratch(NamedTuple):
@@ -91,11 +94,13 @@ class Scratch(NamedTuple):
     pairs: for numbers of pairs.
     distances: for numbers of distances.
     band: a `mosaic_tpu_band.Scratch`, or None.
+    far: a `mosaic_tpu_far.Refs`, or None.
   """
 
   pairs: Any
   distances: Any
   band: Any
+  far: Any
 
 
 class Inputs(NamedTuple):
@@ -139,7 +144,8 @@ class Tile(_Numbers):
   def __init__(self, setup, code, held, first_head, inputs, scratch):
     self.setup, self.first_head, self.scratch = setup, first_head, scratch
     self.span, self.in_order = _unpacked(code), code >> 2 * SPAN_BITS > 0
-    self.in_band = held >> HELD_BITS
+    self.in_band = held >> HELD_BITS & 2**BAND_BITS - 1
+    self.is_far = held >> HELD_BITS + BAND_BITS > 0
     self._part_I1Y, self.queries, self.keys, self.table, self.lines, self.constants = inputs
     self.i_Q1, self.j_1K = self.queries.position_B1Q[0].T, self.keys.position_B1K[0]
     self.visible_QK = self._visible()

@@ -25,12 +25,17 @@ class Functions(NamedTuple):
     of_distances: numbers, i_S1, j_1T -> what of x depends on the distance alone.
     of_queries: numbers, i_1Q -> the other factor of x, of pairs whose query is not before the key.
     of_keys: numbers, j_1K -> that of all others; None if they are hidden.
+    of_nodes: numbers, i_1Q, j_Y1 -> x_YQ of some keys; None if no others follow from them.
   """
 
   of_pairs: Any
   of_distances: Any
   of_queries: Any
   of_keys: Any
+  of_nodes: Any
+
+
+NO_FUNCTIONS = Functions(*[None] * len(Functions._fields))
 
 
 def width(query_block: int, key_block: int) -> int:
@@ -58,16 +63,20 @@ def factors(encoding: base.Encoding) -> tuple[Any, Any]:
 
 
 def trace(
-  encoding: base.Encoding, table: Any, query_block: int, key_block: int, causal: bool
+  encoding: base.Encoding, table: Any, query_block: int, key_block: int, causal: bool, nodes: int
 ) -> tuple[Functions, Functions]:
-  """Returns an encoding's functions as jaxprs, and their constants, which kernels must be given."""
+  """Returns an encoding's functions as jaxprs, and their constants, which kernels must be given.
+
+  `nodes` is how many keys those of all others follow from, 0 if from none.
+  """
   if table is None:
-    return Functions(*[None] * 4), Functions(*[()] * 4)
+    return NO_FUNCTIONS, Functions(*[()] * len(NO_FUNCTIONS))
   numbers = jax.tree.map(lambda _: jax.ShapeDtypeStruct((), jnp.float32), table.coordinate)
   shapes = {
     'i_Q1': (query_block, 1),
     'i_1Q': (1, query_block),
     'j_1K': (1, key_block),
+    'j_Y1': (nodes, 1),
     'i_S1': (_rows_of_distances(query_block, key_block), 1),
     'j_1T': (1, width(query_block, key_block)),
   }
@@ -85,6 +94,7 @@ def trace(
     traced(of_distance, 'i_S1', 'j_1T'),
     traced(rate, 'i_1Q'),
     traced(None if causal else rate, 'j_1K'),
+    traced(encoding.coordinate if nodes else None, 'i_1Q', 'j_Y1'),
   )
   jaxprs, constants = zip(*both, strict=True)
   return Functions(*jaxprs), Functions(*constants)
@@ -222,7 +232,7 @@ class Pairs:
   def add_numbers_gradient(self, head: Any, d_x_ST: jax.Array, sums: Any) -> None:
     """Adds to `sums` the gradient of what x is computed from, of a head or of all that share it."""
     _, pull = jax.vjp(self._x_QK, self.tile.numbers(head))
-    _add_scalars(sums, head, pull(self.spread(d_x_ST))[0])
+    add_scalars(sums, head, pull(self.spread(d_x_ST))[0])
 
   def finish(self, sums: Any) -> None:
     """Adds to `sums` the gradient of what all heads share."""
@@ -338,7 +348,7 @@ class Distances(Pairs):
   def add_numbers_gradient(self, head: Any, d_x_ST: jax.Array, sums: Any) -> None:
     """Adds to `sums` the gradient of what x is computed from, of a head or of all that share it."""
     _, pull = jax.vjp(self._x_ST, self.tile.numbers(head))
-    _add_scalars(sums, head, pull(d_x_ST)[0])
+    add_scalars(sums, head, pull(d_x_ST)[0])
 
 
 class OneRate(Distances):
@@ -381,11 +391,12 @@ class Factors(Pairs):
     """Adds to `sums` the gradient of what x is computed from."""
     _, pull = jax.vjp(self._product, self.tile.numbers(head), self._of_distance_QK())
     d_numbers, d_of_distance_QK = pull(self.spread(d_x_ST))
-    _add_scalars(sums, head, d_numbers)
+    add_scalars(sums, head, d_numbers)
     self.distances.add_numbers_gradient(head, self.distances.gradient(d_of_distance_QK), sums)
 
 
-def _add_scalars(sums, head, d_numbers):
+def add_scalars(sums: Any, head: Any, d_numbers: Any) -> None:
+  """Adds to `sums`, a table of refs, the gradient of the numbers of x, of a head or of all."""
   leaves = zip(jax.tree.leaves(sums.coordinate), jax.tree.leaves(d_numbers), strict=True)
   for ref, number in leaves:
     ref[0, 0, 0, head] += number

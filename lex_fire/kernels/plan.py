@@ -83,7 +83,9 @@ class Plan(NamedTuple):
     band_IJ: where x of all pairs depends on how far apart they are alone, and as in all such tiles:
       how many blocks of a band lie up to that of the last queries and the first keys of the tile; 0
       in others, and where the band does not have it.
-    band_low: the first number of the span of those tiles together.
+    far_IJ: 1 if the tile is one line, its positions are in order, and all its keys are as far
+      before its queries as a tile has of them, or further; 0 in all if that is of no use.
+    band_low: the first number of the span of those tiles of a band together.
     band_high: one past the last; 0 if there are none.
     part_low_IJY: as low_IJ, of each part of a tile: parts of its queries, within parts of its keys;
       None if the span is not of segments.
@@ -96,6 +98,7 @@ class Plan(NamedTuple):
   query_IJ: jax.Array
   in_order_IJ: jax.Array
   band_IJ: jax.Array
+  far_IJ: jax.Array
   band_low: jax.Array
   band_high: jax.Array
   part_low_IJY: jax.Array | None
@@ -173,6 +176,7 @@ def make(
   part: tuple[int, int],
   rate: Any,
   band: Band | None,
+  far: bool,
 ) -> Plan:
   """Returns the plan of all tiles.
 
@@ -188,6 +192,7 @@ def make(
     rate: the factor of x that does not depend on the distance alone, a function of the later
       position, or None; of no use without a band.
     band: of blocks as wide as a part, or None.
+    far: whether tiles that are far are told.
   """
   visit_IJB = _visits_of_blocks(mask, query_block, key_block, queries, keys)
   visit_IJ = visit_IJB.any(axis=2)
@@ -222,6 +227,11 @@ def make(
       is_one_IJ &= _is_one_rate(mask, query_block, key_block, queries, keys, rate, table)
     code_IJ = _in_band(mask, query_block, key_block, queries, keys, band, part[1], visit_IJB)
     band_IJ = jnp.where(is_one_IJ, code_IJ, 0)
+  far_IJ = jnp.zeros_like(low_IJ)
+  if far:
+    is_line_IJ = visit_IJ & in_order_IJ & (high_IJ - low_IJ == 1)
+    far_IJ = (is_line_IJ & _is_far(query_block, key_block, queries, keys)).astype(jnp.int32)
+    band_IJ = jnp.where(far_IJ > 0, 0, band_IJ)
   return Plan(
     low_IJ=low_IJ,
     high_IJ=high_IJ,
@@ -229,6 +239,7 @@ def make(
     query_IJ=_next_visited(visit_IJ.T).T,
     in_order_IJ=in_order_IJ.astype(jnp.int32),
     band_IJ=band_IJ,
+    far_IJ=far_IJ,
     band_low=jnp.where(band_IJ > 0, low_IJ, MOST_SEGMENTS).min(),
     band_high=jnp.where(band_IJ > 0, high_IJ, 0).max(),
     part_low_IJY=part_low_IJY,
@@ -281,6 +292,13 @@ def _in_band(mask, query_block, key_block, queries, keys, band, width, visit_IJB
   least = 1 if mask.causal else query_block // width + key_block // width - 1
   code_IJ = apart_IJ // width - band.first + query_block // width
   return jnp.where(found_IJ & (least <= code_IJ) & (code_IJ <= band.count), code_IJ, 0)
+
+
+def _is_far(query_block, key_block, queries, keys):
+  """Returns whether all keys of a tile are as far before its queries as it has of them."""
+  low_I, _ = _bounds(queries.position_B1Q, query_block, axes=WHOLE)
+  _, high_J = _bounds(keys.position_B1K, key_block, axes=WHOLE)
+  return low_I[:, None] - high_J[None] >= key_block
 
 
 def _spans(mask, query_block, key_block, queries, keys, table, coordinate):
