@@ -445,6 +445,30 @@ def test_logits_change_under_a_shift_as_declared(case):
     assert change_B[-1] > 1e-2
 
 
+HAVE_TABLES = [case for case in CASES if make(case)[0].table is not None]
+
+
+@pytest.mark.parametrize('case', HAVE_TABLES)
+def test_x_of_keys_far_before_a_query_follows_from_that_of_nine_as_declared(case):
+  """Where they are further away than there are of them: by the polynomial through nine."""
+  encoding, params, _ = make(case)
+  numbers = encoding.table(params, NUM_HEADS).coordinate
+  of_first = jax.tree.map(lambda number_H: number_H[0], numbers)
+  count, gap_Q1 = 16, np.arange(16, 4000, 7)[:, None]
+  node_Y = np.round((count - 1) / 2 * (1 - np.cos(np.pi * np.arange(9) / 8))).astype(int)
+  x_QK = np.float64(encoding.coordinate(of_first, count + gap_Q1, np.arange(count)[None]))
+
+  follows_KQ = np.vander(np.arange(count) / count, 9) @ np.linalg.solve(
+    np.vander(node_Y / count, 9), x_QK[:, node_Y].T
+  )
+
+  error = np.abs(follows_KQ.T - x_QK).max() / np.abs(x_QK).max()
+  if encoding.smooth:
+    assert error < 3e-6  # powers near 2 are no more exact in float32
+  elif case in encodings.ENCODINGS:
+    assert error > 1e-3
+
+
 @every_case
 def test_value_and_gradient_are_finite_everywhere(case):
   """At a million positions too, and for keys after the query, which a mask would hide."""

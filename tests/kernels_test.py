@@ -434,6 +434,63 @@ def test_tiles_whose_positions_are_in_order_equal_the_oracle(case, mask, most_of
   oracles.assert_gradients(gradients, of_pairs, visible_BQK, arrays, probe(arrays))
 
 
+FEW_BREAKPOINTS = {'width': 4, 'threshold': 64.0}  # so that far tiles are one line
+
+
+def of_far_tiles(name, options, dtype):
+  """Returns what `out_and_gradients` takes, of a row of six tiles of queries by three of keys."""
+  encoding, length = encodings.get(name, **options), 3 * 2 * BLOCK
+  size = {'num_heads': NUM_HEADS, 'head_dim': HEAD_DIM, 'd_model': NUM_HEADS * HEAD_DIM}
+  arrays = [x_BLHC.astype(dtype) for x_BLHC in inputs(1, length, length)]
+  position_BL = 9 + np.arange(length, dtype=np.int32)[None]
+  return encoding, encoding.init(jax.random.key(4), **size), arrays, position_BL
+
+
+@pytest.mark.parametrize(
+  ('name', 'options', 'mask'),
+  [
+    ('fire', FEW_BREAKPOINTS, 'causal'),
+    ('fire', FEW_BREAKPOINTS, 'bidirectional'),
+    ('kerple_log', {}, 'causal'),
+    ('kerple_power', {}, 'causal'),
+    ('alibi', {}, 'causal'),
+  ],
+)
+def test_far_tiles_whose_products_have_the_bias_equal_the_oracle(name, options, mask):
+  """In the TPU kernel, as on chips that have room for it."""
+  encoding, params, arrays, position_BL = of_far_tiles(name, options, np.float32)
+
+  out_BQHC, gradients = out_and_gradients(
+    'mosaic_tpu', encoding, params, arrays, position_BL, mask=MASKS[mask]
+  )
+
+  visible_BQK = oracles.visible_pairs(position_BL, position_BL, **MASKS[mask])
+  of_pairs = oracles.pairs(name, params, arrays, position_BL, position_BL, visible_BQK, **options)
+  expected_BQHC = oracles.attention(of_pairs.logits_BHQK, visible_BQK, arrays[2])
+  largest = max(4.0, np.abs(of_pairs.logits_BHQK[:, :, visible_BQK[0]]).max())
+  tolerance = oracles.TOLERANCE['float32'] * largest / 4
+  np.testing.assert_allclose(out_BQHC, expected_BQHC, atol=tolerance)
+  oracles.assert_gradients(gradients, of_pairs, visible_BQK, arrays, probe(arrays))
+
+
+def test_far_tiles_in_bfloat16_are_as_near_to_float32_as_those_that_the_bias_is_added_to():
+  encoding, params, arrays, position_BL = of_far_tiles('fire', FEW_BREAKPOINTS, jnp.bfloat16)
+  wide = [x_BLHC.astype(jnp.float32) for x_BLHC in arrays]
+
+  found = out_and_gradients('mosaic_tpu', encoding, params, arrays, position_BL)
+
+  added = encoding._replace(smooth=False)
+  expected = out_and_gradients('reference', encoding, params, wide, position_BL)
+  others = out_and_gradients('mosaic_tpu', added, params, arrays, position_BL)
+  of_each = zip(*map(jax.tree.leaves, (found, others, expected)), strict=True)
+  errors_of_both = []
+  for one, other, right in of_each:
+    largest = np.abs(right).max()
+    errors_of_both.append([np.abs(np.float32(x) - right).max() for x in (one, other)])
+    assert errors_of_both[-1][0] < errors_of_both[-1][1] + 0.01 * max(largest, 1.0)
+  assert any(one != other for one, other in errors_of_both)  # as there are such tiles
+
+
 @pytest.mark.parametrize('case', ['fire+fire_s', 'kerple_log'])
 def test_rows_of_other_documents_share_a_band_and_tiles_in_order(case):
   """Tiles that only one row sees; FIRE of one row is past its threshold there."""

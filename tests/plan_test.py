@@ -50,6 +50,7 @@ def planned(
   stretch=None,
   part=None,
   band=None,
+  far=False,
 ):
   x_BL1C = jnp.zeros((*position_BL.shape, 1, 8))
   queries, keys = plan.cut(
@@ -61,9 +62,8 @@ def planned(
     (x_BL1C, x_BL1C, position_BL, segment_BL),
   )
   blocks = QUERY_BLOCK, KEY_BLOCK
-  made = plan.make(
-    kernels.Mask(**mask), *blocks, queries, keys, table, coordinate, part or blocks, rate, band
-  )
+  of_bias = table, coordinate, part or blocks, rate, band, far
+  made = plan.make(kernels.Mask(**mask), *blocks, queries, keys, *of_bias)
   return jax.tree.map(np.array, made)
 
 
@@ -257,6 +257,36 @@ def test_a_band_has_the_span_of_its_tiles():
   assert (made.band_low, made.band_high) == (made.low_IJ[there].min(), made.high_IJ[there].max())
   assert made.band_high > made.band_low + 1
   assert without.band_high == without.band_IJ.max() == 0
+
+
+@by_distance
+@pytest.mark.parametrize('case', [None, 'fire'])
+def test_a_tile_is_far_if_it_is_one_line_in_order_and_its_keys_are_a_tile_away(causal, case):
+  """Of a row and of two, whose second is of two documents; a far tile is in no band."""
+  row_1L = np.arange(96, dtype=np.int32)[None]
+  packed_1L, documents_1L = row_1L % 56, row_1L // 56
+  options = {'far': True, 'band': BAND[causal], 'part': (WIDE, WIDE)}
+  for position_BL, documents_BL in (
+    (row_1L, None),
+    (np.concatenate([row_1L, packed_1L]), np.concatenate([0 * row_1L, documents_1L])),
+  ):
+    if case is None:
+      made = planned({'causal': causal}, position_BL, documents_BL, **options)
+    else:
+      given = case, 3, {'causal': causal}, position_BL, documents_BL
+      made, _ = with_segments(*given, **options)
+    both = np.broadcast_arrays(position_BL[:, :, None], position_BL[:, None])
+    of_tiles = zip(*map(tiles, both), strict=True)
+    for (at, i_BQK), (_, j_BQK) in of_tiles:
+      apart_BQK = i_BQK - j_BQK
+      is_far = (
+        made.high_IJ[at] - made.low_IJ[at] == 1
+        and made.in_order_IJ[at]
+        and apart_BQK.min() >= KEY_BLOCK
+      )
+      assert made.far_IJ[at] == is_far, at
+    assert 0 < made.far_IJ.sum() < made.far_IJ.size
+    assert not (made.far_IJ * made.band_IJ).any()
 
 
 @pytest.mark.parametrize('case', TABLES)

@@ -8,12 +8,16 @@ from experiments.attention_tpu import schedule
 
 
 def listing(*stretches):
-  """Returns a listing: a legend, then so many bundles of each (tag, depth, how many)."""
+  """Returns a listing: a legend, then so many bundles of each (tag, depth, how many).
+
+  A fourth says that the last of them branches.
+  """
   lines, address = ['= control target key start', 'LB: loop body', ''], 0
-  for tag, depth, count in stretches:
+  for tag, depth, count, *branches in stretches:
     for number in range(count):
-      place = '> ' * depth
-      lines.append(f'  0x{address:x} {tag if number == 0 else ""}   : {place}{{ %s1 = smov 0 }}')
+      place, is_last = '> ' * depth, number == count - 1
+      does = 'sbr.rel (%p1) target = $region1' if branches and is_last else '%s1 = smov 0'
+      lines.append(f'  0x{address:x} {tag if number == 0 else ""}   : {place}{{ {does} }}')
       address += 1
   return '\n'.join(lines)
 
@@ -129,6 +133,18 @@ def test_the_cost_of_a_tile_is_what_is_done_once_and_what_each_head_takes():
   of_band = 1 * 34 + 2 * 17 + 3 * 31 + 4 * 20 + 24 * 22
   of_head = 3 * 1300 + 2 * 3000 + 4 * 1400 + 0.5 * 1483 + of_pairs + of_band
   assert schedule.cycles(found, reach, heads=8) == once + 8 * of_head
+
+
+def test_the_cost_of_a_far_tile_is_apart_from_what_all_tiles_take():
+  at = KERNEL.index(('PF', 1, 400))
+  in_all, far = ('PF', 1, 400, 'branches'), [('', 1, 161), ('LB', 2, 2200), ('PF', 1, 300)]
+
+  found = schedule.cost(
+    schedule.parse(listing(*KERNEL[:at], in_all, *far, *KERNEL[at + 1 :])), True
+  )
+
+  without = schedule.cost(schedule.parse(listing(*KERNEL)), has_bias=True)
+  assert found == without._replace(tile_far=400 + 161 + 300, far=1100)
 
 
 def test_a_kernel_of_other_loops_is_refused():

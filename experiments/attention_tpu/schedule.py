@@ -96,7 +96,7 @@ def parse(listing: str, weigh: Callable[[str], int] = lambda bundle: 1) -> Loop:
     listing: of a kernel.
     weigh: what is counted of a bundle; itself by default.
   """
-  stack = [Loop([0], [])]
+  stack, branches = [Loop([0], [])], False
   for line in listing.splitlines():
     if not (found := LINE.match(line)):
       continue
@@ -109,8 +109,9 @@ def parse(listing: str, weigh: Callable[[str], int] = lambda bundle: 1) -> Loop:
       stack[-1].stretches.append(None)
       stack[-1].inner.append(Loop([0], []))
       stack.append(stack[-1].inner[-1])
-    elif tag == 'PF' or stack[-1].stretches[-1] is None:
+    elif tag == 'PF' or branches or stack[-1].stretches[-1] is None:
       stack[-1].stretches.append(0)
+    branches = 'sbr.rel' in line
     stack[-1].stretches[-1] += weigh(line)
   return stack[0].inner[0]
 
@@ -139,6 +140,7 @@ class Work(NamedTuple):
   Attributes:
     tile: what is done once in a tile whose positions are in order, where its bias is made for it.
     tile_in_band: likewise, where it is that of the band.
+    tile_far: likewise, where its products have it.
     list_part: likewise, for a part of a tile under pieces.
     find_part: likewise, for a part of many breakpoints, to find the segments of all heads.
     find: likewise, for a breakpoint of such a part.
@@ -146,6 +148,7 @@ class Work(NamedTuple):
     line: a head in a tile under one line, or without a bias, of those that are visited together.
     pieces: a head in a tile under several lines, but for what follows.
     in_band: a head in a tile of the band.
+    far: a head in a far tile, if products have its bias.
     band: a head's band, but for what follows.
     of_pairs: what else pieces of a head take in a tile.
     of_band: likewise, in a band, which is one part.
@@ -153,6 +156,7 @@ class Work(NamedTuple):
 
   tile: float
   tile_in_band: float = 0
+  tile_far: float = 0
   list_part: float = 0
   find_part: float = 0
   find: float = 0
@@ -160,12 +164,13 @@ class Work(NamedTuple):
   line: float = 0
   pieces: float = 0
   in_band: float = 0
+  far: float = 0
   band: float = 0
   of_pairs: Lines = Lines()
   of_band: Lines = Lines()
 
 
-OF_TILE = 6  # kinds of work that are done once for all heads
+OF_TILE = 7  # kinds of work that are done once for all heads
 
 
 def work(values: list) -> Work:
@@ -186,37 +191,51 @@ def cost(grid: Loop, has_bias: bool, of: Loop | None = None) -> Work:
   """
   of = of or grid
   heads = [number for number, loop in enumerate(grid.inner) if loop.own > LONG]
-  if len(heads) != (3 if has_bias else 1):
-    raise ValueError(f'{len(heads)} loops over heads, not {3 if has_bias else 1}')
+  known = (3, 4) if has_bias else (1,)
+  if len(heads) not in known:
+    raise ValueError(f'{len(heads)} loops over heads, not {" or ".join(map(str, known))}')
   places = [_position(grid, number) for number in heads]
   long = [at for at, count in enumerate(grid.stretches) if (count or 0) > SHORT]
-  before = [at for at in long if at < places[0]]
-  once = of.stretches[before[-1]]
+
+  def between(start, end):
+    return [at for at in long if start < at < end]
+
+  def of_head(number):
+    return of.inner[number].own / mosaic_tpu_heads.HEADS_TOGETHER
+
+  before, has_far = between(-1, places[0]), len(heads) == 4
+  in_all = before[-2 if has_far else -1]
+  once = of.stretches[in_all]
   if not has_bias:
-    line = of.inner[heads[0]].own / mosaic_tpu_heads.HEADS_TOGETHER
-    return Work(tile=once, tile_in_band=once, line=line, pieces=line, in_band=line)
-  in_band, line = (of.inner[number].own / mosaic_tpu_heads.HEADS_TOGETHER for number in heads[:2])
-  between, after = (
-    [at for at in long if start < at < end]
-    for start, end in ((places[0], places[1]), (places[2], len(grid.stretches)))
-  )
-  pieces, fill = of.inner[heads[2]], of.inner[heads[0] - 1]
+    line = of_head(heads[0])
+    works = dict.fromkeys(('line', 'pieces', 'in_band', 'far'), line)
+    return Work(tile=once, tile_in_band=once, tile_far=once, **works)
+  first, tile_far, far = heads[0], 0, 0
+  if has_far:
+    of_far = [in_all, before[-1], *between(places[0], places[1])]
+    tile_far, far = sum(of.stretches[at] for at in of_far), of_head(first)
+  (in_band, line), at_pieces = map(of_head, heads[-3:-1]), heads[-1]
+  between_made = between(places[-3], places[-2])
+  after = between(places[-1], len(grid.stretches))
+  pieces, fill = of.inner[at_pieces], of.inner[first - 1]
   has_gradient = len(pieces.inner) > 2
   # What is done once by pairs comes twice, for positions in order and for any others.
-  in_order, _ = between
-  by_pairs = [before[-1], in_order, *after[: 1 if has_gradient else 0]]
-  list_part, find = of.inner[heads[2] - 2 : heads[2]]
-  finish = of.inner[heads[2] + 2] if has_gradient else Loop([], [])
+  in_order, _ = between_made
+  by_pairs = [in_all, in_order, *after[: 1 if has_gradient else 0]]
+  list_part, find = of.inner[at_pieces - 2 : at_pieces]
+  finish = of.inner[at_pieces + 2] if has_gradient else Loop([], [])
   return Work(
     tile=sum(of.stretches[at] for at in by_pairs),
     tile_in_band=once,
+    tile_far=tile_far,
     list_part=list_part.own,
     find_part=find.own,
     find=find.inner[0].own,
-    find_in_band=of.inner[heads[0] - 2].inner[0].own,
+    find_in_band=of.inner[first - 2].inner[0].own,
     line=line,
     pieces=pieces.own,
     in_band=in_band,
+    far=far,
     band=fill.own + finish.own,
     of_pairs=_lines(pieces.inner),
     of_band=_lines([*fill.inner, *finish.inner]),
@@ -300,18 +319,19 @@ def shapes(length: int) -> tuple:
   )
 
 
-def blocks(length: int, case: str = 'fire') -> mosaic_tpu_size.Blocks:
-  """Returns what a tile has of each."""
+def blocks(length: int, case: str = 'fire', far: bool = False) -> mosaic_tpu_size.Blocks:
+  """Returns what a tile has of each; far: whether the chip has room for what far tiles need."""
   name, options = run.CASES[case]
   encoding = encodings.get(name, **options)
   segments, band = mosaic_tpu_size.num_segments(encoding), mosaic_tpu_size.has_band(encoding)
-  return mosaic_tpu_size.blocks(*shapes(length), mosaic_tpu_size.BLOCK, segments, band=band)
+  of_tile = mosaic_tpu_size.BLOCK, segments
+  return mosaic_tpu_size.blocks(*shapes(length), *of_tile, band=band, far=far)
 
 
-def reach(case: str, encoding: encodings.Encoding, params: dict, length: int) -> Work:
+def reach(case: str, encoding: encodings.Encoding, params: dict, length: int, far: bool) -> Work:
   """Returns what a sequence in order asks of a head under FIRE, one of CASES."""
   table = encoding.table(params, run.SHAPE['num_heads'])
-  tile = blocks(length, case)
+  tile = blocks(length, case, far)
   position_1L = np.arange(length, dtype=np.int32)[None]
   x_1L1C = np.zeros((1, length, 1, 1), np.float32)
   sides = (x_1L1C, position_1L, None), (x_1L1C, x_1L1C, position_1L, None)
@@ -319,9 +339,11 @@ def reach(case: str, encoding: encodings.Encoding, params: dict, length: int) ->
   cut = plan.cut(*masked, None, *sides)
   part = (mosaic_tpu_x.width(tile.queries, tile.keys),) * 2
   band = mosaic_tpu_band.fitting(tile, length, Mask().causal)
-  made = plan.make(*masked, *cut, table, encoding.coordinate, part, encoding.factors[1], band)
-  spans_IJ, in_band = np.array(made.high_IJ - made.low_IJ), np.array(made.band_IJ) > 0
-  line, pieces = (where & ~in_band for where in (spans_IJ == 1, spans_IJ > 1))
+  told = encoding.factors[1], band, far
+  made = plan.make(*masked, *cut, table, encoding.coordinate, part, *told)
+  spans_IJ = np.array(made.high_IJ - made.low_IJ)
+  in_band, is_far = np.array(made.band_IJ) > 0, np.array(made.far_IJ) > 0
+  line, pieces = (where & ~in_band & ~is_far for where in (spans_IJ == 1, spans_IJ > 1))
   within = np.array(made.part_high_IJY - made.part_low_IJY - 1)[pieces]
   of_pairs = within[within > 0]
   of_band = np.maximum(np.array([made.band_high - made.band_low - 1]), 0)
@@ -333,6 +355,7 @@ def reach(case: str, encoding: encodings.Encoding, params: dict, length: int) ->
   counts = Work(
     tile=line.sum() + pieces.sum(),
     tile_in_band=in_band.sum(),
+    tile_far=is_far.sum(),
     list_part=within.size,
     find_part=many.size,
     find=many.sum(),
@@ -340,6 +363,7 @@ def reach(case: str, encoding: encodings.Encoding, params: dict, length: int) ->
     line=line.sum(),
     pieces=pieces.sum(),
     in_band=in_band.sum(),
+    far=is_far.sum(),
     band=bands,
     of_pairs=_reach_of_parts(of_pairs),
     of_band=Lines(*(count * bands for count in _reach_of_parts(of_band))),
@@ -407,16 +431,20 @@ def table(results: dict) -> str:
 
   def flops(costs, case, kernel, one):
     computed = cycles(work(costs['arithmetic'][case][kernel]), one, tile.heads)
-    tiles = one.tile + one.tile_in_band
+    tiles = one.tile + one.tile_in_band + one.tile_far
     return computed * REGISTER + tiles * tile.heads * products[kernel]
 
   heads = ''.join(f'{length:>9}' for length in LENGTHS)
   cycle_lines, flop_lines = [f'{"":28}{heads}'], [f'{"":28}{heads}']
   for name, (fire, encoding, of_layers) in layers().items():
-    reached = [
-      [reach(fire, encoding, params, length) for params in of_layers] for length in LENGTHS
-    ]
+    by_room = {
+      far: [
+        [reach(fire, encoding, params, length, far) for params in of_layers] for length in LENGTHS
+      ]
+      for far in (False, True)
+    }
     for chip, costs in results['chips'].items():
+      reached = by_room[any(work(costs[fire][kernel]).far for kernel in KERNELS)]
       where, whole = f'{name:14}{chip:4}', ('all', list(KERNELS))
       for label, kernels in (*((kernel, [kernel]) for kernel in KERNELS), whole):
         columns = ratios(of_bundles, costs, fire, kernels, reached)

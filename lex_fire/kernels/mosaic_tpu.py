@@ -89,9 +89,11 @@ def attention(
     causal=mask.causal,
   )
   table = None if encoding.table is None else encoding.table(params, query_BQHC.shape[2])
-  cut = blocks(query_BQHC, key_BKGC, block, num_segments(encoding), pieces, has_band(encoding))
+  far = far_lib.has_room(encoding, query_BQHC.shape[3], interpret)
+  has = num_segments(encoding), pieces, has_band(encoding), far
+  cut = blocks(query_BQHC, key_BKGC, block, *has)
+  far = far and cut.keys >= far_lib.LEAST_KEYS
   band = band_lib.fitting(cut, key_BKGC.shape[1] // pieces, mask.causal)
-  far = far_lib.has_room(encoding, cut.keys, query_BQHC.shape[3], interpret)
   setup, constants = _setup(encoding, table, query_BQHC, cut, band, far, mask.causal, interpret)
   wide = x_lib.width(cut.queries, cut.keys)
   queries, keys = plan_lib.cut(

@@ -30,6 +30,7 @@ from lex_fire.kernels.mosaic_tpu_size import LANES
 # 2e-8 of their largest, which is less than float32 rounds.
 NODES = 9
 ROWS = 16  # which they have, as many as a register of bfloat16
+LEAST_KEYS = 16  # of a tile, of which each node is another
 
 
 class Nodes(NamedTuple):
@@ -51,21 +52,20 @@ class Nodes(NamedTuple):
   is_reference_1X: Any
 
 
-def has_room(encoding: base.Encoding, keys: int, channels: int, interpret: bool) -> bool:
+def has_room(encoding: base.Encoding, channels: int, interpret: bool) -> bool:
   """Returns whether a tile's far bias is made by the matrix unit, which has room for it.
 
   Args:
     encoding: of the bias.
-    keys: of a tile.
     channels: of a head.
     interpret: whether there is no such unit, and all have room.
   """
-  if not encoding.smooth or len(set(_offsets(keys))) < NODES:
+  if not encoding.smooth:
     return False
   if interpret:
     return True
   unit = _unit_rows()
-  with_nodes = channels + columns(x_lib.width(LANES, keys))
+  with_nodes = channels + columns(LANES)
   return pl.cdiv(with_nodes, unit) == pl.cdiv(channels, unit)
 
 
