@@ -13,7 +13,7 @@ import pytest
 
 from lex_fire import encodings, errors, kernels
 from lex_fire.encodings import base, piecewise
-from lex_fire.kernels import chunked, decay, mosaic_tpu_bias, mosaic_tpu_size
+from lex_fire.kernels import chunked, decay, mosaic_tpu, mosaic_tpu_bias, mosaic_tpu_size
 from lex_fire.kernels import mask as mask_lib
 
 BLOCK = 16
@@ -489,6 +489,31 @@ def test_far_tiles_in_bfloat16_are_as_near_to_float32_as_those_that_the_bias_is_
     errors_of_both.append([np.abs(np.float32(x) - right).max() for x in (one, other)])
     assert errors_of_both[-1][0] < errors_of_both[-1][1] + 0.01 * max(largest, 1.0)
   assert any(one != other for one, other in errors_of_both)  # as there are such tiles
+
+
+@pytest.mark.parametrize('name', ['alibi', 'kerple_log'])
+def test_the_bias_of_far_tiles_is_right_to_two_numbers_of_bfloat16(name):
+  """Of queries that are 0 and see far keys alone, by the normaliser of their softmax."""
+  encoding, params, (query_BQHC, *others), position_BL = of_far_tiles(name, {}, jnp.bfloat16)
+  where = dict.fromkeys(('query_position_BQ', 'key_position_BK'), position_BL)
+  is_first_1L, is_last_1L = position_BL < 9 + 2 * BLOCK, position_BL >= 9 + 4 * BLOCK
+  where |= {'query_segment_BQ': np.int32(is_last_1L), 'key_segment_BK': np.int32(is_first_1L)}
+
+  _, log_norm_BHQ = mosaic_tpu.attention.__wrapped__(
+    *map(jnp.asarray, (0 * query_BQHC, *others)),
+    **where,
+    encoding=encoding,
+    params=params,
+    mask=kernels.Mask(),
+    block=BLOCK,
+    interpret=True,
+  )
+
+  bias_BHQK = np.float64(encoding.bias(params, position_BL, position_BL, NUM_HEADS))
+  bias_HQK = bias_BHQK[0][:, is_last_1L[0]][..., is_first_1L[0]]
+  found_HQ = log_norm_BHQ[0][:, is_last_1L[0]]
+  error_HQ = np.abs(found_HQ - np.log(np.exp(bias_HQK).sum(axis=2)))
+  assert error_HQ.max() < 2**-16 * np.abs(bias_HQK).max()
 
 
 @pytest.mark.parametrize('case', ['fire+fire_s', 'kerple_log'])

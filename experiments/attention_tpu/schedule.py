@@ -319,19 +319,21 @@ def shapes(length: int) -> tuple:
   )
 
 
-def blocks(length: int, case: str = 'fire', far: bool = False) -> mosaic_tpu_size.Blocks:
-  """Returns what a tile has of each; far: whether the chip has room for what far tiles need."""
+def blocks(length: int, case: str = 'fire') -> mosaic_tpu_size.Blocks:
+  """Returns what a tile has of each."""
   name, options = run.CASES[case]
   encoding = encodings.get(name, **options)
   segments, band = mosaic_tpu_size.num_segments(encoding), mosaic_tpu_size.has_band(encoding)
-  of_tile = mosaic_tpu_size.BLOCK, segments
-  return mosaic_tpu_size.blocks(*shapes(length), *of_tile, band=band, far=far)
+  return mosaic_tpu_size.blocks(*shapes(length), mosaic_tpu_size.BLOCK, segments, band=band)
 
 
 def reach(case: str, encoding: encodings.Encoding, params: dict, length: int, far: bool) -> Work:
-  """Returns what a sequence in order asks of a head under FIRE, one of CASES."""
+  """Returns what a sequence in order asks of a head under FIRE, one of CASES.
+
+  `far` says whether products have the bias of far tiles.
+  """
   table = encoding.table(params, run.SHAPE['num_heads'])
-  tile = blocks(length, case, far)
+  tile = blocks(length, case)
   position_1L = np.arange(length, dtype=np.int32)[None]
   x_1L1C = np.zeros((1, length, 1, 1), np.float32)
   sides = (x_1L1C, position_1L, None), (x_1L1C, x_1L1C, position_1L, None)
@@ -511,7 +513,7 @@ def main() -> None:
     costs['splash'] = {name: splash_cost(parse(text)) for name, text in listings.items()}
     print(chip, 'splash', costs['splash'], flush=True)
   (HERE / 'schedule.json').write_text(json.dumps(results, indent=1) + '\n')
-  print(table(results))
+  print(table(results), flush=True)
 
 
 if __name__ == '__main__':

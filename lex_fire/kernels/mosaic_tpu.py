@@ -90,8 +90,7 @@ def attention(
   )
   table = None if encoding.table is None else encoding.table(params, query_BQHC.shape[2])
   far = far_lib.has_room(encoding, query_BQHC.shape[3], interpret)
-  has = num_segments(encoding), pieces, has_band(encoding), far
-  cut = blocks(query_BQHC, key_BKGC, block, *has)
+  cut = blocks(query_BQHC, key_BKGC, block, num_segments(encoding), pieces, has_band(encoding))
   far = far and cut.keys >= far_lib.LEAST_KEYS
   band = band_lib.fitting(cut, key_BKGC.shape[1] // pieces, mask.causal)
   setup, constants = _setup(encoding, table, query_BQHC, cut, band, far, mask.causal, interpret)

@@ -11,7 +11,7 @@ from jax.experimental.pallas import tpu as pltpu
 from lex_fire.kernels import mosaic_tpu_band as band_lib
 from lex_fire.kernels import mosaic_tpu_far as far_lib
 from lex_fire.kernels import mosaic_tpu_x as x_lib
-from lex_fire.kernels.mosaic_tpu_size import LANES, VMEM_BYTES, per_head
+from lex_fire.kernels.mosaic_tpu_size import FAR_BYTES, LANES, VMEM_BYTES, per_head
 from lex_fire.kernels.mosaic_tpu_tile import (
   BAND_BITS,
   HELD_BITS,
@@ -235,7 +235,7 @@ def call(kernel, setup, grid, plan, held_IJ, inputs, in_specs, outputs, sums, ow
     compiler_params=pltpu.CompilerParams(
       # The table's gradient is summed over tiles, so these keep their order.
       dimension_semantics=('parallel', 'parallel', 'arbitrary', 'arbitrary', 'arbitrary'),
-      vmem_limit_bytes=VMEM_BYTES,
+      vmem_limit_bytes=VMEM_BYTES + (FAR_BYTES if setup.functions.of_nodes else 0),
     ),
     input_output_aliases=aliases if in_place else {},
     interpret=setup.interpret,

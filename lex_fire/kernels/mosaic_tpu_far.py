@@ -24,7 +24,7 @@ from lex_fire.encodings import base
 from lex_fire.kernels import mosaic_tpu_x as x_lib
 from lex_fire.kernels.mosaic_tpu_bias import Line, add_to, over_rows
 from lex_fire.kernels.mosaic_tpu_products import Products, dot
-from lex_fire.kernels.mosaic_tpu_size import LANES
+from lex_fire.kernels.mosaic_tpu_size import FAR_BYTES, LANES, VMEM_BYTES
 
 # With these, of keys no nearer than a tile has of them, log(1 + c d) and powers of d are right to
 # 2e-8 of their largest, which is less than float32 rounds.
@@ -53,7 +53,9 @@ class Nodes(NamedTuple):
 
 
 def has_room(encoding: base.Encoding, channels: int, interpret: bool) -> bool:
-  """Returns whether a tile's far bias is made by the matrix unit, which has room for it.
+  """Returns whether a tile's far bias is made by the matrix unit, if that has room for it.
+
+  And the vector memory, as v6e's has.
 
   Args:
     encoding: of the bias.
@@ -64,20 +66,13 @@ def has_room(encoding: base.Encoding, channels: int, interpret: bool) -> bool:
     return False
   if interpret:
     return True
-  unit = _unit_rows()
-  with_nodes = channels + columns(LANES)
-  return pl.cdiv(with_nodes, unit) == pl.cdiv(channels, unit)
-
-
-def _unit_rows():
-  """Returns how many channels the chip's matrix unit multiplies at once; the least if unknown.
-
-  That is where a platform is named and no chip, to lower a program for it.
-  """
   try:
-    return pltpu.get_tpu_info().mxu_column_size
+    chip = pltpu.get_tpu_info()
   except (RuntimeError, ValueError):
-    return LANES
+    return False  # where a platform is named and no chip, to lower a program for any
+  unit, with_nodes = chip.mxu_column_size, channels + columns(LANES)
+  fits = pl.cdiv(with_nodes, unit) == pl.cdiv(channels, unit)
+  return fits and chip.vmem_capacity_bytes > VMEM_BYTES + FAR_BYTES
 
 
 def columns(wide: int) -> int:

@@ -18,6 +18,8 @@ CHANNELS_TOGETHER = 2048
 CHANNELS_OF_BAND = 1024
 MOST_OF_BAND = 32  # blocks of a band, LANES by LANES
 VMEM_BYTES = 60 * 2**20  # of the 64 MiB of a v5p; v5e and v6e have 128
+# Besides, for numbers, constants and columns of far tiles, on chips that have it: `mosaic_tpu_far`.
+FAR_BYTES = 20 * 2**20
 # Of it, for a tile's own arrays and all that it holds of its queries, or of its keys.
 QUERY_BYTES = 48 * 2**20
 KEY_BYTES = 40 * 2**20
@@ -73,13 +75,7 @@ class Blocks(NamedTuple):
 
 
 def blocks(
-  query: Any,
-  key: Any,
-  block: int,
-  segments: int,
-  pieces: int = 1,
-  band: bool = False,
-  far: bool = False,
+  query: Any, key: Any, block: int, segments: int, pieces: int = 1, band: bool = False
 ) -> Blocks:
   """Returns what a tile has of each.
 
@@ -94,7 +90,6 @@ def blocks(
     pieces: of a row, if devices have parts of it: a tile is no longer than one, and what is added
       up over devices is float32.
     band: whether there is one: see `has_band`.
-    far: whether far tiles are told apart: see `mosaic_tpu_far`.
   """
   num_queries, num_keys = query.shape[1] // pieces, key.shape[1] // pieces
   keys = min(2 * block, pl.cdiv(num_keys, LANES) * LANES)
@@ -110,21 +105,18 @@ def blocks(
     tiles = pieces**2 * pl.cdiv(num_queries, queries) * pl.cdiv(num_keys, keys)
     if keys >= MOST_KEYS or tiles <= MOST_TILES:
       tile = Blocks(queries, keys, heads, groups, sum_rows, band=0)
-      return tile._replace(band=_band(tile, segments, query, key, pieces, far) if band else 0)
+      return tile._replace(band=_band(tile, segments, query, key, pieces) if band else 0)
     keys *= 2
 
 
-def _band(tile, segments, query, key, pieces, far):
-  """Returns how many blocks of a band there is memory for, beside what far tiles need.
+def _band(tile, segments, query, key, pieces):
+  """Returns how many blocks of a band there is memory for.
 
   The kernel for queries holds the bias of its heads and its gradient, that for keys the bias.
   """
   block = tile.heads * LANES * LANES * 4
   # What the compiler stores may be two arrays of a tile more.
   most_bytes = VMEM_BYTES - 2 * 4 * tile.queries * tile.keys
-  if far:
-    # Their numbers, gradients and constants, and columns beside the channels of queries and keys.
-    most_bytes -= 6 * 4 * LANES * (tile.queries + tile.keys)
   of_queries = most_bytes - _vector_bytes(tile, segments, query, key, pieces)
   of_keys = most_bytes - _vector_bytes_of_keys(tile, query, key, pieces)
   return min(MOST_OF_BAND, max(of_queries // (2 * block), 0), max(of_keys // block, 0))
