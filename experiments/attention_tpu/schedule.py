@@ -34,11 +34,13 @@ from lex_fire.kernels import (
   mosaic_tpu_band,
   mosaic_tpu_bias,
   mosaic_tpu_call,
+  mosaic_tpu_far,
   mosaic_tpu_heads,
   mosaic_tpu_size,
   mosaic_tpu_x,
   plan,
 )
+from lex_fire.kernels.mosaic_tpu_size import LANES
 
 HERE = pathlib.Path(__file__).parent
 LENGTHS = [2048, 8192, 32_768, 131_072]
@@ -82,6 +84,8 @@ ARITHMETIC = re.compile(r'\bv(?:add|sub|mul|max|min|pow2|log2|rcp|rsqrt)[\w.]*\.
 REGISTER = 8 * 128
 # Products of a head in a tile, of queries by keys by channels.
 PRODUCTS = {'forward': 2, 'queries': 3, 'keys': 4}
+# And of how many of them the columns of a far tile's bias are a part.
+FAR_PRODUCTS = {'forward': 1, 'queries': 2, 'keys': 1}
 
 
 def arithmetic(bundle: str) -> int:
@@ -423,10 +427,7 @@ def table(results: dict) -> str:
     raise ValueError('tiles under FIRE are not alike')
   if tile.heads % mosaic_tpu_heads.HEADS_TOGETHER:
     raise ValueError(f'{tile.heads} heads of a tile are not visited together, as `cost` has it')
-  products = {
-    kernel: 2 * tile.queries * tile.keys * run.SHAPE['head_dim'] * count
-    for kernel, count in PRODUCTS.items()
-  }
+  of_channel = 2 * tile.queries * tile.keys
 
   def of_bundles(costs, case, kernel, one):
     return cycles(work(costs[case][kernel]), one, tile.heads)
@@ -434,7 +435,10 @@ def table(results: dict) -> str:
   def flops(costs, case, kernel, one):
     computed = cycles(work(costs['arithmetic'][case][kernel]), one, tile.heads)
     tiles = one.tile + one.tile_in_band + one.tile_far
-    return computed * REGISTER + tiles * tile.heads * products[kernel]
+    channels = tiles * PRODUCTS[kernel] * run.SHAPE['head_dim']
+    if case != 'nope' and work(costs[case][kernel]).far:
+      channels += one.tile_far * FAR_PRODUCTS[kernel] * mosaic_tpu_far.columns(LANES)
+    return computed * REGISTER + tile.heads * of_channel * channels
 
   heads = ''.join(f'{length:>9}' for length in LENGTHS)
   cycle_lines, flop_lines = [f'{"":28}{heads}'], [f'{"":28}{heads}']
