@@ -194,3 +194,21 @@ def test_every_encoding_compiles_for_the_other_chips(chip, case):
   program = attention_tpu.compiled(chip, name, 2048, **options)
 
   assert 'tpu_custom_call' in program.as_text()
+
+
+@pytest.mark.parametrize(
+  'case',
+  [
+    {'head_dim': 64},
+    {'head_dim': 16, 'packed': True},
+    {'dtype': jnp.float32, 'mask': {'window': 4096}},
+    {'num_heads': 64, 'num_kv_heads': 1, 'length': 131_072, 'threshold': 16_384.0},
+    {'hidden_layers': 2, 'batch': 8},
+  ],
+  ids=lambda case: ' '.join(f'{key}={value}' for key, value in case.items()),
+)
+def test_shapes_whose_products_have_the_bias_of_far_tiles_compile(case):
+  """For v6e, which has room for it."""
+  program = attention_tpu.compiled('v6e', 'fire', **{'length': 8192} | case)
+
+  assert 'tpu_custom_call' in program.as_text()

@@ -13,7 +13,7 @@ import pytest
 
 from lex_fire import encodings, errors, kernels
 from lex_fire.encodings import base, piecewise
-from lex_fire.kernels import chunked, decay, mosaic_tpu, mosaic_tpu_bias, mosaic_tpu_size
+from lex_fire.kernels import chunked, decay, mosaic_tpu, mosaic_tpu_bias, mosaic_tpu_size, plan
 from lex_fire.kernels import mask as mask_lib
 
 BLOCK = 16
@@ -434,7 +434,8 @@ def test_tiles_whose_positions_are_in_order_equal_the_oracle(case, mask, most_of
   oracles.assert_gradients(gradients, of_pairs, visible_BQK, arrays, probe(arrays))
 
 
-FEW_BREAKPOINTS = {'width': 4, 'threshold': 64.0}  # so that far tiles are one line
+# So that far tiles are one line; the threshold is among the positions of their queries.
+FEW_BREAKPOINTS = {'width': 4, 'threshold': 88.0}
 
 
 def of_far_tiles(name, options, dtype):
@@ -446,19 +447,33 @@ def of_far_tiles(name, options, dtype):
   return encoding, encoding.init(jax.random.key(4), **size), arrays, position_BL
 
 
+def planned_far(encoding, params, arrays, position_BL, mask):
+  """Returns which tiles are far."""
+  blocks, mask = (BLOCK, 2 * BLOCK), kernels.Mask(**mask)
+  of_query, of_keys = (arrays[0], position_BL, None), (*arrays[1:], position_BL, None)
+  queries, keys = plan.cut(mask, *blocks, None, of_query, of_keys)
+  table, part = encoding.table(params, NUM_HEADS), (8, 8)
+  of_bias = table, encoding.coordinate, part, None, None, True
+  return plan.make(mask, *blocks, queries, keys, *of_bias).far_IJ > 0
+
+
 @pytest.mark.parametrize(
-  ('name', 'options', 'mask'),
+  ('name', 'options', 'mask', 'has_room'),
   [
-    ('fire', FEW_BREAKPOINTS, 'causal'),
-    ('fire', FEW_BREAKPOINTS, 'bidirectional'),
-    ('kerple_log', {}, 'causal'),
-    ('kerple_power', {}, 'causal'),
-    ('alibi', {}, 'causal'),
+    ('fire', FEW_BREAKPOINTS, 'causal', True),
+    ('fire', FEW_BREAKPOINTS, 'causal', False),
+    ('fire', FEW_BREAKPOINTS, 'bidirectional', True),
+    ('kerple_log', {}, 'causal', True),
+    ('kerple_power', {}, 'causal', True),
+    ('alibi', {}, 'causal', True),
+    ('alibi', {}, 'causal', False),
   ],
 )
-def test_far_tiles_whose_products_have_the_bias_equal_the_oracle(name, options, mask):
-  """In the TPU kernel, as on chips that have room for it."""
+def test_far_tiles_equal_the_oracle(name, options, mask, has_room):
+  """In the TPU kernel, on chips whose products have room for the bias, and on others."""
   encoding, params, arrays, position_BL = of_far_tiles(name, options, np.float32)
+  assert planned_far(encoding, params, arrays, position_BL, MASKS[mask]).any()
+  encoding = encoding._replace(smooth=has_room)
 
   out_BQHC, gradients = out_and_gradients(
     'mosaic_tpu', encoding, params, arrays, position_BL, mask=MASKS[mask]

@@ -235,7 +235,7 @@ def call(kernel, setup, grid, plan, held_IJ, inputs, in_specs, outputs, sums, ow
     compiler_params=pltpu.CompilerParams(
       # The table's gradient is summed over tiles, so these keep their order.
       dimension_semantics=('parallel', 'parallel', 'arbitrary', 'arbitrary', 'arbitrary'),
-      vmem_limit_bytes=VMEM_BYTES + (FAR_BYTES if setup.functions.of_nodes else 0),
+      vmem_limit_bytes=VMEM_BYTES + (0 if setup.functions.of_nodes is None else FAR_BYTES),
     ),
     input_output_aliases=aliases if in_place else {},
     interpret=setup.interpret,

@@ -6,8 +6,9 @@ from that of some NODES among them. So a bias that is one line a head is a produ
 query with numbers of the key, as the logits are, and one product makes both: for nothing, where the
 matrix unit has rows that a head's channels leave free. v6e's has 256.
 
-In bfloat16 a number is two: itself rounded, and the rest. Of a query they are the bias at one node,
-the reference, whose number of each key is 1, and by how much it differs at each other node.
+In bfloat16 a number is two: itself rounded, and the rest, which is right to 2^-17 of it. Of a query
+they are the bias at one node, the reference, whose number of each key is 1, and by how much it
+differs at each other node. So the bias is a hundred times as exact as the logits that it meets are.
 """
 
 import functools
@@ -24,9 +25,9 @@ from lex_fire.encodings import base
 from lex_fire.kernels import mosaic_tpu_x as x_lib
 from lex_fire.kernels.mosaic_tpu_bias import Line, add_to, over_rows
 from lex_fire.kernels.mosaic_tpu_products import Products, dot
-from lex_fire.kernels.mosaic_tpu_size import FAR_BYTES, LANES, VMEM_BYTES
+from lex_fire.kernels.mosaic_tpu_size import FAR_BYTES, LANES, VMEM_BYTES, per_head
 
-# With these, of keys no nearer than a tile has of them, log(1 + c d) and powers of d are right to
+# With these, of keys no nearer than a tile has of them, log(1 + c d) and d^p, p >= 0, are right to
 # 2e-8 of their largest, which is less than float32 rounds.
 NODES = 9
 ROWS = 16  # which they have, as many as a register of bfloat16
@@ -62,7 +63,7 @@ def has_room(encoding: base.Encoding, channels: int, interpret: bool) -> bool:
     channels: of a head.
     interpret: whether there is no such unit, and all have room.
   """
-  if not encoding.smooth:
+  if not encoding.smooth or encoding.table is None:
     return False
   if interpret:
     return True
@@ -147,7 +148,7 @@ def scratch(setup: Any, table: Any, learned: bool) -> Refs | None:
   of_columns, of_lanes = (
     pltpu.VMEM((setup.query_block, width), jnp.float32) for width in (columns(wide), wide)
   )
-  sums = learned and not x_lib.per_head(table) and bool(table.coordinate)
+  sums = learned and not per_head(table) and bool(table.coordinate)
   return Refs(
     number_QX=of_columns,
     reference_QT=of_lanes if learned else None,
@@ -164,7 +165,7 @@ class Far:
 
   def __init__(self, tile: Any):
     self.tile, self.refs, self.nodes = tile, tile.scratch.far, tile.constants.nodes
-    self.shared = not x_lib.per_head(tile.table)
+    self.shared = not per_head(tile.table)
     self.is_reference_Y1 = jax.lax.broadcasted_iota(jnp.int32, (ROWS, 1), 0) == 0
 
   def _x_YQ(self, numbers):
@@ -177,9 +178,10 @@ class Far:
   def _fill(self, numbers):
     x_YQ, refs = self._x_YQ(numbers), self.refs
     number_YQ = x_YQ - jnp.where(self.is_reference_Y1, 0.0, x_YQ[:1])
-    num_columns = refs.number_QX.shape[1]
-    empty = jnp.zeros((num_columns - 3 * ROWS, x_YQ.shape[1]), jnp.float32)
-    refs.number_QX[...] = jnp.concatenate([*[number_YQ] * 3, *[empty][: len(empty)]]).T
+    in_columns = [number_YQ] * 3
+    if unused := refs.number_QX.shape[1] - 3 * ROWS:
+      in_columns.append(jnp.zeros((unused, x_YQ.shape[1]), jnp.float32))
+    refs.number_QX[...] = jnp.concatenate(in_columns).T
     if refs.reference_QT is not None:
       shape = refs.reference_QT.shape[::-1]
       refs.reference_QT[...] = jnp.broadcast_to(x_YQ[:1], shape).T
@@ -263,7 +265,7 @@ class FarBias(Line):
   def __init__(self, far: Far):
     super().__init__(far)
     self.far = far
-    self.d_query_QX: Any = None
+    self.d_query_QX: Any = None  # of the head whose `query_gradient` was last
 
   def query(self, head: jax.Array) -> jax.Array:
     """Returns number_QX of a head's queries, in their dtype."""
@@ -287,7 +289,8 @@ class FarBias(Line):
     """Adds the share of a head to `sums`, a table of refs, and to the gradient of a shared x.
 
     Of the reference it is a sum over keys in float32, as it would be a small difference of others
-    that are rounded.
+    that are rounded. The rest has its sums of the product that makes the gradient of queries, and
+    is as exact as that.
     """
     index, refs, setup = self._index(head), self.far.refs, self.far.tile.setup
     wide = refs.reference_QT.shape[1]

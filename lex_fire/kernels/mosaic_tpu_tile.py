@@ -84,7 +84,7 @@ class Lines(NamedTuple):
 
 SPAN_BITS = 15  # a table has fewer than 2^15 segments
 HELD_BITS = 20  # a row has fewer than 2^20 blocks
-BAND_BITS = 10  # and a band of fewer than 2^10, and those of a tile before it
+BAND_BITS = 10  # `plan.Plan.band_IJ` is below 2^10; above it is one bit, of `far_IJ`
 
 
 class Scratch(NamedTuple):

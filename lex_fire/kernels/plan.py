@@ -295,7 +295,10 @@ def _in_band(mask, query_block, key_block, queries, keys, band, width, visit_IJB
 
 
 def _is_far(query_block, key_block, queries, keys):
-  """Returns whether all keys of a tile are as far before its queries as it has of them."""
+  """Returns whether all keys of a tile are as far before its queries as it has of them.
+
+  In all rows of the batch: in those that see none of it, too, so that every number is finite there.
+  """
   low_I, _ = _bounds(queries.position_B1Q, query_block, axes=WHOLE)
   _, high_J = _bounds(keys.position_B1K, key_block, axes=WHOLE)
   return low_I[:, None] - high_J[None] >= key_block
