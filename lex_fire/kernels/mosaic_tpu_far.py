@@ -99,7 +99,10 @@ def _polynomials(keys):
 
 
 def nodes(keys: int, wide: int, dtype: Any) -> Nodes:
-  """Returns the constants of tiles of so many keys, in registers of some width."""
+  """Returns the constants of tiles of so many keys, in registers of some width.
+
+  They are NumPy's, as JAX's would belong to what is being traced, and not to its gradient.
+  """
   offset_Y = _offsets(keys)
   offset_Y1 = np.append(offset_Y, [offset_Y[0]] * (ROWS - NODES))[:, None]
   number_KY = np.zeros((keys, ROWS))
@@ -111,16 +114,16 @@ def nodes(keys: int, wide: int, dtype: Any) -> Nodes:
 
   def in_columns(*of_three):
     x_LX = np.concatenate(of_three, axis=1)
-    return jnp.asarray(np.pad(x_LX, [(0, 0), (0, columns(wide) - x_LX.shape[1])]), dtype)
+    return np.pad(x_LX, [(0, 0), (0, columns(wide) - x_LX.shape[1])]).astype(dtype)
 
   one_1Y, zero_1Y = np.ones((1, ROWS)), np.zeros((1, ROWS))
   reference_1Y = 1.0 - is_node_Y[None]
   return Nodes(
-    jnp.int32(offset_Y1),
+    offset_Y1.astype(np.int32),
     in_columns(rounded_KY, rounded_KY, rest_KY),
     in_columns(rounded_KY * is_node_Y[None], 0 * rounded_KY, rest_KY * is_node_Y[None]),
-    in_columns(zero_1Y, one_1Y, zero_1Y).astype(jnp.float32),
-    in_columns(*[reference_1Y] * 3).astype(jnp.float32),
+    in_columns(zero_1Y, one_1Y, zero_1Y).astype(np.float32),
+    in_columns(*[reference_1Y] * 3).astype(np.float32),
   )
 
 
