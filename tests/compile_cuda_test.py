@@ -14,7 +14,7 @@ import pytest
 
 from experiments.attention_speed import gpu_figures, gpu_plan, programs
 from lex_fire import encodings, kernels, topologies
-from lex_fire.kernels import flash, mosaic_gpu
+from lex_fire.kernels import flash, mosaic_gpu, ring
 
 if not topologies.has_cuda_compiler():
   pytest.skip("needs the compiler for NVIDIA's GPUs: make test-cuda", allow_module_level=True)
@@ -46,7 +46,7 @@ def bytes_of_gradients(chip, name, channels, length, options, mask, dtype, in_ri
 
   attention = mosaic_gpu.attention
   if in_ring:
-    attention = functools.partial(flash.ring_attention, attention, axis='ring')
+    attention = functools.partial(ring.attention, attention, flash.on_ring, axis='ring')
 
   def gradients(params, arrays, position_BL, segment_BL, d_out_BQHC):
     def attend(params, arrays):

@@ -36,16 +36,26 @@ def test_the_kernels_of_fire_move_what_those_without_bias_do(chip):
 
 
 @pytest.mark.parametrize(('case', 'most'), [('fire', 1.002), ('fire 2 layers', 1.015)])
-def test_of_the_gradient_of_a_table_memory_sees_one_number_a_line(case, most):
+@pytest.mark.parametrize('chip', ['v5e', 'v6e'])
+def test_of_the_gradient_of_a_table_memory_sees_one_number_a_line(chip, case, most):
   """The sums of which it is made, in each lane, would be 5% of a short row's bytes, and 20%.
 
   The lines, in registers and as scalars, are what is left.
   """
   name, options = attention_tpu.CASES[case]
-  with_bias = attention_tpu.compiled('v5e', name, 2048, **options)
+  with_bias = attention_tpu.compiled(chip, name, 2048, **options)
 
-  without = attention_tpu.kernel_bytes(compiled('v5e', 'nope', 2048))
+  without = attention_tpu.kernel_bytes(compiled(chip, 'nope', 2048))
   assert without < attention_tpu.kernel_bytes(with_bias) < most * without
+
+
+def test_the_constants_of_far_tiles_are_a_small_part_of_a_row_that_may_have_some():
+  """The shortest, and with the largest table."""
+  name, options = attention_tpu.CASES['fire 2 layers']
+  with_bias = attention_tpu.compiled('v6e', name, 2176, **options)
+
+  without = attention_tpu.kernel_bytes(compiled('v6e', 'nope', 2176))
+  assert attention_tpu.kernel_bytes(with_bias) < 1.05 * without
 
 
 @pytest.mark.parametrize('length', [32_768, 131_072])

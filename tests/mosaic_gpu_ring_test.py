@@ -24,7 +24,7 @@ PACKED = np.where(POSITION_1L < FIRST, POSITION_1L, POSITION_1L - FIRST), POSITI
 def two_gpus(monkeypatch):
   """A mesh of two, whose rows are cut in parts and attended to by the ring of the kernel."""
   interpreted = functools.partial(mosaic_gpu.attention, interpret=interpreter.InterpretGPUParams())
-  of_kernel = functools.partial(flash.ring_attention, interpreted)
+  of_kernel = functools.partial(ring.attention, interpreted, flash.on_ring)
   monkeypatch.setitem(kernels.RINGS, 'mosaic_gpu_ring', of_kernel)
   # A device that ends before another would find its barriers, and take them for its own.
   memory = shared_memory.GPUSharedMemory

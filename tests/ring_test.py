@@ -144,7 +144,7 @@ def kernel_for_tpu(monkeypatch):
   chosen = kernels.Choice('mosaic_tpu_ring', 'as the test has it')
   of_chunks = {'block': 8, 'interpret': True, 'pieces': ring.CHUNKS}
   interpreted = functools.partial(mosaic_tpu.attention, **of_chunks)
-  in_ring = functools.partial(flash.ring_attention, interpreted)
+  in_ring = functools.partial(ring.attention, interpreted, flash.on_ring)
   monkeypatch.setattr(kernels, 'choose', lambda *_, **__: chosen)
   monkeypatch.setitem(kernels.RINGS, 'mosaic_tpu_ring', in_ring)
 

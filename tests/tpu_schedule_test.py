@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from experiments.attention_tpu import schedule
+from experiments.attention_tpu import bundles, schedule
 
 
 def listing(*stretches):
@@ -76,7 +76,7 @@ KERNEL = [
 
 
 def test_bundles_are_counted_by_loop():
-  grid = schedule.parse(listing(*KERNEL))
+  grid = bundles.parse(listing(*KERNEL))
 
   *_, segments, pieces, _, _, _ = grid.inner
   assert [loop.own for loop in grid.inner] == [10, 703, 2800, 2600, 17, 25, 3000, 10, 780, 590]
@@ -90,16 +90,16 @@ def test_bundles_are_counted_by_loop():
 
 def test_bundles_after_a_branch_belong_to_its_loop():
   """Those that a branch still issues stand at no depth."""
-  grid = schedule.parse(listing(('LB', 1, 3), ('LB', 2, 7), ('', 0, 4), ('', 1, 2), ('', 0, 1)))
+  grid = bundles.parse(listing(('LB', 1, 3), ('LB', 2, 7), ('', 0, 4), ('', 1, 2), ('', 0, 1)))
 
   assert grid.inner[0].own == 11
   assert grid.own == 6
 
 
 def test_the_cost_of_a_tile_is_what_is_done_once_and_what_each_head_takes():
-  found = schedule.cost(schedule.parse(listing(*KERNEL)), has_bias=True)
+  found = bundles.cost(bundles.parse(listing(*KERNEL)), has_bias=True)
 
-  assert found == schedule.Work(
+  assert found == bundles.Work(
     tile=400 + 1500 + 900,
     tile_in_band=400,
     list_part=17,
@@ -110,11 +110,11 @@ def test_the_cost_of_a_tile_is_what_is_done_once_and_what_each_head_takes():
     pieces=3000,
     in_band=1400,
     band=703 + 780,
-    of_pairs=schedule.Lines(few=104, rest=47, many=256, add_part=35, add=66),
-    of_band=schedule.Lines(few=34, rest=17, many=31, add_part=20, add=22),
+    of_pairs=bundles.Lines(few=104, rest=47, many=256, add_part=35, add=66),
+    of_band=bundles.Lines(few=34, rest=17, many=31, add_part=20, add=22),
   )
-  assert schedule.work(json.loads(json.dumps(found))) == found
-  reach = schedule.Work(
+  assert bundles.work(json.loads(json.dumps(found))) == found
+  reach = bundles.Work(
     tile=5,
     tile_in_band=4,
     list_part=8,
@@ -125,37 +125,35 @@ def test_the_cost_of_a_tile_is_what_is_done_once_and_what_each_head_takes():
     pieces=2,
     in_band=4,
     band=0.5,
-    of_pairs=schedule.Lines(few=4, rest=7, many=2, add_part=6, add=38),
-    of_band=schedule.Lines(few=1, rest=2, many=3, add_part=4, add=24),
+    of_pairs=bundles.Lines(few=4, rest=7, many=2, add_part=6, add=38),
+    of_band=bundles.Lines(few=1, rest=2, many=3, add_part=4, add=24),
   )
   once = 5 * 2800 + 4 * 400 + 8 * 17 + 2 * 25 + 23 * 45 + 19 * 11
   of_pairs = 4 * 104 + 7 * 47 + 2 * 256 + 6 * 35 + 38 * 66
   of_band = 1 * 34 + 2 * 17 + 3 * 31 + 4 * 20 + 24 * 22
   of_head = 3 * 1300 + 2 * 3000 + 4 * 1400 + 0.5 * 1483 + of_pairs + of_band
-  assert schedule.cycles(found, reach, heads=8) == once + 8 * of_head
+  assert bundles.cycles(found, reach, heads=8) == once + 8 * of_head
 
 
 def test_the_cost_of_a_far_tile_is_apart_from_what_all_tiles_take():
   at = KERNEL.index(('PF', 1, 400))
   in_all, far = ('PF', 1, 400, 'branches'), [('', 1, 161), ('LB', 2, 2200), ('PF', 1, 300)]
 
-  found = schedule.cost(
-    schedule.parse(listing(*KERNEL[:at], in_all, *far, *KERNEL[at + 1 :])), True
-  )
+  found = bundles.cost(bundles.parse(listing(*KERNEL[:at], in_all, *far, *KERNEL[at + 1 :])), True)
 
-  without = schedule.cost(schedule.parse(listing(*KERNEL)), has_bias=True)
+  without = bundles.cost(bundles.parse(listing(*KERNEL)), has_bias=True)
   assert found == without._replace(tile_far=400 + 161 + 300, far=1100)
 
 
 def test_a_kernel_of_other_loops_is_refused():
   with pytest.raises(ValueError, match='3 loops over heads, not 1'):
-    schedule.cost(schedule.parse(listing(*KERNEL)), has_bias=False)
+    bundles.cost(bundles.parse(listing(*KERNEL)), has_bias=False)
 
 
 def test_of_splash_the_longest_stretch_counts():
-  grid = schedule.parse(listing(('', 0, 2), ('LB', 1, 30), ('PF', 1, 1680), ('PF', 1, 248)))
+  grid = bundles.parse(listing(('', 0, 2), ('LB', 1, 30), ('PF', 1, 1680), ('PF', 1, 248)))
 
-  assert schedule.splash_cost(grid) == 1680
+  assert bundles.splash_cost(grid) == 1680
 
 
 def test_the_tables_are_those_that_were_counted(monkeypatch):

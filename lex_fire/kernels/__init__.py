@@ -38,11 +38,12 @@ IMPLEMENTATIONS: dict[str, Callable[..., jax.Array]] = {
 
 # Of rows that devices hold in parts, by what one device does with a block of keys.
 RINGS: dict[str, Callable[..., jax.Array]] = {
-  'ring': ring.attention,
-  'mosaic_tpu_ring': functools.partial(
-    flash.ring_attention, functools.partial(mosaic_tpu.attention, pieces=ring.CHUNKS)
-  ),
-  'mosaic_gpu_ring': functools.partial(flash.ring_attention, _mosaic_gpu),
+  name: functools.partial(ring.attention, attend, in_ring)
+  for name, attend, in_ring in (
+    ('ring', functools.partial(chunked.attention, pieces=ring.CHUNKS), ring.of_tiles),
+    ('mosaic_tpu_ring', functools.partial(mosaic_tpu.attention, pieces=ring.CHUNKS), flash.on_ring),
+    ('mosaic_gpu_ring', _mosaic_gpu, flash.on_ring),
+  )
 }
 # By what whole rows go by.
 _RING_OF = {'chunked': 'ring', 'mosaic_tpu': 'mosaic_tpu_ring', 'mosaic_gpu': 'mosaic_gpu_ring'}
@@ -116,13 +117,13 @@ def choose(
       f'unknown {implementation=}; known: auto, {", ".join(sorted(IMPLEMENTATIONS))}'
     )
   # The compiler divides the reference, as dense products; of tiles it would fetch all to each.
-  if sequence_axis is not None and implementation not in ('auto', 'reference', *_RING_OF):
+  if sequence_axis is not None and implementation in _RING_OF:
+    return Choice(_RING_OF[implementation], f'as asked, {_cut_by(sequence_axis)}')
+  if sequence_axis is not None and implementation not in ('auto', 'reference'):
     raise errors.UserError(
       f'{implementation=} needs whole rows, but mesh axis {sequence_axis!r} cuts them in parts; '
       "use 'auto'"
     )
-  if sequence_axis is not None and implementation in _RING_OF:
-    return Choice(_RING_OF[implementation], f'as asked, {_cut_by(sequence_axis)}')
   if implementation in IMPLEMENTATIONS:
     return Choice(implementation, 'as asked')
   if sequence_axis is not None:

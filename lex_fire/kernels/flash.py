@@ -7,7 +7,6 @@ the normaliser over all keys, and need not know that there are others than those
 given.
 """
 
-import functools
 from collections.abc import Callable
 from typing import Any, Protocol
 
@@ -116,30 +115,3 @@ def _as_given(gradients, arrays):
   """Returns gradients, of some of a tuple of arrays, in the dtypes of these."""
   pairs = zip(gradients, arrays, strict=True)
   return type(arrays)(*(None if d_x is None else d_x.astype(x.dtype) for d_x, x in pairs))
-
-
-def ring_attention(
-  attention: Callable[..., jax.Array],
-  query_BQHC: jax.Array,
-  key_BKGC: jax.Array,
-  value_BKGC: jax.Array,
-  *,
-  axis: str,
-  **rest: Any,
-) -> jax.Array:
-  """Returns this device's out_BQHC, as `ring.attention` does.
-
-  Args:
-    attention: of a platform's kernels.
-    query_BQHC: see `ring.attention`, as for all that follow.
-    key_BKGC: likewise.
-    value_BKGC: likewise.
-    axis: likewise.
-    **rest: likewise.
-
-  Raises:
-    errors.UserError: if a part does not divide in two chunks, or as the kernels' attention does.
-  """
-  ring.check_parts(query_BQHC, key_BKGC, axis)
-  make_flash = functools.partial(on_ring, axis=axis)
-  return attention(query_BQHC, key_BKGC, value_BKGC, make_flash=make_flash, **rest)

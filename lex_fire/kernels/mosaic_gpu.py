@@ -126,21 +126,9 @@ def attention(
 ) -> tuple[jax.Array, jax.Array]:
   """Attention like `reference.attention`.
 
-  Args:
-    query_BQHC: see `kernels.attention`, as for all that is not said here.
-    key_BKGC: likewise.
-    value_BKGC: likewise.
-    encoding: likewise.
-    params: likewise.
-    query_position_BQ: likewise.
-    key_position_BK: likewise.
-    query_segment_BQ: likewise.
-    key_segment_BK: likewise.
-    mask: likewise.
-    interpret: what `plgpu.kernel` takes: False on a GPU; its interpreter's parameters to run on any
-      platform, slowly.
-    capability: of the GPU that is interpreted.
-    make_flash: Kernels -> what computes all blocks, as `flash.on_device` makes it.
+  `interpret` is what `plgpu.kernel` takes: False on a GPU; its interpreter's parameters to run on
+  any platform, slowly, as a GPU of a compute capability would. `make_flash` makes of `Kernels` what
+  computes all blocks, as `flash.on_device` does.
 
   Raises:
     errors.UserError: as `why_not` says.

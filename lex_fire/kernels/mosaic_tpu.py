@@ -89,9 +89,10 @@ def attention(
     causal=mask.causal,
   )
   table = None if encoding.table is None else encoding.table(params, query_BQHC.shape[2])
-  far = far_lib.has_room(encoding, query_BQHC.shape[3], interpret)
   cut = blocks(query_BQHC, key_BKGC, block, num_segments(encoding), pieces, has_band(encoding))
-  far = far and cut.keys >= far_lib.LEAST_KEYS
+  # Of two blocks of keys none is far; of a part of a row other devices have more.
+  far = pieces > 1 or key_BKGC.shape[1] > 2 * cut.keys
+  far = far and far_lib.has_room(encoding, cut.keys, query_BQHC.shape[3], interpret)
   band = band_lib.fitting(cut, key_BKGC.shape[1] // pieces, mask.causal)
   setup, constants = _setup(encoding, table, query_BQHC, cut, band, far, mask.causal, interpret)
   wide = x_lib.width(cut.queries, cut.keys)

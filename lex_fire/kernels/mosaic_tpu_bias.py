@@ -54,12 +54,7 @@ class Line:
   def add_gradient(self, head: jax.Array, d_logits_QK: jax.Array, sums: Any) -> None:
     """Adds the share of a head to `sums`, a table of refs, and to the gradient of a shared x."""
     index, d_bias_ST = self._index(head), self.at.gradient(d_logits_QK)
-    of_x = self._sum(d_bias_ST * self.at.x(head))
-    if sums.value_ZH is not None:
-      of_one = self._sum(d_bias_ST)
-      add_to(sums.value_ZH, index, of_one)
-      of_x -= self.table.anchor_Z[self.z] * of_one
-    add_to(sums.slope_ZH, index, of_x)
+    self._add_line(sums, index, self._sum(d_bias_ST * self.at.x(head)), self._sum(d_bias_ST))
     if not sums.coordinate:
       return
     d_x_ST = self.table.slope_ZH[0, 0, index] * d_bias_ST
@@ -67,6 +62,13 @@ class Line:
       self.at.add_numbers_gradient(head, d_x_ST, sums)
     else:
       self.at.refs.d_x_ST[...] += d_x_ST
+
+  def _add_line(self, sums, index, of_x, of_one):
+    """Adds to the sums of a line: those of a bias' gradient times x, and of it."""
+    if sums.value_ZH is not None:
+      _add_to(sums.value_ZH, index, of_one)
+      of_x -= self.table.anchor_Z[self.z] * of_one
+    _add_to(sums.slope_ZH, index, of_x)
 
   def _sum(self, number_ST):
     # One sum after another would each wait for the last.
@@ -210,8 +212,8 @@ class Pieces:
       return table.slope_ZH[0, 0, start + z]
 
     def add(z, of_x, of_one):
-      add_to(sums.slope_ZH, start + z, of_x - table.anchor_Z[z] * of_one)
-      add_to(sums.value_ZH, start + z, of_one)
+      _add_to(sums.slope_ZH, start + z, of_x - table.anchor_Z[z] * of_one)
+      _add_to(sums.value_ZH, start + z, of_one)
 
     def add_pieces(rows, first, end):
       def step(z, from_before):
@@ -262,8 +264,7 @@ def _halved(number_ST):
   return number_ST
 
 
-def add_to(ref: Any, index: Any, sum_ST: Any) -> None:
-  """Adds to the sum of an index, which lies in some rows of a ref."""
+def _add_to(ref, index, sum_ST):
   rows = len(sum_ST)
   ref[pl.ds(pl.multiple_of(index * rows, rows), rows)] += sum_ST
 

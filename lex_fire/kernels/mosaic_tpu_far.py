@@ -15,7 +15,6 @@ import functools
 from typing import Any, NamedTuple
 
 import jax
-import jax.core
 import jax.numpy as jnp
 import numpy as np
 from jax.experimental import pallas as pl
@@ -23,7 +22,7 @@ from jax.experimental.pallas import tpu as pltpu
 
 from lex_fire.encodings import base
 from lex_fire.kernels import mosaic_tpu_x as x_lib
-from lex_fire.kernels.mosaic_tpu_bias import Line, add_to, over_rows
+from lex_fire.kernels.mosaic_tpu_bias import Line, over_rows
 from lex_fire.kernels.mosaic_tpu_products import Products, dot
 from lex_fire.kernels.mosaic_tpu_size import FAR_BYTES, LANES, VMEM_BYTES, per_head
 
@@ -41,29 +40,26 @@ class Nodes(NamedTuple):
     offset_Y1: how many keys after a tile's first each node is, the reference first.
     key_KX: numbers of keys in X columns, in their dtype. Three times Y: what meets a query's as
       rounded, what meets the rest of it, and their own rest, which meets the former again.
-    node_KX: the same where a column's gradient is that of a query's number, less the reference.
     is_rest_1X: 1 in the second of the three.
     is_reference_1X: 1 where a query's number is that at the reference.
   """
 
   offset_Y1: Any
   key_KX: Any
-  node_KX: Any
   is_rest_1X: Any
   is_reference_1X: Any
 
 
-def has_room(encoding: base.Encoding, channels: int, interpret: bool) -> bool:
-  """Returns whether a tile's far bias is made by the matrix unit, if that has room for it.
-
-  And the vector memory, as v6e's has.
+def has_room(encoding: base.Encoding, keys: int, channels: int, interpret: bool) -> bool:
+  """Returns whether a far bias is made by products: if matrix unit and memory have room for it.
 
   Args:
     encoding: of the bias.
+    keys: of a tile.
     channels: of a head.
     interpret: whether there is no such unit, and all have room.
   """
-  if not encoding.smooth or encoding.table is None:
+  if not encoding.smooth or encoding.table is None or keys < LEAST_KEYS:
     return False
   if interpret:
     return True
@@ -110,18 +106,16 @@ def nodes(keys: int, wide: int, dtype: Any) -> Nodes:
   number_KY[:, 0] = 1  # as all others are less the reference
   rounded_KY = number_KY.astype(dtype).astype(np.float64)
   rest_KY = number_KY - rounded_KY
-  is_node_Y = np.arange(ROWS) > 0
 
   def in_columns(*of_three):
     x_LX = np.concatenate(of_three, axis=1)
     return np.pad(x_LX, [(0, 0), (0, columns(wide) - x_LX.shape[1])]).astype(dtype)
 
   one_1Y, zero_1Y = np.ones((1, ROWS)), np.zeros((1, ROWS))
-  reference_1Y = 1.0 - is_node_Y[None]
+  reference_1Y = 1.0 * (np.arange(ROWS)[None] == 0)
   return Nodes(
     offset_Y1.astype(np.int32),
     in_columns(rounded_KY, rounded_KY, rest_KY),
-    in_columns(rounded_KY * is_node_Y[None], 0 * rounded_KY, rest_KY * is_node_Y[None]),
     in_columns(zero_1Y, one_1Y, zero_1Y).astype(np.float32),
     in_columns(*[reference_1Y] * 3).astype(np.float32),
   )
@@ -172,11 +166,8 @@ class Far:
     self.is_reference_Y1 = jax.lax.broadcasted_iota(jnp.int32, (ROWS, 1), 0) == 0
 
   def _x_YQ(self, numbers):
-    constants = [constant[...] for constant in self.tile.constants.of_functions.of_nodes]
     i_1Q, j_Y1 = self.tile.queries.position_B1Q[0], self.nodes.offset_Y1[...]
-    positions = i_1Q, self.tile.j_1K[:, :1] + j_Y1
-    jaxpr = self.tile.setup.functions.of_nodes
-    return jax.core.eval_jaxpr(jaxpr, constants, *jax.tree.leaves(numbers), *positions)[0]
+    return x_lib.call(self.tile, 'of_nodes', numbers, i_1Q, self.tile.j_1K[:, :1] + j_Y1)
 
   def _fill(self, numbers):
     x_YQ, refs = self._x_YQ(numbers), self.refs
@@ -240,24 +231,28 @@ class FarProducts(Products):
 
   def __init__(self, bias: 'FarBias'):
     super().__init__(bias.far.tile)
-    self.bias, self.nodes = bias, bias.far.nodes
+    nodes = bias.far.nodes
+    self.bias, self.key_KX = bias, nodes.key_KX[...]
+    # Of the rest of a query's number the gradient is the number's, of the reference it is not here.
+    is_left_out_1X = nodes.is_rest_1X[...] + nodes.is_reference_1X[...] > 0
+    self.node_KX = jnp.where(is_left_out_1X, 0.0, self.key_KX).astype(self.key_KX.dtype)
 
   def _key(self, head, number_KX):
     key_KC, _ = self.tile.key_and_value(head)
-    return jnp.concatenate([key_KC, number_KX[...]], axis=1)
+    return jnp.concatenate([key_KC, number_KX], axis=1)
 
   def __call__(self, head: jax.Array) -> jax.Array:
     """Returns products_QK of a head with its bias, float32."""
     query_QC = jnp.concatenate([self._query(head), self.bias.query(head)], axis=1)
-    return dot(query_QC, self._key(head, self.nodes.key_KX), (1, 1))
+    return dot(query_QC, self._key(head, self.key_KX), (1, 1))
 
   def query_gradient(self, head: jax.Array, d_logits_QK: jax.Array) -> jax.Array:
     """Returns d_query_QC, float32; what the bias takes of the same product it is given."""
     if not self.tile.setup.learned:
       return super().query_gradient(head, d_logits_QK)
-    key_KC = self._key(head, self.nodes.node_KX)
+    key_KC = self._key(head, self.node_KX)
     both = dot(d_logits_QK.astype(key_KC.dtype), key_KC, (1, 0))
-    channels = both.shape[1] - self.nodes.node_KX.shape[1]
+    channels = both.shape[1] - self.node_KX.shape[1]
     self.bias.d_query_QX = both[:, channels:]
     return both[:, :channels]
 
@@ -301,10 +296,7 @@ class FarBias(Line):
     of_x_QT = _folded(self.d_query_QX * refs.number_QX[...], wide)
     of_x_QT += of_one_QT * refs.reference_QT[...]
     of_x, of_one = (over_rows(x_QT, setup.sum_rows) for x_QT in (of_x_QT, of_one_QT))
-    if sums.value_ZH is not None:
-      add_to(sums.value_ZH, index, of_one)
-      of_x -= self.table.anchor_Z[self.z] * of_one
-    add_to(sums.slope_ZH, index, of_x)
+    self._add_line(sums, index, of_x, of_one)
     if sums.coordinate:
       slope = self.table.slope_ZH[0, 0, index]
       self.far.add_gradient(head, slope * self.d_query_QX, slope * of_one_QT, sums)

@@ -100,6 +100,13 @@ def trace(
   return Functions(*jaxprs), Functions(*constants)
 
 
+def call(tile: Any, name: str, numbers: Any, *positions: jax.Array) -> jax.Array:
+  """Returns what one of a tile's `Functions` does."""
+  constants = [constant[...] for constant in getattr(tile.constants.of_functions, name)]
+  jaxpr = getattr(tile.setup.functions, name)
+  return jax.core.eval_jaxpr(jaxpr, constants, *jax.tree.leaves(numbers), *positions)[0]
+
+
 class Refs(NamedTuple):
   """Arrays in vector memory of either `Pairs` or `Distances`; None what a kernel does not need.
 
@@ -180,9 +187,7 @@ class Pairs:
       yield slice(start, start + setup.query_block), slice(first, first + self.width)
 
   def _call(self, name, numbers, *positions):
-    constants = [constant[...] for constant in getattr(self.tile.constants.of_functions, name)]
-    jaxpr = getattr(self.tile.setup.functions, name)
-    return jax.core.eval_jaxpr(jaxpr, constants, *jax.tree.leaves(numbers), *positions)[0]
+    return call(self.tile, name, numbers, *positions)
 
   def _x_QK(self, numbers):
     return self._call('of_pairs', numbers, self.tile.i_Q1, self.tile.j_1K)

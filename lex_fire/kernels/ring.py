@@ -19,12 +19,15 @@ with the last a tile for every pair. So of 2 n equal chunks of a row device d of
 # pyright: basic
 
 import functools
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from lex_fire import errors
+from lex_fire.encodings import base
 from lex_fire.kernels import chunked, residuals
 from lex_fire.kernels import mask as mask_lib
 
@@ -65,18 +68,9 @@ def check_length(length: int, devices: int, name: str) -> None:
     )
 
 
-def check_parts(query_BQHC: jax.Array, key_BKGC: jax.Array, axis: str) -> None:
-  """Refuses a device's parts of rows that do not divide in two chunks.
-
-  Raises:
-    errors.UserError: if these do not.
-  """
-  devices = jax.lax.axis_size(axis)
-  for array in (query_BQHC, key_BKGC):
-    check_length(array.shape[1] * devices, devices, 'attention')
-
-
 def attention(
+  attend: Callable[..., jax.Array],
+  in_ring: Callable[..., Any],
   query_BQHC: jax.Array,
   key_BKGC: jax.Array,
   value_BKGC: jax.Array,
@@ -87,24 +81,26 @@ def attention(
   """Returns this device's out_BQHC, to be called under `jax.shard_map`.
 
   Args:
+    attend: attention on one device, that takes a `make_flash`.
+    in_ring: `of_tiles`, or what makes the same of a platform's kernels: `flash.on_ring`.
     query_BQHC: this device's part of each row, as are all arrays but params. Under a decay each of
       its two chunks must be in the text's order, of which a tile can span but so much.
     key_BKGC: likewise.
     value_BKGC: likewise.
     axis: the mesh axis over which rows are cut in parts.
-    **rest: as `chunked.attention` has it.
+    **rest: as `attend` has it.
 
   Raises:
-    errors.UserError: if a part does not divide in two chunks.
+    errors.UserError: if a part does not divide in two chunks, or as `attend` does.
   """
-  check_parts(query_BQHC, key_BKGC, axis)
-  make_flash = functools.partial(_flash, axis=axis)
-  return chunked.attention(
-    query_BQHC, key_BKGC, value_BKGC, pieces=CHUNKS, make_flash=make_flash, **rest
-  )
+  devices = jax.lax.axis_size(axis)
+  for array in (query_BQHC, key_BKGC):
+    check_length(array.shape[1] * devices, devices, 'attention')
+  make_flash = functools.partial(in_ring, axis=axis)
+  return attend(query_BQHC, key_BKGC, value_BKGC, make_flash=make_flash, **rest)
 
 
-def _flash(encoding, mask: mask_lib.Mask, *, axis: str):
+def of_tiles(encoding: base.Encoding, mask: mask_lib.Mask, *, axis: str) -> Callable[..., Any]:
   """Makes what `chunked.flash` does, with the keys of all devices."""
 
   def forward(params, queries, keys):
