@@ -145,6 +145,16 @@ def test_the_cost_of_a_far_tile_is_apart_from_what_all_tiles_take():
   assert found == without._replace(tile_far=400 + 161 + 300, far=1100)
 
 
+def test_a_band_of_many_blocks_is_not_taken_for_heads():
+  """Laid out and divided, it is as long as heads are."""
+  longer = {('LB', 2, 3): ('LB', 2, 1503), ('LB', 2, 780): ('LB', 2, 1780)}
+
+  found = bundles.cost(bundles.parse(listing(*(longer.get(part, part) for part in KERNEL))), True)
+
+  short = bundles.cost(bundles.parse(listing(*KERNEL)), has_bias=True)
+  assert found == short._replace(band=short.band + 1500 + 1000)
+
+
 def test_a_kernel_of_other_loops_is_refused():
   with pytest.raises(ValueError, match='3 loops over heads, not 1'):
     bundles.cost(bundles.parse(listing(*KERNEL)), has_bias=False)

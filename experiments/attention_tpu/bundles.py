@@ -142,7 +142,7 @@ def cost(grid: Loop, has_bias: bool, of: Loop | None = None) -> Work:
     ValueError: if the kernel has other loops than those that are known here.
   """
   of = of or grid
-  heads = [number for number, loop in enumerate(grid.inner) if loop.own > LONG]
+  heads = _over_heads(grid)
   known = (3, 4) if has_bias else (1,)
   if len(heads) not in known:
     raise ValueError(f'{len(heads)} loops over heads, not {" or ".join(map(str, known))}')
@@ -204,6 +204,18 @@ def _lines(loops):
     add_part=sum(part.own for part in gradient),
     add=sum(part.inner[0].own for part in gradient),
   )
+
+
+def _over_heads(grid):
+  """Returns which loops of a grid are over the heads of a tile.
+
+  A band, as long where it has many blocks, is laid out before them and its gradient is divided
+  after; it has loops within it, and so, of those over heads, has the last alone.
+  """
+  long = [number for number, loop in enumerate(grid.inner) if loop.own > LONG]
+  plain = [number for number in long if not grid.inner[number].inner]
+  with_parts = [number for number in long if number > max(plain, default=-1) and number not in plain]
+  return plain + with_parts[:1]
 
 
 def _position(grid, number):
