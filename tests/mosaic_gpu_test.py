@@ -396,16 +396,16 @@ def test_x_from_vectors_is_x_of_a_tile_and_so_is_its_derivative(name, query_axis
   tile = i_Q, j_K, shape, query_axis
 
   x = mosaic_gpu_elementwise.value(encoding.coordinate, numbers, *tile)
-  slopes = [
-    mosaic_gpu_elementwise.derivative(encoding.coordinate, numbers, n, *tile)
-    for n in range(len(jax.tree.leaves(numbers)))
-  ]
+  read = mosaic_gpu_elementwise.reads(encoding.coordinate, table.coordinate)
+  same, slopes = mosaic_gpu_elementwise.value_and_slopes(encoding.coordinate, numbers, read, *tile)
 
   def whole(numbers):
     x_QK = encoding.coordinate(numbers, i_Q[:, None], j_K[None])
     return jnp.broadcast_to(x_QK if query_axis == 0 else x_QK.T, shape)
 
   np.testing.assert_allclose(x, whole(numbers), rtol=1e-5, atol=1e-6)
+  np.testing.assert_array_equal(same, x)
+  assert read == tuple(range(len(jax.tree.leaves(numbers))))
   if slopes:
     assert_agree(slopes, jax.tree.leaves(jax.jacfwd(whole)(numbers)), 1e-5)
 

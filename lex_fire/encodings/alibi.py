@@ -28,7 +28,7 @@ def _table(params: base.Params, num_heads: int) -> piecewise.Table:
 
 def _distance(nothing: dict[str, jax.Array], i: jax.Array, j: jax.Array) -> jax.Array:
   del nothing
-  return jnp.abs(i - j).astype(jnp.float32)
+  return jnp.abs((i - j).astype(jnp.float32))
 
 
 def alibi() -> base.Encoding:

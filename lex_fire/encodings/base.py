@@ -59,9 +59,9 @@ class Encoding(NamedTuple):
       breakpoints, monotone in i and in j on each side of i = j, where it is the same for all. Of
       no use without a table.
     factors: two functions whose product `coordinate` is, or None: (table.coordinate, i_Q1, j_1K) ->
-      what depends on the distance alone, and (table.coordinate, position) -> a number of the later
-      position, in which it is monotone. Of no use where `coordinate` itself depends on the distance
-      alone.
+      what depends on the distance alone, and (table.coordinate, position) -> a number above 0, of
+      the later position, in which it is monotone. Of no use where `coordinate` itself depends on
+      the distance alone.
     smooth: whether x of a query is, over the keys before it, as smooth in their distance d as
       log(d) and d^p are, p >= 0: kernels may then interpolate it where d is large. Of no use
       without a table.

@@ -110,7 +110,7 @@ def _of_distance(
   params: base.Params, i: jax.Array, j: jax.Array, *, psi: str, exponent: float
 ) -> jax.Array:
   """Returns psi(|i - j|)."""
-  return _transform(params, jnp.abs(i - j).astype(jnp.float32), psi, exponent)
+  return _transform(params, jnp.abs((i - j).astype(jnp.float32)), psi, exponent)
 
 
 def _rate(

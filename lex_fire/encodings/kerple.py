@@ -64,12 +64,12 @@ def power_numbers(params: base.Params) -> tuple[jax.Array, jax.Array]:
 
 def _log_coordinate(coordinate: dict[str, jax.Array], i: jax.Array, j: jax.Array) -> jax.Array:
   """Returns log(1 + r2 |i - j|)."""
-  return jnp.log1p(coordinate['r2_H'] * jnp.abs(i - j).astype(jnp.float32))
+  return jnp.log1p(coordinate['r2_H'] * jnp.abs((i - j).astype(jnp.float32)))
 
 
 def _power_coordinate(coordinate: dict[str, jax.Array], i: jax.Array, j: jax.Array) -> jax.Array:
   """Returns |i - j|^r2."""
-  distance = jnp.abs(i - j).astype(jnp.float32)
+  distance = jnp.abs((i - j).astype(jnp.float32))
   # One logarithm for all heads: on CPU nine times faster than a power, within 2e-6 of it. At
   # distance 0 both the value and the gradient d^r2 log d are to be 0, so it takes no logarithm.
   log = jnp.log(jnp.maximum(distance, 1.0))

@@ -159,15 +159,26 @@ def attention(
     (query_BQHC, query_position_BQ, query_segment_BQ),
     (key_BKGC, value_BKGC, key_position_BK, key_segment_BK),
   )
-  kernels = Kernels(_setup(encoding, table, query_BQHC.dtype, interpret, capability), rate_C)
+  setup = _setup(encoding, table, query_BQHC.dtype, mask, interpret, capability)
+  kernels = Kernels(setup, rate_C)
   out_BQHC, log_norm_BHQ = make_flash(kernels)(table, queries, keys)
   return out_BQHC[:, :num_queries], log_norm_BHQ[..., :num_queries]
 
 
-def _setup(encoding, table, dtype, interpret, capability):
+def _setup(encoding, table, dtype, mask, interpret, capability):
+  numbers = {} if table is None else table.coordinate
+  of_pairs, factor = encoding.coordinate, None
+  # The later of two positions is the query's, where keys after it are hidden.
+  shared = all(number_H.size == 1 for number_H in jax.tree.leaves(numbers))
+  if encoding.factors is not None and mask.causal and shared:
+    of_pairs, factor = encoding.factors
+  is_read = table is not None and encoding.learned and encoding.waves is None
   return tile_lib.Setup(
     coordinate=encoding.coordinate,
-    numbers=jax.tree.structure({} if table is None else table.coordinate),
+    of_pairs=of_pairs,
+    factor=factor,
+    numbers=jax.tree.structure(numbers),
+    read=elementwise.reads(of_pairs, numbers) if is_read else (),
     segments=0 if table is None else table.slope_ZH.shape[0],
     learned=encoding.learned,
     decays=encoding.log_decay is not None,
@@ -253,13 +264,16 @@ class Kernels(NamedTuple):
     return *of_table(d_lines), Queries(d_query_BQHC, None), Keys(d_key_BKGC, d_value_BKGC, None)
 
   def _lines(self, table, queries):
-    return None if table is None else plan_lib.table(table, queries.query_BQHC.shape[2])
+    if table is None:
+      return None
+    num_heads = queries.query_BQHC.shape[2]
+    return plan_lib.table(table, num_heads, self.setup.factor, queries.number_BNQ)
 
   def _given(self, lines, queries, keys):
     """Returns what all kernels take first."""
     tokens = queries.query_BQHC, keys.key_BKGC, keys.value_BKGC
     in_parts = (products.split(x_BLHC, self.setup.parts) for x_BLHC in tokens)
-    numbers = queries.number_BNQ, keys.number_BNK
+    numbers = plan_lib.with_factor(queries.number_BNQ, lines), keys.number_BNK
     waves = (products.waves_of(self.setup, number_BNL) for number_BNL in numbers)
     given = *tile_lib.operands(lines, self.rate_C), *in_parts, *numbers, *waves
     return products.Given(*given)
@@ -341,8 +355,8 @@ def _forward_kernel(
       del n
       both = *waves, *(ref.at[slot] for ref in key_waves)
       tile = of_head(tile_lib.Positions(query_NQ, key_JNK.at[slot], 0, both), code)
-      x_QK = tile.coordinate((ROWS, size.columns))
-      logits_QK = tile.logits(query_YQC, key_JYKC.at[slot], x_QK)
+      pairs_QK = tile.of_pairs((ROWS, size.columns))
+      logits_QK = tile.logits(query_YQC, key_JYKC.at[slot], pairs_QK)
       return _softmax_step(setup, so_far, logits_QK, value_JYKC.at[slot])
 
     start = (
@@ -364,7 +378,7 @@ def _softmax_step(setup, so_far, logits_QK, value_YKC):
   """Adds a tile's keys to the running softmax: (sum of values, maximum, sum of weights)."""
   sum_QC, max_Q, norm_Q = so_far
   new_max_Q = jnp.maximum(max_Q, logits_QK.max(axis=1))
-  shrink_Q = jnp.exp2((max_Q - new_max_Q) * tile_lib.LOG2E)
+  shrink_Q = jnp.exp2((max_Q - new_max_Q) * elementwise.LOG2E)
   # A query that has seen no key yet: 0, as differences of hidden logits are not exact.
   origin_Q = jnp.where(new_max_Q > mask_lib.HIDDEN_LOGIT / 2, new_max_Q, 0.0)
   weights_QK = tile_lib.weights(logits_QK, origin_Q, 0)

@@ -2,8 +2,10 @@
 
 With the softmax's weights p and d_weights = d_out value^T, the gradient of a logit is
 g = p (d_weights - delta), delta a query's sum of out d_out. A table's is a sum over pairs: of g in
-a segment for its value, of g (x - anchor) for its slope, and of g slope dx/dnumber for a number of
-the coordinate. Each warpgroup sums its own 64 queries in order, and XLA sums those.
+a segment for its line's height at 0, of g x for its slope, and of g slope dx/dnumber for a number
+of the coordinate. Each warpgroup sums its own 64 queries in order, and XLA sums those. Of a query's
+factor of x it is a sum over the query's pairs, of which XLA makes that of the numbers it is
+computed from.
 """
 
 # Not strict, as its neighbours are: kernels carry no types.
@@ -71,7 +73,7 @@ def of_queries(setup, table, tiles, given, softmax, dtype):
   size = size_of(setup, channels)
   columns, stages, units = size
   blocks = num_queries // ROWS
-  sums = _sums_shape(setup)
+  sums = _sums_shapes(setup)
   d_query_BQHC, *sums_BHI = tile_lib.run(
     setup,
     size,
@@ -103,19 +105,27 @@ def of_queries(setup, table, tiles, given, softmax, dtype):
   if not sums:
     return d_query_BQHC, jax.tree.map(jnp.zeros_like, table)
   line_HZP, number_HN = (
-    sums_BHIZ.sum(axis=(0, 2)).reshape(num_heads, -1) for sums_BHIZ in sums_BHI
+    sums_BHIZ.sum(axis=(0, 2)).reshape(num_heads, -1) for sums_BHIZ in sums_BHI[:2]
   )
-  segments, numbers = setup.segments, setup.numbers.num_leaves
+  segments = setup.segments
   line_HZP = line_HZP[:, : 2 * segments].reshape(num_heads, segments, 2)
-  # Ends and anchors have no gradient, nor has the end after the last segment.
-  d_line_HZX = jnp.pad(line_HZP, [(0, 0), (0, 1), (2, 0)])
-  padding = table.number_HN.shape[1] - numbers
-  d_number_HN = jnp.pad(number_HN[:, :numbers], [(0, 0), (0, padding)])
-  return d_query_BQHC, plan_lib.Table(d_line_HZX, d_number_HN)
+  # Ends have no gradient, nor has the end after the last segment.
+  d_line_HZX = jnp.pad(line_HZP, [(0, 0), (0, 1), (1, 0)])
+  d_number_HN = jnp.zeros_like(table.number_HN)
+  d_number_HN = d_number_HN.at[:, setup.read].set(number_HN[:, : len(setup.read)])
+  d_factor_BQ = None
+  if setup.factor is not None:
+    d_factor_BQ = sums_BHI[2].sum(axis=1).reshape(batch, num_queries)
+    if len(table.factor_BQ) < batch:
+      d_factor_BQ = d_factor_BQ.sum(axis=0, keepdims=True)
+  return d_query_BQHC, plan_lib.Table(d_line_HZX, d_number_HN, d_factor_BQ)
 
 
-def _sums_shape(setup):
-  """Returns the shapes of the sums over a warpgroup's pairs: of segments, two each, and numbers."""
+def _sums_shapes(setup):
+  """Returns the shapes of the sums over a warpgroup's pairs.
+
+  Those are of segments, two each, of numbers, and of each query for its factor if it has one.
+  """
   if not setup.learned or not setup.segments:
     return []
 
@@ -124,7 +134,8 @@ def _sums_shape(setup):
     # Threads of a warpgroup write pairs of neighbours: one row, or an even number.
     return rows + rows % 2 if rows > 1 else rows, LANES
 
-  return [shape(2 * setup.segments), shape(setup.numbers.num_leaves)]
+  of_queries = [] if setup.factor is None else [(ROWS,)]
+  return [shape(2 * setup.segments), shape(len(setup.read)), *of_queries]
 
 
 def _query_kernel(
@@ -182,12 +193,12 @@ def _query_kernel(
       both = *waves, *(ref.at[slot] for ref in key_waves)
       tile = of_head(tile_lib.Positions(query_NQ, key_JNK.at[slot], 0, both), code)
       shape = ROWS, size.columns
-      x_QK = tile.coordinate(shape)
-      logits_QK = tile.logits(query_YQC, key_JYKC.at[slot], x_QK)
+      pairs_QK, slopes = tile.of_pairs_and_slopes(shape)
+      logits_QK = tile.logits(query_YQC, key_JYKC.at[slot], pairs_QK)
       weights_QK = tile_lib.weights(logits_QK, log_norm_Q, 0)
       d_weights_QK = products.product(setup, d_out_YQC, value_JYKC.at[slot])
       d_logits_QK = weights_QK * (d_weights_QK - tile_lib.spread(delta_Q, shape, 0))
-      table_sums = gradient.add(table_sums, tile, x_QK, d_logits_QK)
+      table_sums = gradient.add(table_sums, tile, pairs_QK, slopes, d_logits_QK)
       return tile.add(d_query_QC, d_logits_QK, key_JYKC.at[slot]), table_sums
 
     start = tile_lib.full(setup, query_YQC.shape[1:], 0.0), gradient.start()
@@ -218,39 +229,52 @@ class TableGradient:
     self.setup, self.refs, self.spare_ref = setup, refs, spare_ref
 
   def start(self):
-    """Returns the sums of no tile: (segment or -1, its two sums), and one of each number."""
+    """Returns the sums of no tile: (segment or -1, its two sums), of each number, and the factor.
+
+    Those of the factor are a list of one, or none if there is no factor.
+    """
     if not self.refs:
       return ()
-    for ref in self.refs:
+    for ref in self.refs[:2]:
       ref[...] = jnp.zeros(ref.shape, jnp.float32)
     zero_Q = tile_lib.full(self.setup, (ROWS,), 0.0)
-    return (jnp.int32(-1), zero_Q, zero_Q), [zero_Q] * self.setup.numbers.num_leaves
+    of_factor = [zero_Q] * (self.setup.factor is not None)
+    return (jnp.int32(-1), zero_Q, zero_Q), [zero_Q] * len(self.setup.read), of_factor
 
-  def add(self, sums, tile, x_QK, d_logits_QK):
-    """Adds a tile's pairs."""
+  def add(self, sums, tile, pairs_QK, slopes, d_logits_QK):
+    """Adds a tile's pairs.
+
+    Args:
+      sums: so far.
+      tile: `mosaic_gpu_products.Tile`.
+      pairs_QK: what of x is of pairs.
+      slopes: its derivatives by the numbers that it is computed from.
+      d_logits_QK: gradient of the logits.
+    """
     if not self.refs:
       return sums
-    held, number_sums = sums
-    if number_sums:
-      slope_QK = tile_lib.slope(self.setup, tile.line_ref, tile.head, tile.code, x_QK)
-      d_x_QK = d_logits_QK * slope_QK
-
-      def of_number(n, sum_Q):
-        of_tile = tile.positions, tile.numbers, n, x_QK.shape
-        slope_QK = tile_lib.coordinate_slope(self.setup, *of_tile)
-        return sum_Q + (d_x_QK * slope_QK).sum(axis=1)
-
-      number_sums = [of_number(n, sum_Q) for n, sum_Q in enumerate(number_sums)]
+    setup, positions = self.setup, tile.positions
     first, end = tile_lib.span(tile.code)
 
-    def add_segment(z, held):
+    def add_segment(z, sums):
+      held, of_numbers, of_factor = sums
       found, above = (tile_lib.segment(tile.line_ref, tile.head, n) for n in (z, z + 1))
-      inside_QK = (x_QK > found.lower) & (x_QK <= above.lower)
-      inside_QK = jnp.where(inside_QK, d_logits_QK, 0.0)
-      of_slope_Q = (inside_QK * (x_QK - found.anchor)).sum(axis=1)
-      return self._put(held, z, of_slope_Q, inside_QK.sum(axis=1))
 
-    return jax.lax.fori_loop(first, end, add_segment, held), number_sums
+      def inside():
+        is_past_QK, is_beyond_QK = (
+          tile_lib.is_above(setup, positions, one, pairs_QK) for one in (found, above)
+        )
+        return jnp.where(is_past_QK & ~is_beyond_QK, d_logits_QK, 0.0)
+
+      inside_QK = jax.lax.cond(end - first == 1, lambda: d_logits_QK, inside)
+      of_pairs_Q = (inside_QK * pairs_QK).sum(axis=1)
+      held = self._put(held, z, positions.scaled(setup, of_pairs_Q), inside_QK.sum(axis=1))
+      of_slopes = ((inside_QK * slope_QK).sum(axis=1) for slope_QK in slopes)
+      of_slopes = (found.slope * positions.scaled(setup, sum_Q) for sum_Q in of_slopes)
+      of_numbers = [sum_Q + more_Q for sum_Q, more_Q in zip(of_numbers, of_slopes, strict=True)]
+      return held, of_numbers, [sum_Q + found.slope * of_pairs_Q for sum_Q in of_factor]
+
+    return jax.lax.fori_loop(first, end, add_segment, sums)
 
   def _put(self, held, z, of_slope_Q, of_value_Q):
     held_z, slope_Q, value_Q = held
@@ -278,10 +302,12 @@ class TableGradient:
   def end(self, sums):
     """Stores what is still in registers."""
     if self.refs:
-      held, number_sums = sums
+      held, of_numbers, of_factor = sums
       self._store(held)
-      for n, sum_Q in enumerate(number_sums):
+      for n, sum_Q in enumerate(of_numbers):
         self._store_total(self.refs[1], n, sum_Q)
+      for sum_Q in of_factor:
+        self.refs[2][...] = sum_Q
 
 
 def of_keys(setup, tiles, given, softmax, dtypes):
@@ -382,7 +408,7 @@ def _key_kernel(
       positions = tile_lib.Positions(query_INQ.at[slot], key_NK, 1, both)
       tile = given.of_head(setup, head)(positions, code)
       shape = ROWS, size.columns
-      logits_KQ = tile.logits(key_YKC, query_IYQC.at[slot], tile.coordinate(shape))
+      logits_KQ = tile.logits(key_YKC, query_IYQC.at[slot], tile.of_pairs(shape))
       log_norm_Q, delta_Q = (tile_lib.vector(setup, norm_IPQ.at[slot, n], 1) for n in range(2))
       weights_KQ = tile_lib.weights(logits_KQ, log_norm_Q, 1)
       sums = list(so_far)

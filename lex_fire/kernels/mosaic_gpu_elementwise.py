@@ -8,16 +8,20 @@ do by itself, and in terms that the compiler of kernels knows.
 # Not strict, as its neighbours are: programs carry no types.
 # pyright: basic
 
+import math
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.extend import core
 
+LOG2E = math.log2(math.e)  # the hardware's exponential is of 2
 # In terms of what the compiler of kernels knows, or takes less time for; near 0 log1p loses 1e-7.
 _KNOWN = {
   'add_any': jnp.add,
+  'exp': lambda x, **_: jnp.exp2(x * LOG2E),
   'log1p': lambda x, **_: jnp.log(1.0 + x),
-  'pow': lambda x, y, **_: jnp.exp(jnp.log(x) * y),
+  'pow': lambda x, y, **_: jnp.exp2(jnp.log(x) * (y * LOG2E)),
   'integer_pow': lambda x, y: 1 / x**-y if y < 0 else x**y,
   'div': lambda x, y: x * (1 / y),
 }
@@ -36,7 +40,24 @@ def _larger_slope(numbers, slopes):
   return _larger(x, y), jnp.where(x > y, x_slope, either)
 
 
-_SIMPLE = {'max': _larger, 'min': lambda x, y: -_larger(-x, -y)}
+@jax.custom_jvp
+def _log1p(x):
+  """Returns log(1 + x), with a derivative from its value, as a kernel divides in many steps."""
+  return jnp.log1p(x)
+
+
+@_log1p.defjvp
+def _log1p_slope(numbers, slopes):
+  (x,), (x_slope,) = numbers, slopes
+  value = _log1p(x)
+  return value, x_slope * jnp.exp(-value)
+
+
+_SIMPLE = {
+  'max': _larger,
+  'min': lambda x, y: -_larger(-x, -y),
+  'log1p': lambda x, **_: _log1p(x),
+}
 _SHAPES = 'broadcast_in_dim', 'reshape', 'squeeze', 'copy'
 _STEPS = {
   *(*_KNOWN, *_SIMPLE, *_SHAPES, 'abs', 'add', 'sub', 'mul', 'neg', 'sign', 'exp', 'exp2', 'log'),
@@ -47,9 +68,21 @@ _STEPS = {
 
 def is_elementwise(function, numbers) -> bool:
   """Returns whether x is computed from each pair of positions alone, as a kernel needs it."""
+  return set(_steps(_of_any_tile(function, numbers))) <= _STEPS
+
+
+def reads(function, numbers) -> tuple[int, ...]:
+  """Returns which leaves of the numbers x is computed from."""
+  program = _of_any_tile(function, numbers)
+  read = {id(atom) for equation in program.eqns for atom in equation.invars}
+  leaves = range(len(jax.tree.leaves(numbers)))
+  return tuple(n for n in leaves if id(program.invars[n]) in read)
+
+
+def _of_any_tile(function, numbers):
+  """Returns the program of a tile of some shape, of a tree of any numbers."""
   scalars = jax.tree.map(lambda _: jnp.float32(1), numbers)
-  program = jax.make_jaxpr(function)(scalars, jnp.zeros((2, 1), int), jnp.zeros((1, 3), int))
-  return set(_steps(program.jaxpr)) <= _STEPS
+  return jax.make_jaxpr(function)(scalars, jnp.zeros((2, 1), int), jnp.zeros((1, 3), int)).jaxpr
 
 
 def _steps(jaxpr):
@@ -81,22 +114,41 @@ def value(function, numbers, i, j, shape, query_axis):
   def of_leaves(numbers, i, j):
     return function(jax.tree.unflatten(structure, numbers), i, j)
 
-  return _on_tile(of_leaves, numbers, i, j, shape, query_axis)
+  (x,) = _on_tile(of_leaves, numbers, i, j, shape, query_axis)
+  return x
 
 
-def derivative(function, numbers, n, i, j, shape, query_axis):
-  """Returns the derivative of function(numbers, i, j) by leaf n of the numbers."""
+def value_and_slopes(function, numbers, which, i, j, shape, query_axis):
+  """Returns `value` and a list of its derivatives by some leaves of the numbers.
+
+  Args:
+    function: as of `value`, like all below.
+    numbers: likewise.
+    which: the leaves, by `reads`.
+    i: likewise.
+    j: likewise.
+    shape: likewise.
+    query_axis: likewise.
+  """
+  if not which:
+    return value(function, numbers, i, j, shape, query_axis), []
   numbers, structure = jax.tree.flatten(numbers)
 
-  def slope(numbers, i, j):
-    def of_leaves(*numbers):
-      program = jax.make_jaxpr(function)(jax.tree.unflatten(structure, numbers), i, j)
-      return _run(program.jaxpr, program.consts, (*numbers, i, j), _SIMPLE)[0]
+  def of_leaves(numbers, i, j):
+    def of_some(*some):
+      every = list(numbers)
+      for n, number in zip(which, some, strict=True):
+        every[n] = number
+      program = jax.make_jaxpr(function)(jax.tree.unflatten(structure, every), i, j)
+      return _run(program.jaxpr, program.consts, (*every, i, j), _SIMPLE)[0]
 
-    direction = [jnp.full_like(number, m == n) for m, number in enumerate(numbers)]
-    return jax.jvp(of_leaves, numbers, direction)[1]
+    some = [numbers[n] for n in which]
+    value, slope = jax.linearize(of_some, *some)
+    directions = np.eye(len(some), dtype=np.float32)
+    return value, *(slope(*map(jnp.float32, direction)) for direction in directions)
 
-  return _on_tile(slope, numbers, i, j, shape, query_axis)
+  value, *slopes = _on_tile(of_leaves, numbers, i, j, shape, query_axis)
+  return value, slopes
 
 
 def _on_tile(function, numbers, i, j, shape, query_axis):
@@ -105,8 +157,9 @@ def _on_tile(function, numbers, i, j, shape, query_axis):
   ]
   scalars = [jax.ShapeDtypeStruct((), jnp.float32)] * len(numbers)
   program, made = jax.make_jaxpr(function, return_shape=True)(scalars, *sides)
-  (result,) = _run(program.jaxpr, program.consts, (*numbers, i, j), _KNOWN, _widened)
-  return _widened(result, made.shape, shape)
+  results = _run(program.jaxpr, program.consts, (*numbers, i, j), _KNOWN, _widened)
+  in_program = jax.tree.leaves(made)
+  return [_widened(x, of.shape, shape) for x, of in zip(results, in_program, strict=True)]
 
 
 def _side(shape, axis):

@@ -22,13 +22,15 @@ class Table(NamedTuple):
   """A `piecewise.Table` as kernels read it: one array a kind of number, a head's together.
 
   Attributes:
-    line_HZX: lower end, anchor, slope and value of each segment; one more than there are ends the
+    line_HZX: lower end, slope and height at 0 of each segment; one more than there are ends the
       last.
     number_HN: the parameters of the coordinate, N of them.
+    factor_BQ: what x of a query's pairs is multiplied by, or None; see `Setup`. B may be 1.
   """
 
   line_HZX: jax.Array
   number_HN: jax.Array
+  factor_BQ: Any
 
 
 class Queries(NamedTuple):
@@ -110,21 +112,43 @@ class Plan(NamedTuple):
   keys: Tiles
 
 
-def table(table: piecewise.Table, num_heads: int) -> Table:
-  """Returns the table of all heads; ends and anchors have no gradient."""
+def table(table: piecewise.Table, num_heads: int, factor: Any, query_BNQ: jax.Array) -> Table:
+  """Returns the table of all heads; ends and anchors have no gradient.
+
+  Args:
+    table: of the encoding.
+    num_heads: of the queries.
+    factor: (numbers, position) -> that of a query; None: there is none.
+    query_BNQ: see `query_numbers`.
+  """
   slope_HZ = table.slope_ZH.T
   zero_Z = jnp.zeros(slope_HZ.shape[1])
   lower_Z = zero_Z - jnp.inf if table.lower_Z is None else table.lower_Z
   anchor_Z = zero_Z if table.anchor_Z is None else table.anchor_Z
   value_HZ = jnp.zeros_like(slope_HZ) if table.value_ZH is None else table.value_ZH.T
-  shared = (jnp.broadcast_to(x_Z[None], slope_HZ.shape) for x_Z in (lower_Z, anchor_Z))
-  line_HZX = jnp.stack([*map(jax.lax.stop_gradient, shared), slope_HZ, value_HZ], axis=2)
-  end_H1X = jnp.broadcast_to(jnp.array([jnp.inf, 0, 0, 0])[None, None], (num_heads, 1, 4))
+  lower_HZ = jnp.broadcast_to(lower_Z[None], slope_HZ.shape)
+  height_HZ = value_HZ - slope_HZ * jax.lax.stop_gradient(anchor_Z)[None]
+  line_HZX = jnp.stack([jax.lax.stop_gradient(lower_HZ), slope_HZ, height_HZ], axis=2)
+  end_H1X = jnp.broadcast_to(jnp.array([jnp.inf, 0, 0])[None, None], (num_heads, 1, 3))
   numbers = [jnp.broadcast_to(x_H, num_heads) for x_H in jax.tree.leaves(table.coordinate)]
+  factor_BQ = None
+  if factor is not None:
+    of_all_heads = jax.tree.map(lambda number_1: number_1.reshape(()), table.coordinate)
+    factor_BQ = factor(of_all_heads, query_BNQ[:, tile_lib.POSITION])
   return Table(
     line_HZX=jnp.concatenate([line_HZX, end_H1X], axis=1),
     number_HN=jnp.stack(numbers or [jnp.zeros(num_heads)], axis=1),
+    factor_BQ=factor_BQ,
   )
+
+
+def with_factor(query_BNQ: jax.Array, table: Table | None) -> jax.Array:
+  """Returns number_BNQ of queries with the bits of their factors, if there are any."""
+  if table is None or table.factor_BQ is None:
+    return query_BNQ
+  factor_BNQ = jnp.stack([table.factor_BQ, 1 / table.factor_BQ], axis=1)
+  bits_BNQ = jax.lax.bitcast_convert_type(factor_BNQ, jnp.int32)
+  return jnp.concatenate([query_BNQ, bits_BNQ], axis=1)
 
 
 def query_numbers(

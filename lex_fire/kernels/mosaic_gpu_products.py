@@ -274,22 +274,28 @@ class Tile(NamedTuple):
   positions: Any
   code: Any
 
-  def coordinate(self, shape):
-    """Returns x of the tile, or None where there is no bias."""
+  def of_pairs(self, shape):
+    """Returns what of x is of the tile's pairs, or None where there is no bias."""
     if self.positions.waves:
       return product(self.setup, *self.positions.waves)
-    return tile_lib.coordinate(self.setup, self.positions, self.numbers, shape)
+    return tile_lib.of_pairs(self.setup, self.positions, self.numbers, shape)
 
-  def logits(self, a, b, x=None):
+  def of_pairs_and_slopes(self, shape):
+    """Returns that, and a list of its derivatives by numbers that it is computed from."""
+    if not self.setup.read:
+      return self.of_pairs(shape), []
+    return tile_lib.of_pairs_and_slopes(self.setup, self.positions, self.numbers, shape)
+
+  def logits(self, a, b, pairs=None):
     """Returns the logits, HIDDEN_LOGIT where hidden, of blocks of the rows and of the columns.
 
     Args:
       a: rows of the tile, queries or keys, as products take them.
       b: columns of the tile.
-      x: of the tile; None: no bias.
+      pairs: `of_pairs` of the tile; None: no bias.
     """
-    line = self.line_ref, self.head, self.code, x
-    bias = None if x is None else tile_lib.bias(self.setup, *line)
+    line = self.line_ref, self.head, self.code, self.positions, pairs
+    bias = None if pairs is None else tile_lib.bias(self.setup, *line)
     logits = self._products(a, b, bias)
     return tile_lib.hide(self.setup, self.positions, self.code, logits)
 

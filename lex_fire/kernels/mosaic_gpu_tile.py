@@ -10,11 +10,11 @@ computed once for each, as vectors, and not a pair.
 
 import functools
 import inspect
-import math
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
@@ -23,14 +23,15 @@ from lex_fire.kernels import mosaic_gpu_elementwise as elementwise
 
 ROWS = 64  # of a tile: what a warpgroup multiplies at once
 UNITS = 2  # at most, warpgroups that compute, each tiles of its own rows
-LOG2E = math.log2(math.e)  # the hardware's exponential is of 2
 # A tile's code: whether to visit it, whether the mask shows all of it, and a span, its first and
 # how many more. It is of segments of the table that x may reach; under a decay, which has no table,
 # of how many stretches queries are after keys.
 VISIT, WHOLE, FIRST_SHIFT, MORE_SHIFT = 1, 2, 2, 16
 MOST_SEGMENTS = 2 ** (MORE_SHIFT - FIRST_SHIFT)
-# The integers of a query, in this order, and of a key; stretches are there under a decay only.
+# The integers of a query, in this order, and of a key; stretches are there under a decay only, and
+# the bits of a query's factor of x, and of its inverse, under a bias that has one.
 POSITION, SEGMENT, FIRST, LAST, STRETCH = range(5)
+FACTOR, INVERSE = 4, 5
 KEY_STRETCH = 2
 
 
@@ -39,7 +40,10 @@ class Setup(NamedTuple):
 
   Attributes:
     coordinate: of the encoding, or None where it has no bias.
+    of_pairs: what of it a tile computes for each pair: all of x, or all but a factor of the query.
+    factor: (numbers, position) -> the other factor, which is computed once a query; None: without.
     numbers: the structure of the coordinate's parameters.
+    read: which of them `of_pairs` is computed from.
     segments: of the table.
     learned: whether the table has a gradient.
     decays: whether a decay with distance is left to the tiles.
@@ -51,7 +55,10 @@ class Setup(NamedTuple):
   """
 
   coordinate: Any
+  of_pairs: Any
+  factor: Any
   numbers: Any
+  read: tuple[int, ...]
   segments: int
   learned: bool
   decays: bool
@@ -130,6 +137,19 @@ class Positions(NamedTuple):
     """Returns what functions in `mosaic_gpu_elementwise` take last."""
     return self.query(setup, POSITION), self.key(setup, POSITION), shape, self.query_axis
 
+  def scaled(self, setup, number, which=FACTOR):
+    """Returns a number, of all queries or of each, times their factor of x or its inverse.
+
+    It is the number itself if they have none.
+    """
+    if setup.factor is None:
+      return number
+    return number * jax.lax.bitcast_convert_type(self.query(setup, which), jnp.float32)
+
+  def of_queries(self, number, shape):
+    """Returns a number, of all queries or of each, as it multiplies or adds to a tile."""
+    return spread(number, shape, self.query_axis) if np.ndim(number) else number
+
 
 def hide(setup, positions, code, logits):
   """Returns logits, HIDDEN_LOGIT where the mask hides the pair."""
@@ -161,17 +181,16 @@ def span(code):
 
 
 class Segment(NamedTuple):
-  """A segment of a head's table, four numbers."""
+  """A segment of a head's table: its lower end, and the slope and the height at 0 of its line."""
 
   lower: Any
-  anchor: Any
   slope: Any
-  value: Any
+  height: Any
 
 
 def segment(line_ref, head, z):
-  """Reads segment z from a ref [heads, segments, 4]."""
-  return Segment(*(line_ref[head, z, n] for n in range(4)))
+  """Reads segment z from a ref [heads, segments, 3]."""
+  return Segment(*(line_ref[head, z, n] for n in range(3)))
 
 
 def numbers(setup, number_ref, head):
@@ -180,50 +199,52 @@ def numbers(setup, number_ref, head):
   return jax.tree.unflatten(setup.numbers, leaves)
 
 
-def bias(setup, line_ref, head, code, x):
-  """Returns the bias of a tile."""
+def bias(setup, line_ref, head, code, positions, pairs):
+  """Returns the bias of a tile, of what of x is of its pairs.
 
-  def line(found):
-    return found.value + found.slope * (x - found.anchor)
-
-  return _of_segments(setup, line_ref, head, code, x, line)
-
-
-def slope(setup, line_ref, head, code, x):
-  """Returns the derivative of the bias by x."""
-  zero = full(setup, x.shape, 0.0)
-  return _of_segments(setup, line_ref, head, code, x, lambda found: zero + found.slope)
-
-
-def _of_segments(setup, line_ref, head, code, x, function):
-  """Returns a function of each pair's segment, by selecting among those that x may reach."""
+  It is by the line of each pair's segment, among those that x may reach.
+  """
   first, end = span(code)
 
-  def above(z, so_far):
-    found = segment(line_ref, head, z)
-    return jnp.where(x > found.lower, function(found), so_far)
+  def line(found):
+    slope = positions.of_queries(positions.scaled(setup, found.slope), pairs.shape)
+    return found.height + slope * pairs
 
-  result = function(segment(line_ref, head, first))
-  if setup.segments == 1:
-    return result
-  return jax.lax.fori_loop(first + 1, end, above, result)
+  def add(z, so_far):
+    found = segment(line_ref, head, z)
+    return jnp.where(is_above(setup, positions, found, pairs), line(found), so_far)
+
+  result = line(segment(line_ref, head, first))
+  return result if setup.segments == 1 else jax.lax.fori_loop(first + 1, end, add, result)
+
+
+def is_above(setup, positions, found, pairs):
+  """Returns which pairs of a tile have an x above the lower end of a segment.
+
+  It is that end which is divided by the factor, as there are fewer queries than pairs.
+  """
+  lower = positions.scaled(setup, found.lower, INVERSE)
+  return pairs > positions.of_queries(lower, pairs.shape)
 
 
 def weights(logits, log_norm, axis):
   """Returns exp(logits - log_norm), of a vector along an axis."""
-  return jnp.exp2(logits * LOG2E - spread(log_norm * LOG2E, logits.shape, axis))
+  return jnp.exp2(
+    logits * elementwise.LOG2E - spread(log_norm * elementwise.LOG2E, logits.shape, axis)
+  )
 
 
-def coordinate(setup, positions, numbers, shape):
-  """Returns x of a tile, or None where there is no bias."""
+def of_pairs(setup, positions, numbers, shape):
+  """Returns what of x is of a tile's pairs, or None where there is no bias."""
   if not setup.segments:
     return None
-  return elementwise.value(setup.coordinate, numbers, *positions.of_tile(setup, shape))
+  return elementwise.value(setup.of_pairs, numbers, *positions.of_tile(setup, shape))
 
 
-def coordinate_slope(setup, positions, numbers, n, shape):
-  """Returns the derivative of x by the number n."""
-  return elementwise.derivative(setup.coordinate, numbers, n, *positions.of_tile(setup, shape))
+def of_pairs_and_slopes(setup, positions, numbers, shape):
+  """Returns that of a bias, and its derivative by each of the numbers that it is computed from."""
+  of_tile = positions.of_tile(setup, shape)
+  return elementwise.value_and_slopes(setup.of_pairs, numbers, setup.read, *of_tile)
 
 
 # Kernels of one or two warpgroups that compute and one that copies
@@ -231,7 +252,9 @@ def coordinate_slope(setup, positions, numbers, n, shape):
 
 def operands(table, rate_C):
   """Returns the arrays of a table and of a decay that kernels take, also where there is none."""
-  lines = (jnp.zeros((1, 1, 4)), jnp.zeros((1, 1))) if table is None else table
+  lines = jnp.zeros((1, 1, 3)), jnp.zeros((1, 1))
+  if table is not None:
+    lines = table.line_HZX, table.number_HN
   return (*lines, jnp.zeros(1) if rate_C is None else rate_C)
 
 
@@ -255,7 +278,8 @@ class Size(NamedTuple):
 
 
 def run(setup, size, kernel, operands, *, out_type, scratch_types, grid):
-  """Runs a kernel at each point of a grid, by name and size."""
+  """Runs a kernel, a partial function, at each point of a grid, by name and size."""
+  kernel.__name__ = kernel.func.__name__  # by which compilers and profilers call it
   # JAX 0.11 has another default, for which these kernels are not written.
   lane = plgpu.LoweringSemantics.Lane
   return plgpu.kernel(
