@@ -214,7 +214,9 @@ def _over_heads(grid):
   """
   long = [number for number, loop in enumerate(grid.inner) if loop.own > LONG]
   plain = [number for number in long if not grid.inner[number].inner]
-  with_parts = [number for number in long if number > max(plain, default=-1) and number not in plain]
+  with_parts = [
+    number for number in long if number > max(plain, default=-1) and number not in plain
+  ]
   return plain + with_parts[:1]
 
 
