@@ -19,6 +19,7 @@ from lex_fire.kernels import (
   decay,
   mosaic_gpu,
   mosaic_gpu_elementwise,
+  mosaic_gpu_far,
   mosaic_gpu_plan,
   mosaic_gpu_tensor_memory,
   mosaic_gpu_tile,
@@ -37,6 +38,11 @@ STRETCH = decay.stretch_of(encodings.get('xpos').log_decay(64))
 FAR = (
   np.int32([np.r_[100:140, STRETCH - 20 : STRETCH + 60, 3 * STRETCH - 8 : 3 * STRETCH + 12]]),
   None,
+)
+# Keys far before their queries: as many as a tile of the forward pass has, or of the backward ones,
+# which are so in both.
+FAR_KEYS, FAR_BLOCKS = (
+  (np.int32([np.r_[0:near, 9000 : 9000 + LENGTH - near]]), None) for near in (128, 64)
 )
 ROWS = (np.r_[SPARSE[0], PACKED[0]], np.r_[np.ones_like(PACKED[1]), PACKED[1]])
 MASKS = {
@@ -81,6 +87,12 @@ CELLS.append(('sandwich', 'causal', ROWS, WIDTHS[0]))
 CELLS.append(('sandwich', 'window', SPARSE, (256, 'two parts')))
 CELLS.append(('xpos', 'causal', FAR, WIDTHS[0]))
 CELLS.append(('xpos', 'bidirectional', FAR, WIDTHS[0]))
+CELLS.append(('fire', 'causal', FAR_KEYS, WIDTHS[0]))
+CELLS.append(('fire', 'causal', FAR_BLOCKS, WIDTHS[0]))
+CELLS.append(('fire', 'bidirectional', FAR_BLOCKS, WIDTHS[1]))
+CELLS.append(('fire of two layers', 'causal', FAR_BLOCKS, WIDTHS[2]))
+CELLS.append(('kerple_log', 'bidirectional', FAR_BLOCKS, WIDTHS[0]))
+CELLS.append(('kerple_power', 'causal', FAR_BLOCKS, WIDTHS[0]))
 ELEMENTWISE = {
   'fire': {},
   'fire_s': {'psi': 'identity', 'threshold': 0.0},
@@ -383,6 +395,53 @@ def test_a_tiles_code_says_what_its_pairs_are(mask):
   rising_IJ = visit_IJ & (np.maximum(*np.indices(visit_IJ.shape)) < 4)
   np.testing.assert_array_equal(first_IJ[rising_IJ], segment_IJ.min(axis=(1, 3))[rising_IJ])
   np.testing.assert_array_equal(end_IJ[rising_IJ], segment_IJ.max(axis=(1, 3))[rising_IJ] + 1)
+
+
+@pytest.mark.parametrize('keys_in_rows', [False, True])
+def test_far_are_tiles_of_columns_in_order_far_from_all_rows(keys_in_rows):
+  encoding, params = make('fire', {})
+  far, block = mosaic_gpu_far.LEAST_DISTANCE * 64, np.arange(64)
+  starts = (0, 64, 128 + far - 1, 2 * 64 + 63 + far, 3 * far, 2**31 - 64)
+  position_1L = np.concatenate([start + block for start in starts])[None]
+  position_1L[0, 65] += 1  # so that these are not consecutive
+  numbers = (
+    mosaic_gpu_plan.query_numbers(kernels.Mask(), position_1L, None, 0),
+    mosaic_gpu_plan.key_numbers(position_1L, None, 0),
+  )
+  given = *numbers, encoding.table(params, NUM_HEADS), encoding.coordinate, (64, 64)
+
+  without = mosaic_gpu_plan.codes(*given, keys_in_rows=keys_in_rows)[0]
+  code_IJ = mosaic_gpu_plan.codes(*given, far=True, keys_in_rows=keys_in_rows)[0]
+
+  is_far_IJ = code_IJ & mosaic_gpu_tile.FAR != 0
+  np.testing.assert_array_equal(code_IJ - mosaic_gpu_tile.FAR * is_far_IJ, without)
+  is_far_IJ = is_far_IJ.T if keys_in_rows else is_far_IJ
+  position_IB = np.int64(position_1L.reshape(-1, 64))
+  follow_I = (np.diff(position_IB) == 1).all(axis=1)
+  apart_IJ = position_IB.min(axis=1)[:, None] - position_IB.max(axis=1)[None]
+  expected_IJ = (apart_IJ >= far) & (follow_I[:, None] if keys_in_rows else follow_I[None])
+  np.testing.assert_array_equal(is_far_IJ, expected_IJ)
+  assert np.any(expected_IJ) and np.any(apart_IJ == far)
+
+
+@pytest.mark.parametrize('columns', [32, 64, 128])
+@pytest.mark.parametrize(
+  'function',
+  [
+    *(functools.partial(lambda c, d: np.log1p(c * d), c) for c in (1e-3, 0.1, 1.0, 100.0)),
+    *(functools.partial(lambda p, d: d**p, p) for p in (0.01, 0.3, 0.5, 1.0, 1.5, 2.0)),
+  ],
+)
+def test_x_of_far_keys_is_a_parabola_but_for_what_float32_rounds(function, columns):
+  """In float64, so that it is the parabola that is measured."""
+  distance_K = np.float64(mosaic_gpu_far.LEAST_DISTANCE * columns + np.arange(columns)[::-1])
+  nodes = (function(distance_K[node]) for node in mosaic_gpu_far.nodes(columns))
+  offset_K = np.arange(columns) - columns // 2
+
+  found_K = mosaic_gpu_far.evaluate(*mosaic_gpu_far.polynomial(*nodes, columns), offset_K)
+
+  exact_K = function(distance_K)
+  np.testing.assert_allclose(found_K, exact_K, rtol=np.finfo(np.float32).eps, atol=0)
 
 
 @pytest.mark.parametrize('query_axis', [0, 1])

@@ -111,11 +111,11 @@ def columns(kernel: str) -> int:
   return sizes[SHAPE['head_dim'], False].columns
 
 
-def reach(of_columns: int, encoding: encodings.Encoding, params: dict | None, length: int) -> Work:
+def reach(kernel: str, encoding: encodings.Encoding, params: dict | None, length: int) -> Work:
   """Returns how often a head has each kind of work done, of a causal row in order.
 
   Args:
-    of_columns: of a tile. Where they are as many as its rows, keys may be either.
+    kernel: of KERNELS.
     encoding: of the bias.
     params: its; None: there is no bias.
     length: of the row [tokens].
@@ -127,13 +127,17 @@ def reach(of_columns: int, encoding: encodings.Encoding, params: dict | None, le
   )
   table = None if params is None else encoding.table(params, SHAPE['num_heads'])
   # Jitted: of two layers at 131,072 tokens comparisons would be an array of 36 GiB.
-  codes = jax.jit(mosaic_gpu_plan.codes, static_argnums=(3, 4))
-  blocks = mosaic_gpu_tile.ROWS, of_columns
-  code_IJ = np.array(codes(*numbers, table, encoding.coordinate, blocks)[0])
+  static = {'far': encoding.smooth, 'keys_in_rows': kernel == 'keys'}
+  blocks = (mosaic_gpu_tile.ROWS, columns(kernel))[:: -1 if kernel == 'keys' else 1]
+  codes = jax.jit(mosaic_gpu_plan.codes, static_argnums=(3, 4), static_argnames=tuple(static))
+  code_IJ = np.array(codes(*numbers, table, encoding.coordinate, blocks, **static)[0])
   code_V = code_IJ[code_IJ & mosaic_gpu_tile.VISIT != 0]
+  is_far_V = code_V & mosaic_gpu_tile.FAR != 0
   lines_V = 1 + (code_V >> mosaic_gpu_tile.MORE_SHIFT)
   return Work(
     tile=code_V.size,
+    near=np.sum(~is_far_V),
+    far=np.sum(is_far_V),
     mask=np.sum(code_V & mosaic_gpu_tile.WHOLE == 0),
     further_line=np.sum(lines_V - 1),
     line=np.sum(lines_V),
@@ -154,19 +158,24 @@ def cycles(cost: Cost) -> tuple[float, float]:
 
 
 def of_a_tile(results: dict) -> list[str]:
-  """Returns the lines of a table: what each kernel takes for a tile, of one line and further."""
-  lines = [f'{"":22}{"products":>10}{"issued":>10}{"special":>10}{"a further line":>17}']
+  """Returns the lines of a table: what each kernel takes for a tile under one line.
+
+  And by how many instructions more for a further line: for the first such, as then each pair has
+  one of several, and for any.
+  """
+  heads = 'products', 'issued', 'special', 'issued far', 'special', 'a further', 'line'
+  lines = [f'{"":22}' + ''.join(f'{head:>11}' for head in heads)]
   for name, costs in results['costs'].items():
     for kernel, values in costs.items():
       cost = Work(*(Cost(*each) for each in values))
-      one = cost.tile + cost.line
-      first = cost.pairs_of_line.issued  # of a line that is no longer the only one
+      bare = cost.tile + cost.line
+      near, far = bare + cost.near, bare + cost.far
       more = cost.further_line + cost.line + cost.pairs_of_line + cost.other_line
-      further = f'{first:.0f} + {more.issued:.0f}' if more.issued else ''
-      lines.append(
-        f'{name:14}{kernel:8}{one.products:>10.0f}{one.issued:>10.0f}'
-        f'{SPECIAL * one.special:>10.0f}{further:>17}'
-      )
+      numbers = [near.products, near.issued, SPECIAL * near.special]
+      numbers += [far.issued, SPECIAL * far.special] if cost.far.issued else [None] * 2
+      numbers += [cost.pairs_of_line.issued, more.issued] if more.issued else []
+      cells = (f'{"" if number is None else round(number):>11}' for number in numbers)
+      lines.append(f'{name:14}{kernel:8}{"".join(cells)}'.rstrip())
   return lines
 
 
@@ -174,27 +183,19 @@ def of_rows(results: dict) -> list[str]:
   """Returns the lines of a table: FIRE's cycles over NoPE's of a causal row in order."""
   lines = [f'{"":22}{"all at once":36}products, then the rest']
   lines.append(f'{"":22}' + ''.join(f'{length:>9}' for length in LENGTHS) * 2)
-  by_columns = {columns(kernel) for kernel in KERNELS}
 
-  def reached(encoding, of_layers):
-    return {
-      of_columns: [
-        np.mean([reach(of_columns, encoding, params, length) for params in of_layers], axis=0)
-        for length in LENGTHS
-      ]
-      for of_columns in by_columns
-    }
+  def cycles_of(case, kernel, encoding, of_layers):
+    cost = Work(*results['costs'][case][kernel])
+    found = [
+      np.mean([reach(kernel, encoding, params, length) for params in of_layers], axis=0)
+      for length in LENGTHS
+    ]
+    return np.array([cycles(total(cost, Work(*one))) for one in found])
 
-  bare = reached(encodings.get('nope'), [None])
-
-  def sums(case, kernel, reached):
-    costs = Work(*results['costs'][case][kernel])
-    return np.array([cycles(total(costs, Work(*one))) for one in reached[columns(kernel)]])
-
+  bare = {kernel: cycles_of('nope', kernel, encodings.get('nope'), [None]) for kernel in KERNELS}
   for name, (case, encoding, layers) in schedule.layers().items():
-    of_layers = reached(encoding, layers)
     found = {
-      kernel: (sums(case, kernel, of_layers), sums('nope', kernel, bare)) for kernel in KERNELS
+      kernel: (cycles_of(case, kernel, encoding, layers), bare[kernel]) for kernel in KERNELS
     }
     found['all'] = tuple(map(sum, zip(*found.values(), strict=True)))
     for kernel, (with_bias, without) in found.items():

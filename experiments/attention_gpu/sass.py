@@ -81,6 +81,8 @@ class Work(NamedTuple):
 
   Attributes:
     tile: all that follows left out.
+    near: of x of pairs, if there are two ways to make it.
+    far: likewise, of keys far before their queries.
     mask: where the mask hides some pairs.
     further_line: of a bias of several lines, for each beyond the first.
     line: of the table's gradient, for each.
@@ -89,6 +91,8 @@ class Work(NamedTuple):
   """
 
   tile: Cost
+  near: Cost = Cost()
+  far: Cost = Cost()
   mask: Cost = Cost()
   further_line: Cost = Cost()
   line: Cost = Cost()
@@ -130,11 +134,17 @@ def work(blocks: list[Block]) -> Work:
     return max(found, key=len, default=set())
 
   outside = tile - line - further_line
+  ways = [both for both in _either(blocks) if both[0] | both[1] < outside]
+  if len(ways) > 1:
+    raise ValueError(f'{len(ways)} choices of a tile')
+  # Near keys have each their own distance.
+  far, near = sorted(ways[0], key=lambda some: has('I2FP', some, MANY)) if ways else (set(), set())
   mask = optional(outside, lambda some: has('ISETP', some, MANY) and not has('HGMMA', some))
   pairs_of_line = optional(line, lambda some: has('FSETP', some, MANY))
   other_line = optional(line, lambda some: has('BAR', some))
   of_each_line = line - pairs_of_line - other_line
-  parts = outside - mask, mask, further_line, of_each_line, pairs_of_line, other_line
+  others = outside - mask - near - far
+  parts = others, near, far, mask, further_line, of_each_line, pairs_of_line, other_line
 
   def total(numbers: Iterable[int]) -> Cost:
     return sum((cost(blocks[n]) for n in numbers), Cost())
@@ -152,6 +162,15 @@ def _loops(blocks):
   for n, block in enumerate(blocks):
     if block.target is not None and places[block.target] <= n:
       yield range(places[block.target], n + 1)
+
+
+def _either(blocks):
+  """Yields two sets of blocks, of which one is gone through."""
+  places = _places(blocks)
+  for some in map(list, _skipped(blocks)):
+    last = blocks[some[-1]]
+    if last.returns and places[last.target] > some[-1] + 1:
+      yield set(some), set(range(some[-1] + 1, places[last.target]))
 
 
 def _skipped(blocks):

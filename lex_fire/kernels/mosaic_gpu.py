@@ -172,13 +172,15 @@ def _setup(encoding, table, dtype, mask, interpret, capability):
   shared = all(number_H.size == 1 for number_H in jax.tree.leaves(numbers))
   if encoding.factors is not None and mask.causal and shared:
     of_pairs, factor = encoding.factors
-  is_read = table is not None and encoding.learned and encoding.waves is None
+  is_computed = table is not None and encoding.waves is None
   return tile_lib.Setup(
     coordinate=encoding.coordinate,
     of_pairs=of_pairs,
     factor=factor,
     numbers=jax.tree.structure(numbers),
-    read=elementwise.reads(of_pairs, numbers) if is_read else (),
+    read=elementwise.reads(of_pairs, numbers) if is_computed and encoding.learned else (),
+    # Not where a number of the query's position is in it, which may have an edge.
+    far=is_computed and encoding.smooth and (encoding.shift_invariant or factor is not None),
     segments=0 if table is None else table.slope_ZH.shape[0],
     learned=encoding.learned,
     decays=encoding.log_decay is not None,
@@ -210,8 +212,8 @@ class Kernels(NamedTuple):
     channels = queries.query_BQHC.shape[3]
     forward, backward = _size(self.setup, channels), backward_lib.size_of(self.setup, channels)
     of_blocks = queries.number_BNQ, keys.number_BNK, table, self.setup.coordinate
-    codes = functools.partial(plan_lib.codes, *of_blocks)
-    of_keys = jnp.swapaxes(codes((backward.columns, ROWS)), 1, 2)
+    codes = functools.partial(plan_lib.codes, *of_blocks, far=self.setup.far)
+    of_keys = codes((backward.columns, ROWS), keys_in_rows=True)
     return plan_lib.Plan(
       forward=plan_lib.tiles(codes((ROWS, forward.columns)), forward.units),
       queries=plan_lib.tiles(codes((ROWS, backward.columns)), backward.units),
@@ -229,7 +231,8 @@ class Kernels(NamedTuple):
   ) -> flash.Found:
     """Returns out_BQHC and log_norm_BHQ."""
     dtype = keys.value_BKGC.dtype if so_far is None else jnp.float32
-    given = self._given(self._lines(table, queries), queries, keys)
+    lines, size = self._lines(table, queries), _size(self.setup, queries.query_BQHC.shape[3])
+    given = self._given(lines, queries, keys, size)
     found = _forward(self.setup, given, plan.forward, dtype)
     return found if so_far is None else sides.together(so_far, found)
 
@@ -254,7 +257,8 @@ class Kernels(NamedTuple):
   ) -> tuple[Any, Queries, Keys]:
     """Returns those of table, queries and keys."""
     lines, of_table = jax.vjp(functools.partial(self._lines, queries=queries), table)
-    of_all = self._given(lines, queries, keys), softmax
+    size = backward_lib.size_of(self.setup, queries.query_BQHC.shape[3])
+    of_all = self._given(lines, queries, keys, size), softmax
     tokens = queries.query_BQHC, keys.key_BKGC, keys.value_BKGC
     query_dtype, *dtypes = (dtype or x_BLHC.dtype for x_BLHC in tokens)
     of_queries = backward_lib.of_queries(self.setup, lines, plan.queries, *of_all, query_dtype)
@@ -269,11 +273,13 @@ class Kernels(NamedTuple):
     num_heads = queries.query_BQHC.shape[2]
     return plan_lib.table(table, num_heads, self.setup.factor, queries.number_BNQ)
 
-  def _given(self, lines, queries, keys):
-    """Returns what all kernels take first."""
+  def _given(self, lines, queries, keys, size):
+    """Returns what all kernels take first, of tiles of some size."""
     tokens = queries.query_BQHC, keys.key_BKGC, keys.value_BKGC
     in_parts = (products.split(x_BLHC, self.setup.parts) for x_BLHC in tokens)
-    numbers = plan_lib.with_factor(queries.number_BNQ, lines), keys.number_BNK
+    numbers = queries.number_BNQ, keys.number_BNK
+    if lines is not None:
+      numbers = plan_lib.with_bits(*numbers, lines.factor_BQ, size.columns)
     waves = (products.waves_of(self.setup, number_BNL) for number_BNL in numbers)
     given = *tile_lib.operands(lines, self.rate_C), *in_parts, *numbers, *waves
     return products.Given(*given)
@@ -355,7 +361,7 @@ def _forward_kernel(
       del n
       both = *waves, *(ref.at[slot] for ref in key_waves)
       tile = of_head(tile_lib.Positions(query_NQ, key_JNK.at[slot], 0, both), code)
-      pairs_QK = tile.of_pairs((ROWS, size.columns))
+      pairs_QK, _ = tile.of_pairs((ROWS, size.columns))
       logits_QK = tile.logits(query_YQC, key_JYKC.at[slot], pairs_QK)
       return _softmax_step(setup, so_far, logits_QK, value_JYKC.at[slot])
 

@@ -193,7 +193,7 @@ def _query_kernel(
       both = *waves, *(ref.at[slot] for ref in key_waves)
       tile = of_head(tile_lib.Positions(query_NQ, key_JNK.at[slot], 0, both), code)
       shape = ROWS, size.columns
-      pairs_QK, slopes = tile.of_pairs_and_slopes(shape)
+      pairs_QK, slopes = tile.of_pairs(shape, setup.read)
       logits_QK = tile.logits(query_YQC, key_JYKC.at[slot], pairs_QK)
       weights_QK = tile_lib.weights(logits_QK, log_norm_Q, 0)
       d_weights_QK = products.product(setup, d_out_YQC, value_JYKC.at[slot])
@@ -408,7 +408,8 @@ def _key_kernel(
       positions = tile_lib.Positions(query_INQ.at[slot], key_NK, 1, both)
       tile = given.of_head(setup, head)(positions, code)
       shape = ROWS, size.columns
-      logits_KQ = tile.logits(key_YKC, query_IYQC.at[slot], tile.of_pairs(shape))
+      pairs_KQ, _ = tile.of_pairs(shape)
+      logits_KQ = tile.logits(key_YKC, query_IYQC.at[slot], pairs_KQ)
       log_norm_Q, delta_Q = (tile_lib.vector(setup, norm_IPQ.at[slot, n], 1) for n in range(2))
       weights_KQ = tile_lib.weights(logits_KQ, log_norm_Q, 1)
       sums = list(so_far)

@@ -143,12 +143,12 @@ def value_and_slopes(function, numbers, which, i, j, shape, query_axis):
       return _run(program.jaxpr, program.consts, (*every, i, j), _SIMPLE)[0]
 
     some = [numbers[n] for n in which]
-    value, slope = jax.linearize(of_some, *some)
+    x, slope = jax.linearize(of_some, *some)
     directions = np.eye(len(some), dtype=np.float32)
-    return value, *(slope(*map(jnp.float32, direction)) for direction in directions)
+    return x, *(slope(*map(jnp.float32, direction)) for direction in directions)
 
-  value, *slopes = _on_tile(of_leaves, numbers, i, j, shape, query_axis)
-  return value, slopes
+  x, *slopes = _on_tile(of_leaves, numbers, i, j, shape, query_axis)
+  return x, slopes
 
 
 def _on_tile(function, numbers, i, j, shape, query_axis):

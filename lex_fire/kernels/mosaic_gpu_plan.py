@@ -11,6 +11,7 @@ import numpy as np
 
 from lex_fire.encodings import piecewise
 from lex_fire.kernels import mask as mask_lib
+from lex_fire.kernels import mosaic_gpu_far as far_lib
 from lex_fire.kernels import mosaic_gpu_tile as tile_lib
 from lex_fire.kernels import plan
 
@@ -142,13 +143,27 @@ def table(table: piecewise.Table, num_heads: int, factor: Any, query_BNQ: jax.Ar
   )
 
 
-def with_factor(query_BNQ: jax.Array, table: Table | None) -> jax.Array:
-  """Returns number_BNQ of queries with the bits of their factors, if there are any."""
-  if table is None or table.factor_BQ is None:
-    return query_BNQ
-  factor_BNQ = jnp.stack([table.factor_BQ, 1 / table.factor_BQ], axis=1)
-  bits_BNQ = jax.lax.bitcast_convert_type(factor_BNQ, jnp.int32)
-  return jnp.concatenate([query_BNQ, bits_BNQ], axis=1)
+def with_bits(
+  query_BNQ: jax.Array, key_BNK: jax.Array, factor_BQ: jax.Array | None, columns: int
+) -> tuple[jax.Array, jax.Array]:
+  """Returns the integers of queries and keys under a bias; see `mosaic_gpu_tile`.
+
+  Args:
+    query_BNQ: see `query_numbers`.
+    key_BNK: see `key_numbers`.
+    factor_BQ: of a `Table`.
+    columns: of a tile.
+  """
+
+  def with_more(number_BNL, *rows):
+    batch, _, length = number_BNL.shape
+    offset_1L = (jnp.arange(length) % columns - columns // 2).astype(jnp.float32)[None]
+    bits = (jax.lax.bitcast_convert_type(x_BL, jnp.int32) for x_BL in (offset_1L, *rows))
+    in_rows = (jnp.broadcast_to(x_BL, (batch, length))[:, None] for x_BL in bits)
+    return jnp.concatenate([number_BNL, *in_rows], axis=1)
+
+  factors = () if factor_BQ is None else (factor_BQ, 1 / factor_BQ)
+  return with_more(query_BNQ, *factors), with_more(key_BNK)
 
 
 def query_numbers(
@@ -208,11 +223,49 @@ def codes(
   table: piecewise.Table | None,
   coordinate: Any,
   blocks: tuple[int, int],
+  *,
+  far: bool = False,
+  keys_in_rows: bool = False,
 ) -> jax.Array:
-  """Returns code_BIJ of blocks of queries and of keys.
+  """Returns code_BIJ of blocks of queries and of keys, or code_BJI.
 
   A span is of a decay's stretches, if there is one, else of a table's segments.
+
+  Args:
+    query_BNQ: see `query_numbers`.
+    key_BNK: see `key_numbers`.
+    table: of the bias, or None.
+    coordinate: of the encoding.
+    blocks: how many queries and keys a tile has.
+    far: see `Setup`.
+    keys_in_rows: whether columns of tiles are queries; then the code has these last.
   """
+  code_BIJ = _codes(query_BNQ, key_BNK, table, coordinate, blocks)
+  if far:
+    is_far_BIJ = _is_far(query_BNQ, key_BNK, blocks, keys_in_rows) & (code_BIJ != 0)
+    code_BIJ += tile_lib.FAR * is_far_BIJ
+  return jnp.swapaxes(code_BIJ, 1, 2) if keys_in_rows else code_BIJ
+
+
+def _is_far(query_BNQ, key_BNK, blocks, keys_in_rows):
+  """Returns of which tiles all keys are far before all queries, and columns consecutive."""
+  position_BQ, position_BK = (x_BNL[:, tile_lib.POSITION] for x_BNL in (query_BNQ, key_BNK))
+  position_BIQ, position_BJK = (
+    x_BL.reshape(len(x_BL), -1, block)
+    for x_BL, block in zip((position_BQ, position_BK), blocks, strict=True)
+  )
+  # Of floating numbers, as integers may be too far apart for their difference.
+  first_BI, last_BJ = position_BIQ.min(axis=2) * 1.0, position_BJK.max(axis=2) * 1.0
+  apart_BIJ = first_BI[:, :, None] - last_BJ[:, None]
+  column_BIX = position_BIQ if keys_in_rows else position_BJK
+  columns = column_BIX.shape[2]
+  follow_BI = (column_BIX - column_BIX[:, :, :1] == jnp.arange(columns)[None, None]).all(axis=2)
+  follow_BIJ = follow_BI[:, :, None] if keys_in_rows else follow_BI[:, None]
+  return follow_BIJ & (apart_BIJ >= far_lib.LEAST_DISTANCE * columns)
+
+
+def _codes(query_BNQ, key_BNK, table, coordinate, blocks):
+  """Returns code_BIJ but for what is far."""
   query_bounds, key_bounds = _bounds(query_BNQ, blocks[0]), _bounds(key_BNK, blocks[1])
 
   def of_queries(which):

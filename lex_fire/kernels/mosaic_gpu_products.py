@@ -274,17 +274,16 @@ class Tile(NamedTuple):
   positions: Any
   code: Any
 
-  def of_pairs(self, shape):
-    """Returns what of x is of the tile's pairs, or None where there is no bias."""
-    if self.positions.waves:
-      return product(self.setup, *self.positions.waves)
-    return tile_lib.of_pairs(self.setup, self.positions, self.numbers, shape)
+  def of_pairs(self, shape, which=()):
+    """Returns what of x is of the tile's pairs, and its derivatives by some of the numbers.
 
-  def of_pairs_and_slopes(self, shape):
-    """Returns that, and a list of its derivatives by numbers that it is computed from."""
-    if not self.setup.read:
-      return self.of_pairs(shape), []
-    return tile_lib.of_pairs_and_slopes(self.setup, self.positions, self.numbers, shape)
+    It is None where there is no bias.
+    """
+    if not self.setup.segments:
+      return None, []
+    if self.positions.waves:
+      return product(self.setup, *self.positions.waves), []
+    return tile_lib.of_pairs(self.setup, self.positions, self.code, self.numbers, shape, which)
 
   def logits(self, a, b, pairs=None):
     """Returns the logits, HIDDEN_LOGIT where hidden, of blocks of the rows and of the columns.

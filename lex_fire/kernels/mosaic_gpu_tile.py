@@ -20,19 +20,21 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from lex_fire.kernels import mask as mask_lib
 from lex_fire.kernels import mosaic_gpu_elementwise as elementwise
+from lex_fire.kernels import mosaic_gpu_far as far
 
 ROWS = 64  # of a tile: what a warpgroup multiplies at once
 UNITS = 2  # at most, warpgroups that compute, each tiles of its own rows
-# A tile's code: whether to visit it, whether the mask shows all of it, and a span, its first and
-# how many more. It is of segments of the table that x may reach; under a decay, which has no table,
-# of how many stretches queries are after keys.
-VISIT, WHOLE, FIRST_SHIFT, MORE_SHIFT = 1, 2, 2, 16
+# A tile's code: whether to visit it, whether the mask shows all of it, whether its keys are far
+# (`mosaic_gpu_far`), and a span, its first and how many more. It is of segments of the table that x
+# may reach; under a decay, which has no table, of how many stretches queries are after keys.
+VISIT, WHOLE, FAR, FIRST_SHIFT, MORE_SHIFT = 1, 2, 4, 3, 17
 MOST_SEGMENTS = 2 ** (MORE_SHIFT - FIRST_SHIFT)
-# The integers of a query, in this order, and of a key; stretches are there under a decay only, and
-# the bits of a query's factor of x, and of its inverse, under a bias that has one.
+# The integers of a query, in this order, and of a key. Stretches are there under a decay; under a
+# bias the bits of how far from the middle of its block of columns each is, and, if x has a factor
+# of the query, of that and of its inverse.
 POSITION, SEGMENT, FIRST, LAST, STRETCH = range(5)
-FACTOR, INVERSE = 4, 5
-KEY_STRETCH = 2
+OFFSET, FACTOR, INVERSE = 4, 5, 6
+KEY_STRETCH = KEY_OFFSET = 2
 
 
 class Setup(NamedTuple):
@@ -44,6 +46,7 @@ class Setup(NamedTuple):
     factor: (numbers, position) -> the other factor, which is computed once a query; None: without.
     numbers: the structure of the coordinate's parameters.
     read: which of them `of_pairs` is computed from.
+    far: whether `of_pairs` may be interpolated where keys are far.
     segments: of the table.
     learned: whether the table has a gradient.
     decays: whether a decay with distance is left to the tiles.
@@ -59,6 +62,7 @@ class Setup(NamedTuple):
   factor: Any
   numbers: Any
   read: tuple[int, ...]
+  far: bool
   segments: int
   learned: bool
   decays: bool
@@ -144,11 +148,29 @@ class Positions(NamedTuple):
     """
     if setup.factor is None:
       return number
-    return number * jax.lax.bitcast_convert_type(self.query(setup, which), jnp.float32)
+    return number * _float(self.query(setup, which))
+
+  def offsets(self, setup):
+    """Returns how far each column is from the middle of them, as a vector."""
+    if self.query_axis == 0:
+      return _float(self.key(setup, KEY_OFFSET))
+    return _float(self.query(setup, OFFSET))
+
+  def of_column(self, setup, shape, column):
+    """Returns `of_tile` of all rows and of one more column, of consecutive ones from the first."""
+    if self.query_axis == 0:
+      both = self.query(setup, POSITION), self.key_ref[POSITION, 0] + column
+    else:
+      both = self.query_ref[POSITION, 0] + column, self.key(setup, POSITION)
+    return *both, (shape[0], 1), self.query_axis
 
   def of_queries(self, number, shape):
     """Returns a number, of all queries or of each, as it multiplies or adds to a tile."""
     return spread(number, shape, self.query_axis) if np.ndim(number) else number
+
+
+def _float(bits):
+  return jax.lax.bitcast_convert_type(bits, jnp.float32)
 
 
 def hide(setup, positions, code, logits):
@@ -234,17 +256,35 @@ def weights(logits, log_norm, axis):
   )
 
 
-def of_pairs(setup, positions, numbers, shape):
-  """Returns what of x is of a tile's pairs, or None where there is no bias."""
-  if not setup.segments:
-    return None
-  return elementwise.value(setup.of_pairs, numbers, *positions.of_tile(setup, shape))
+def of_pairs(setup, positions, code, numbers, shape, which=()):
+  """Returns what of x is of a tile's pairs, and a list of its derivatives by some of the numbers.
 
+  Args:
+    setup: of the kernel.
+    positions: of the tile.
+    code: of the tile.
+    numbers: of the head's coordinate.
+    shape: of the tile.
+    which: numbers, as in `Setup.read`.
+  """
 
-def of_pairs_and_slopes(setup, positions, numbers, shape):
-  """Returns that of a bias, and its derivative by each of the numbers that it is computed from."""
-  of_tile = positions.of_tile(setup, shape)
-  return elementwise.value_and_slopes(setup.of_pairs, numbers, setup.read, *of_tile)
+  def found(of_tile):
+    return elementwise.value_and_slopes(setup.of_pairs, numbers, which, *of_tile)
+
+  def near():
+    return found(positions.of_tile(setup, shape))
+
+  def interpolated():
+    nodes = (found(positions.of_column(setup, shape, node)) for node in far.nodes(shape[1]))
+    offset = spread(positions.offsets(setup), shape, 1)
+
+    def over_columns(*values):
+      rows = (spread(x, shape, 0) for x in far.polynomial(*values, shape[1]))
+      return far.evaluate(*rows, offset)
+
+    return jax.tree.map(over_columns, *nodes)
+
+  return jax.lax.cond(code & FAR != 0, interpolated, near) if setup.far else near()
 
 
 # Kernels of one or two warpgroups that compute and one that copies
