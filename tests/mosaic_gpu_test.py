@@ -89,10 +89,7 @@ CELLS.append(('xpos', 'causal', FAR, WIDTHS[0]))
 CELLS.append(('xpos', 'bidirectional', FAR, WIDTHS[0]))
 CELLS.append(('fire', 'causal', FAR_KEYS, WIDTHS[0]))
 CELLS.append(('fire', 'causal', FAR_BLOCKS, WIDTHS[0]))
-CELLS.append(('fire', 'bidirectional', FAR_BLOCKS, WIDTHS[1]))
 CELLS.append(('fire of two layers', 'causal', FAR_BLOCKS, WIDTHS[2]))
-CELLS.append(('kerple_log', 'bidirectional', FAR_BLOCKS, WIDTHS[0]))
-CELLS.append(('kerple_power', 'causal', FAR_BLOCKS, WIDTHS[0]))
 ELEMENTWISE = {
   'fire': {},
   'fire_s': {'psi': 'identity', 'threshold': 0.0},
@@ -422,6 +419,27 @@ def test_far_are_tiles_of_columns_in_order_far_from_all_rows(keys_in_rows):
   expected_IJ = (apart_IJ >= far) & (follow_I[:, None] if keys_in_rows else follow_I[None])
   np.testing.assert_array_equal(is_far_IJ, expected_IJ)
   assert np.any(expected_IJ) and np.any(apart_IJ == far)
+
+
+@pytest.mark.parametrize(
+  ('name', 'mask'),
+  [('fire', {}), ('fire', {'causal': False}), ('kerple_log', {'causal': False}), ('alibi', {})],
+)
+def test_far_tiles_give_what_those_pair_by_pair_do(name, mask):
+  """Of queries that see far keys alone, whose weights else would be next to nothing."""
+  encoding, params = make(name, {})
+  arrays = [x[:, :128] for x in inputs(1, 64)]
+  position_BK = jnp.arange(128, dtype=jnp.int32)[None]
+  where = (9000 + position_BK, position_BK), (None, None), kernels.Mask(**mask)
+
+  far, near = (
+    interpreted(encoding._replace(smooth=smooth), params, arrays, *where)
+    for smooth in (True, False)
+  )
+
+  (far_BQHC, (of_params, of_arrays)), (near_BQHC, (expected, of_others)) = far, near
+  assert_agree((far_BQHC, of_arrays), (near_BQHC, of_others), 1e-5)
+  assert_agree(of_params, expected, 1e-3)  # sums over all pairs, most of which cancel
 
 
 @pytest.mark.parametrize('columns', [32, 64, 128])

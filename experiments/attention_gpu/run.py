@@ -40,6 +40,7 @@ CASES = {
 }
 # As compilers name them, and whose rows are keys.
 KERNELS = {'forward': '_forward_kernel', 'queries': '_query_kernel', 'keys': '_key_kernel'}
+PART = 8192  # queries whose tiles are counted at once
 SPECIAL = 8  # cycles that a warp's instruction of the special unit takes: four lanes a cycle
 
 
@@ -111,27 +112,29 @@ def columns(kernel: str) -> int:
   return sizes[SHAPE['head_dim'], False].columns
 
 
-def reach(kernel: str, encoding: encodings.Encoding, params: dict | None, length: int) -> Work:
+def reach(of_columns: int, encoding: encodings.Encoding, params: dict | None, length: int) -> Work:
   """Returns how often a head has each kind of work done, of a causal row in order.
 
   Args:
-    kernel: of KERNELS.
+    of_columns: how many a tile has. Where they are as many as its rows, either may be queries.
     encoding: of the bias.
     params: its; None: there is no bias.
     length: of the row [tokens].
   """
   position_1L, mask = np.arange(length, dtype=np.int32)[None], kernels.Mask()
-  numbers = (
-    mosaic_gpu_plan.query_numbers(mask, position_1L, None, 0),
-    mosaic_gpu_plan.key_numbers(position_1L, None, 0),
-  )
+  query_BNQ = mosaic_gpu_plan.query_numbers(mask, position_1L, None, 0)
+  key_BNK = mosaic_gpu_plan.key_numbers(position_1L, None, 0)
   table = None if params is None else encoding.table(params, SHAPE['num_heads'])
-  # Jitted: of two layers at 131,072 tokens comparisons would be an array of 36 GiB.
-  static = {'far': encoding.smooth, 'keys_in_rows': kernel == 'keys'}
-  blocks = (mosaic_gpu_tile.ROWS, columns(kernel))[:: -1 if kernel == 'keys' else 1]
-  codes = jax.jit(mosaic_gpu_plan.codes, static_argnums=(3, 4), static_argnames=tuple(static))
-  code_IJ = np.array(codes(*numbers, table, encoding.coordinate, blocks, **static)[0])
-  code_V = code_IJ[code_IJ & mosaic_gpu_tile.VISIT != 0]
+  blocks = mosaic_gpu_tile.ROWS, of_columns
+
+  def codes(query_BNQ):
+    of_blocks = query_BNQ, key_BNK, table, encoding.coordinate, blocks
+    code_V = np.array(mosaic_gpu_plan.codes(*of_blocks, far=encoding.smooth)).ravel()
+    return code_V[code_V & mosaic_gpu_tile.VISIT != 0]
+
+  # In parts: of two layers at 131,072 tokens comparisons would be an array of 36 GiB.
+  parts = (slice(first, first + PART) for first in range(0, length, PART))
+  code_V = np.concatenate([codes(query_BNQ[:, :, part]) for part in parts])
   is_far_V = code_V & mosaic_gpu_tile.FAR != 0
   lines_V = 1 + (code_V >> mosaic_gpu_tile.MORE_SHIFT)
   return Work(
@@ -184,19 +187,23 @@ def of_rows(results: dict) -> list[str]:
   lines = [f'{"":22}{"all at once":36}products, then the rest']
   lines.append(f'{"":22}' + ''.join(f'{length:>9}' for length in LENGTHS) * 2)
 
-  def cycles_of(case, kernel, encoding, of_layers):
-    cost = Work(*results['costs'][case][kernel])
-    found = [
-      np.mean([reach(kernel, encoding, params, length) for params in of_layers], axis=0)
-      for length in LENGTHS
-    ]
-    return np.array([cycles(total(cost, Work(*one))) for one in found])
-
-  bare = {kernel: cycles_of('nope', kernel, encodings.get('nope'), [None]) for kernel in KERNELS}
-  for name, (case, encoding, layers) in schedule.layers().items():
+  def cycles_of(case, encoding, of_layers):
     found = {
-      kernel: (cycles_of(case, kernel, encoding, layers), bare[kernel]) for kernel in KERNELS
+      of_columns: [
+        np.mean([reach(of_columns, encoding, params, length) for params in of_layers], axis=0)
+        for length in LENGTHS
+      ]
+      for of_columns in set(map(columns, KERNELS))
     }
+    return {
+      kernel: np.array([cycles(total(Work(*cost), Work(*one))) for one in found[columns(kernel)]])
+      for kernel, cost in results['costs'][case].items()
+    }
+
+  bare = cycles_of('nope', encodings.get('nope'), [None])
+  for name, (case, encoding, layers) in schedule.layers().items():
+    with_bias = cycles_of(case, encoding, layers)
+    found = {kernel: (with_bias[kernel], bare[kernel]) for kernel in KERNELS}
     found['all'] = tuple(map(sum, zip(*found.values(), strict=True)))
     for kernel, (with_bias, without) in found.items():
       ratios = (f'{ratio:>9.2f}' for ratio in (with_bias / without).T.ravel())
