@@ -422,12 +422,17 @@ def test_far_are_tiles_of_columns_in_order_far_from_all_rows(keys_in_rows):
 
 
 @pytest.mark.parametrize(
-  ('name', 'mask'),
-  [('fire', {}), ('fire', {'causal': False}), ('kerple_log', {'causal': False}), ('alibi', {})],
+  ('name', 'options', 'mask'),
+  [
+    ('fire', {}, {}),
+    ('fire', {'psi': 'sqrt'}, {}),
+    ('fire', {}, {'causal': False}),
+    ('kerple_log', {}, {'causal': False}),
+  ],
 )
-def test_far_tiles_give_what_those_pair_by_pair_do(name, mask):
+def test_far_tiles_give_what_those_pair_by_pair_do(name, options, mask):
   """Of queries that see far keys alone, whose weights else would be next to nothing."""
-  encoding, params = make(name, {})
+  encoding, params = make(name, options)
   arrays = [x[:, :128] for x in inputs(1, 64)]
   position_BK = jnp.arange(128, dtype=jnp.int32)[None]
   where = (9000 + position_BK, position_BK), (None, None), kernels.Mask(**mask)
@@ -483,6 +488,8 @@ def test_x_from_vectors_is_x_of_a_tile_and_so_is_its_derivative(name, query_axis
   np.testing.assert_allclose(x, whole(numbers), rtol=1e-5, atol=1e-6)
   np.testing.assert_array_equal(same, x)
   assert read == tuple(range(len(jax.tree.leaves(numbers))))
+  takes_long = mosaic_gpu_elementwise.takes_long(encoding.coordinate, table.coordinate)
+  assert takes_long == (name not in ('alibi', 't5'))
   if slopes:
     assert_agree(slopes, jax.tree.leaves(jax.jacfwd(whole)(numbers)), 1e-5)
 

@@ -179,8 +179,11 @@ def _setup(encoding, table, dtype, mask, interpret, capability):
     factor=factor,
     numbers=jax.tree.structure(numbers),
     read=elementwise.reads(of_pairs, numbers) if is_computed and encoding.learned else (),
+    far=is_computed
+    and encoding.smooth
     # Not where a number of the query's position is in it, which may have an edge.
-    far=is_computed and encoding.smooth and (encoding.shift_invariant or factor is not None),
+    and (encoding.shift_invariant or factor is not None)
+    and elementwise.takes_long(of_pairs, numbers),
     segments=0 if table is None else table.slope_ZH.shape[0],
     learned=encoding.learned,
     decays=encoding.log_decay is not None,

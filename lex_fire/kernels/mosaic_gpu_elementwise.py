@@ -58,6 +58,7 @@ _SIMPLE = {
   'min': lambda x, y: -_larger(-x, -y),
   'log1p': lambda x, **_: _log1p(x),
 }
+_SPECIAL = {'log', 'log1p', 'exp', 'exp2', 'pow', 'sqrt', 'div'}
 _SHAPES = 'broadcast_in_dim', 'reshape', 'squeeze', 'copy'
 _STEPS = {
   *(*_KNOWN, *_SIMPLE, *_SHAPES, 'abs', 'add', 'sub', 'mul', 'neg', 'sign', 'exp', 'exp2', 'log'),
@@ -69,6 +70,11 @@ _STEPS = {
 def is_elementwise(function, numbers) -> bool:
   """Returns whether x is computed from each pair of positions alone, as a kernel needs it."""
   return set(_steps(_of_any_tile(function, numbers))) <= _STEPS
+
+
+def takes_long(function, numbers) -> bool:
+  """Returns whether x has steps that only a part of the hardware does, and that as slowly."""
+  return not _SPECIAL.isdisjoint(_steps(_of_any_tile(function, numbers)))
 
 
 def reads(function, numbers) -> tuple[int, ...]:

@@ -278,9 +278,10 @@ def of_pairs(setup, positions, code, numbers, shape, which=()):
     nodes = (found(positions.of_column(setup, shape, node)) for node in far.nodes(shape[1]))
     offset = spread(positions.offsets(setup), shape, 1)
 
-    def over_columns(*values):
-      rows = (spread(x, shape, 0) for x in far.polynomial(*values, shape[1]))
-      return far.evaluate(*rows, offset)
+    def over_columns(before, middle, after):
+      of_rows = far.polynomial(before, middle, after, shape[1])
+      constant, linear, square = (spread(x, shape, 0) for x in of_rows)
+      return far.evaluate(constant, linear, square, offset)
 
     return jax.tree.map(over_columns, *nodes)
 
