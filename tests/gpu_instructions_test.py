@@ -1,0 +1,116 @@
+"""What `experiments/attention_gpu` reads in a listing of a GPU's instructions."""
+
+import json
+
+import pytest
+
+from experiments.attention_gpu import run, sass
+from experiments.attention_gpu.sass import Cost, Work
+
+
+def listing(*parts):
+  """Returns a listing, of labels ('L_x_1:') and of instructions, each as often as its number."""
+  lines, address = ['//--- .text', '\t.section .text._kernel'], 0
+  for part in parts:
+    if isinstance(part, str):
+      lines.append(f'.{part}')
+      continue
+    text, count = part
+    for _ in range(count):
+      lines.append(f'        /*{address:04x}*/                   {text} ;')
+      address += 16
+  return '\n'.join(lines)
+
+
+# The loop over tiles of a kernel, made small: whether to visit it, pairs near or far, a loop over
+# further lines, a product, the mask, a product and the softmax, a loop over lines' gradients, in
+# which those of each pair and of another line may be left out, and the end; then waiting for a
+# copy, which jumps back to it.
+KERNEL = [
+  ('MOV R1, R2', 9),
+  'L_x_1:',
+  ('@!P1 BRA `(.L_x_20)', 1),
+  'L_x_2:',
+  ('MOV R1, R2', 3),
+  ('@!P1 BRA `(.L_x_9)', 1),
+  ('@P2 BRA `(.L_x_3)', 1),
+  ('I2FP.F32.S32 R1, R2', 40),
+  ('MUFU.LG2 R1, R2', 40),
+  ('BRA `(.L_x_4)', 1),
+  'L_x_3:',
+  ('FFMA R1, R2, R3, R4', 70),
+  ('MUFU.LG2 R1, R2', 6),
+  'L_x_4:',
+  ('@!P3 BRA `(.L_x_6)', 1),
+  'L_x_5:',
+  ('FSETP.GT.AND P1, PT, R1, R2, PT', 33),
+  ('@P1 BRA `(.L_x_5)', 1),
+  'L_x_6:',
+  ('HGMMA.64x128x16.F32.BF16 R24, gdesc[UR4], R24', 8),
+  ('@P4 BRA `(.L_x_7)', 1),
+  ('ISETP.GE.AND P1, PT, R1, R2, PT', 64),
+  'L_x_7:',
+  ('@P1 MUFU.EX2 R1, R2', 32),
+  ('HGMMA.64x64x16.F32.BF16 R24, R4, gdesc[UR4], R24', 4),
+  'L_x_8:',
+  ('@P5 BRA `(.L_x_10)', 1),
+  ('FSETP.GT.AND P1, PT, R1, R2, PT', 64),
+  'L_x_10:',
+  ('SHFL.BFLY PT, R1, R2', 4),
+  ('@P6 BRA `(.L_x_11)', 1),
+  ('BAR.SYNC 0x1', 5),
+  'L_x_11:',
+  ('FADD R1, R2, R3', 7),
+  ('@P1 BRA `(.L_x_8)', 1),
+  'L_x_9:',
+  ('SYNCS.ARRIVE R1', 2),
+  ('@P1 BRA `(.L_x_1)', 1),
+  ('EXIT', 1),
+  'L_x_20:',
+  ('NANOSLEEP', 3),
+  ('BRA `(.L_x_2)', 1),
+]
+
+
+def test_instructions_are_counted_by_what_they_are_done_for():
+  found = sass.work(sass.parse(listing(*KERNEL)))
+
+  assert found == Work(
+    tile=Cost(1 + 4 + 1 + 1 + 9 + 36 + 3, special=32, products=8 * 64 + 4 * 32),
+    near=Cost(81, special=40),
+    far=Cost(76, special=6),
+    mask=Cost(64),
+    further_line=Cost(34),
+    line=Cost(1 + 5 + 8),
+    pairs_of_line=Cost(64),
+    other_line=Cost(5),
+  )
+
+
+def test_a_kernel_of_other_loops_is_refused():
+  again = [('SHFL.BFLY PT, R1, R2', 4), ('@P1 BRA `(.L_x_30)', 1)]
+  kernel = [*KERNEL[:-5], 'L_x_30:', *again, *KERNEL[-5:]]
+
+  with pytest.raises(ValueError, match='1 loops over lines of a bias, 2 of a gradient'):
+    sass.work(sass.parse(listing(*kernel)))
+
+
+def test_the_tables_are_those_that_were_counted(monkeypatch):
+  """Their columns of the shortest sequence, whose plans are made at once."""
+  counted = json.loads((run.HERE / 'attention_gpu.json').read_text())
+  readme = (run.HERE / 'README.md').read_text()
+
+  for line in run.of_a_tile(counted):
+    assert f'\n    {line}\n' in readme
+  monkeypatch.setattr(run, 'LENGTHS', run.LENGTHS[:1])
+  _, _, *rows = run.of_rows(counted)
+  assert rows
+  for row in rows:
+    case, cells = row[:22], row[22:].split()
+    (line,) = (
+      line
+      for line in readme.splitlines()
+      if line.startswith(f'    {case}') and 'x' not in line[26:]
+    )
+    columns = line[26:].split()
+    assert [columns[0], columns[len(columns) // 2]] == cells
