@@ -49,7 +49,8 @@ def parse(listing: str) -> list[Block]:
     elif found := INSTRUCTION.match(line):
       operations.append(found[1])
       if found[1].startswith('BRA') and (target := TARGET.search(found[2])):
-        end(target[1], returns='@' not in line)
+        # A condition stands before it, or, if it is all lanes', before its target.
+        end(target[1], returns='@' not in line and 'P' not in found[2].split('`')[0])
   end()
   return blocks
 

@@ -63,7 +63,7 @@ class Encoding(NamedTuple):
       the later position, in which it is monotone. Of no use where `coordinate` itself depends on
       the distance alone.
     smooth: whether x of a query is, over the keys before it, as smooth in their distance d as
-      log(d) and d^p are, p >= 0: kernels may then interpolate it where d is large. Of no use
+      log(d) and d^p are, 0 <= p <= 4: kernels may then interpolate it where d is large. Of no use
       without a table.
     waves: position -> float32 [..., W], or None. `coordinate` is the inner product of those of i
       and of j: a kernel can then make x by a product as it makes the logits.

@@ -3,9 +3,10 @@
 The online softmax of FlashAttention (Dao et al. 2022, arXiv:2205.14135; for Hopper Shah et al.
 2024, arXiv:2407.08608): one warpgroup copies blocks of keys and values to shared memory, two others
 (one, of the widest heads) each multiply 64 queries by them. It is for Hopper, and for Blackwell by
-other products (`mosaic_gpu_tensor_memory`). A bias is its encoding's
-`piecewise.Table`: from positions alone, a tile computes x and a line of it, and more only for
-breakpoints that x can reach there, which are found beforehand from the bounds of each block.
+other products (`mosaic_gpu_tensor_memory`). A bias is its encoding's `piecewise.Table`: from
+positions alone, a tile computes x, but for a factor that is its query's, and a line of it, and more
+only for breakpoints that x can reach there, which are found beforehand from the bounds of each
+block.
 Neither a [Q, K] array nor an atomic operation exists, so that gradients have the same bits each
 run.
 """
@@ -102,8 +103,10 @@ def _why_no_bias(encoding):
         f'mosaic_gpu has room for {products.WAVES} waves of a position, but {encoding.name!r} has '
         f'{waves}'
       )
-  elif not elementwise.is_elementwise(encoding.coordinate, table.coordinate):
-    return f'mosaic_gpu needs an x that is elementwise, which that of {encoding.name!r} is not'
+  else:
+    of_pairs = encoding.coordinate, *(encoding.factors or ())[:1]
+    if not all(elementwise.is_elementwise(function, table.coordinate) for function in of_pairs):
+      return f'mosaic_gpu needs an x that is elementwise, which that of {encoding.name!r} is not'
   return None
 
 
@@ -281,7 +284,7 @@ class Kernels(NamedTuple):
     tokens = queries.query_BQHC, keys.key_BKGC, keys.value_BKGC
     in_parts = (products.split(x_BLHC, self.setup.parts) for x_BLHC in tokens)
     numbers = queries.number_BNQ, keys.number_BNK
-    if lines is not None:
+    if self.setup.far or self.setup.factor is not None:
       numbers = plan_lib.with_bits(*numbers, lines.factor_BQ, size.columns)
     waves = (products.waves_of(self.setup, number_BNL) for number_BNL in numbers)
     given = *tile_lib.operands(lines, self.rate_C), *in_parts, *numbers, *waves

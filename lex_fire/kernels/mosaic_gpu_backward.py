@@ -259,6 +259,9 @@ class TableGradient:
     def add_segment(z, sums):
       held, of_numbers, of_factor = sums
       found, above = (tile_lib.segment(tile.line_ref, tile.head, n) for n in (z, z + 1))
+      # Beyond the span, too, pairs have the first line or the last: x is rounded otherwise there.
+      found = found._replace(lower=jnp.where(z == first, -jnp.inf, found.lower))
+      above = above._replace(lower=jnp.where(z == end - 1, jnp.inf, above.lower))
 
       def inside():
         is_past_QK, is_beyond_QK = (

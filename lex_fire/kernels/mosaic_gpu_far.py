@@ -1,8 +1,8 @@
 """An encoding's x where keys are far before their queries, inside the kernels for NVIDIA's GPUs.
 
 There it changes so evenly that over the columns of a tile it is a parabola, through three of them
-for each row, but for what float32 rounds: two steps a pair in place of a logarithm. Columns are
-consecutive positions, of keys or of queries, which differ alike in their distance.
+for each row, but for what float32 rounds, or little more: two steps a pair in place of a logarithm.
+Columns are consecutive positions, of keys or of queries, which differ alike in their distance.
 """
 
 import math
@@ -10,7 +10,8 @@ import math
 import jax
 
 # In columns of a tile. Over those at distance d, half as many either way the part h of it, log(d)
-# differs from the parabola by h^3 / 12, 4e-8, and d^p by that times |p (p - 1) (p - 2)| / 2 of it.
+# differs from the parabola by h^3 / 12, 4e-8, and d^p by that times |p (p - 1) (p - 2)| / 2 of it:
+# no more, of p up to 2, and 5e-7 at 4, the greatest exponent that FIRE takes.
 LEAST_DISTANCE = 64
 
 

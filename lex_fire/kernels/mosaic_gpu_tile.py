@@ -30,8 +30,8 @@ UNITS = 2  # at most, warpgroups that compute, each tiles of its own rows
 VISIT, WHOLE, FAR, FIRST_SHIFT, MORE_SHIFT = 1, 2, 4, 3, 17
 MOST_SEGMENTS = 2 ** (MORE_SHIFT - FIRST_SHIFT)
 # The integers of a query, in this order, and of a key. Stretches are there under a decay; under a
-# bias the bits of how far from the middle of its block of columns each is, and, if x has a factor
-# of the query, of that and of its inverse.
+# bias whose keys may be far, or whose x has a factor of the query, the bits of how far each is from
+# the middle of its block of columns, and of the factor and its inverse.
 POSITION, SEGMENT, FIRST, LAST, STRETCH = range(5)
 OFFSET, FACTOR, INVERSE = 4, 5, 6
 KEY_STRETCH = KEY_OFFSET = 2
@@ -157,7 +157,7 @@ class Positions(NamedTuple):
     return _float(self.query(setup, OFFSET))
 
   def of_column(self, setup, shape, column):
-    """Returns `of_tile` of all rows and of one more column, of consecutive ones from the first."""
+    """Returns `of_tile` of all rows and one column alone, if positions of columns rise by one."""
     if self.query_axis == 0:
       both = self.query(setup, POSITION), self.key_ref[POSITION, 0] + column
     else:
