@@ -14,13 +14,11 @@ from jax._src.pallas.mosaic.interpret import thread_map
 from jax._src.pallas.mosaic_gpu.interpret import params as interpreter
 
 from lex_fire import encodings, errors, kernels
-from lex_fire.encodings import fire
 from lex_fire.kernels import (
   chunked,
   decay,
   mosaic_gpu,
   mosaic_gpu_elementwise,
-  mosaic_gpu_far,
   mosaic_gpu_plan,
   mosaic_gpu_tensor_memory,
   mosaic_gpu_tile,
@@ -204,19 +202,6 @@ def assert_equal_the_oracle(found, case, mask, layout, arrays, dtype='two parts'
   expected_BQHC = oracles.attention(of_pairs.logits_BHQK, visible_BQK, arrays[2])
   np.testing.assert_allclose(np.float64(out_BQHC), expected_BQHC, atol=oracles.TOLERANCE[dtype])
   oracles.assert_gradients(gradients, of_pairs, visible_BQK, arrays, probe(arrays), dtype)
-
-
-def record_plans(monkeypatch):
-  """Returns a list to which each plan is added, once it is known."""
-  plans, make_plan = [], mosaic_gpu.Kernels.make_plan
-
-  def made(self, **of):
-    plan = make_plan(self, **of)
-    jax.debug.callback(plans.append, plan)
-    return plan
-
-  monkeypatch.setattr(mosaic_gpu.Kernels, 'make_plan', made)
-  return plans
 
 
 def where(layout, mask):
@@ -406,87 +391,6 @@ def test_a_tiles_code_says_what_its_pairs_are(mask):
   rising_IJ = visit_IJ & (np.maximum(*np.indices(visit_IJ.shape)) < 4)
   np.testing.assert_array_equal(first_IJ[rising_IJ], segment_IJ.min(axis=(1, 3))[rising_IJ])
   np.testing.assert_array_equal(end_IJ[rising_IJ], segment_IJ.max(axis=(1, 3))[rising_IJ] + 1)
-
-
-@pytest.mark.parametrize('keys_in_rows', [False, True])
-def test_far_are_tiles_of_columns_in_order_far_from_all_rows(keys_in_rows):
-  encoding, params = make('fire', {})
-  far, block = mosaic_gpu_far.LEAST_DISTANCE * 64, np.arange(64)
-  starts = (0, 64, 128 + far - 1, 2 * 64 + 63 + far, 3 * far, 2**31 - 64)
-  position_1L = np.concatenate([start + block for start in starts])[None]
-  position_1L[0, 65] += 1  # so that these are not consecutive
-  numbers = (
-    mosaic_gpu_plan.query_numbers(kernels.Mask(), position_1L, None, 0),
-    mosaic_gpu_plan.key_numbers(position_1L, None, 0),
-  )
-  given = *numbers, encoding.table(params, NUM_HEADS), encoding.coordinate, (64, 64)
-
-  without = mosaic_gpu_plan.codes(*given, keys_in_rows=keys_in_rows)[0]
-  code_IJ = mosaic_gpu_plan.codes(*given, far=True, keys_in_rows=keys_in_rows)[0]
-
-  is_far_IJ = code_IJ & mosaic_gpu_tile.FAR != 0
-  np.testing.assert_array_equal(code_IJ - mosaic_gpu_tile.FAR * is_far_IJ, without)
-  is_far_IJ = is_far_IJ.T if keys_in_rows else is_far_IJ
-  position_IB = np.int64(position_1L.reshape(-1, 64))
-  follow_I = (np.diff(position_IB) == 1).all(axis=1)
-  apart_IJ = position_IB.min(axis=1)[:, None] - position_IB.max(axis=1)[None]
-  expected_IJ = (apart_IJ >= far) & (follow_I[:, None] if keys_in_rows else follow_I[None])
-  np.testing.assert_array_equal(is_far_IJ, expected_IJ)
-  assert np.any(expected_IJ) and np.any(apart_IJ == far)
-
-
-@pytest.mark.parametrize(
-  ('name', 'options', 'mask'),
-  [
-    ('fire', {'c': 1e-4}, {}),
-    ('fire', {'psi': 'sqrt'}, {}),
-    ('kerple_log', {}, {'causal': False}),
-  ],
-)
-def test_far_tiles_give_what_those_pair_by_pair_do(monkeypatch, name, options, mask):
-  """Of queries that see far keys alone, whose weights else would be next to nothing.
-
-  With a small c, as by a great one they are all alike in its gradient.
-  """
-  encoding, params = make(name, options)
-  arrays = [x[:, :128] for x in inputs(1, 64)]
-  position_BK = jnp.arange(128, dtype=jnp.int32)[None]
-  where = (9000 + position_BK, position_BK), (None, None), kernels.Mask(**mask)
-  plans = record_plans(monkeypatch)
-
-  far, near = (
-    interpreted(encoding._replace(smooth=smooth), params, arrays, *where)
-    for smooth in (True, False)
-  )
-
-  (far_BQHC, (of_params, of_arrays)), (near_BQHC, (expected, of_others)) = far, near
-  assert_agree((far_BQHC, of_arrays), (near_BQHC, of_others), 1e-5)
-  assert_agree(of_params, expected, 1e-3)  # sums over all pairs, most of which cancel
-  assert 'c' not in params or np.abs(expected['c']) > 1
-  are_far = [np.any(tiles.code_BIJ & mosaic_gpu_tile.FAR) for plan in plans for tiles in plan]
-  assert are_far == [True] * 3 + [False] * 3
-
-
-@pytest.mark.parametrize('columns', [32, 64, 128])
-@pytest.mark.parametrize(
-  'function',
-  [
-    *(functools.partial(lambda c, d: np.log1p(c * d), c) for c in (1e-3, 0.1, 1.0, 100.0)),
-    *(functools.partial(lambda p, d: d**p, p) for p in (0.01, 0.3, 0.5, 1.0, 1.5, 2.0)),
-    functools.partial(lambda p, d: d**p, fire.MAX_EXPONENT),
-  ],
-)
-def test_x_of_far_keys_is_a_parabola_but_for_what_float32_rounds(function, columns):
-  """In float64, so that it is the parabola that is measured; of great powers that is all."""
-  distance_K = np.float64(mosaic_gpu_far.LEAST_DISTANCE * columns + np.arange(columns)[::-1])
-  nodes = (function(distance_K[node]) for node in mosaic_gpu_far.nodes(columns))
-  offset_K = np.arange(columns) - columns // 2
-
-  found_K = mosaic_gpu_far.evaluate(*mosaic_gpu_far.polynomial(*nodes, columns), offset_K)
-
-  exact_K = function(distance_K)
-  tolerance = 5e-7 if fire.MAX_EXPONENT in function.args else np.finfo(np.float32).eps
-  np.testing.assert_allclose(found_K, exact_K, rtol=tolerance, atol=0)
 
 
 @pytest.mark.parametrize('query_axis', [0, 1])

@@ -22,23 +22,15 @@ import numpy as np
 
 from experiments.attention_gpu import sass
 from experiments.attention_gpu.sass import Cost, Work
-from experiments.attention_tpu import schedule
+from experiments.attention_tpu import run, schedule
 from lex_fire import cli, encodings, errors, kernels, topologies
 from lex_fire.kernels import mosaic_gpu, mosaic_gpu_backward, mosaic_gpu_plan, mosaic_gpu_tile
 
 HERE = pathlib.Path(__file__).parent
-SHAPE = {'num_heads': 8, 'num_kv_heads': 2, 'head_dim': 128}
-LENGTHS = [2048, 8192, 32_768, 131_072]
-CASES = {
-  'nope': ('nope', {}),
-  'alibi': ('alibi', {}),
-  'kerple_log': ('kerple_log', {}),
-  'kerple_power': ('kerple_power', {}),
-  't5': ('t5', {}),
-  'fire': ('fire', {}),
-  'fire 2 layers': ('fire', {'hidden_layers': 2}),
-}
-# As compilers name them, and whose rows are keys.
+SHAPE, LENGTHS = run.SHAPE, schedule.LENGTHS
+# Those whose tiles have no products of their own for x or a decay.
+CASES = {case: run.CASES[case] for case in run.CASES if case not in ('sandwich', 'xpos')}
+# As compilers name them.
 KERNELS = {'forward': '_forward_kernel', 'queries': '_query_kernel', 'keys': '_key_kernel'}
 PART = 8192  # queries whose tiles are counted at once
 SPECIAL = 8  # cycles that a warp's instruction of the special unit takes: four lanes a cycle

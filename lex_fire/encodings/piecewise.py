@@ -28,8 +28,8 @@ KEYS = 1024
 class Table(NamedTuple):
   """b_h(x) = value_zh + slope_zh (x - anchor_z) on segment z, the last whose lower end is below x.
 
-  A value at the segment's own end, and not at x = 0: steep segments would round it away. Kernels do
-  have it at x = 0, right to 2^-23 of slope times anchor: where x is large, lines should be flat.
+  A value at the segment's own end, and not at x = 0: steep segments would round it away. In
+  Pallas they do have it at x = 0, to 2^-23 of slope times anchor: of a large x they should be flat.
 
   Attributes:
     coordinate: parameters of the encoding's x, a pytree of arrays _H, or _1 where heads share x.
