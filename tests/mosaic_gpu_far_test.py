@@ -57,10 +57,10 @@ def test_x_is_interpolated_where_it_is_smooth_and_takes_long(name, options, mask
 
 
 @pytest.mark.parametrize('keys_in_rows', [False, True])
-def test_far_are_tiles_of_columns_in_order_far_from_all_rows(keys_in_rows):
+def test_codes_say_how_far_queries_are_after_keys(keys_in_rows):
   encoding, params = mosaic_gpu_test.make('fire', {})
   far, block = mosaic_gpu_far.LEAST_DISTANCE * 64, np.arange(64)
-  starts = (0, 64, 128 + far - 1, 2 * 64 + 63 + far, 3 * far, 2**31 - 64)
+  starts = 0, 64, 128 + far - 1, 2 * 64 + 63 + far, *range(3 * far, 5 * far, 64), 2**31 - 64
   position_1L = np.concatenate([start + block for start in starts])[None]
   position_1L[0, 65] += 1  # so that these are not consecutive
   numbers = (
@@ -69,18 +69,21 @@ def test_far_are_tiles_of_columns_in_order_far_from_all_rows(keys_in_rows):
   )
   given = *numbers, encoding.table(params, mosaic_gpu_test.NUM_HEADS), encoding.coordinate, (64, 64)
 
-  without = mosaic_gpu_plan.codes(*given, keys_in_rows=keys_in_rows)[0]
-  code_IJ = mosaic_gpu_plan.codes(*given, far=True, keys_in_rows=keys_in_rows)[0]
+  code_IJ = mosaic_gpu_plan.codes(*given, far=not keys_in_rows, keys_in_rows=keys_in_rows)[0]
 
-  is_far_IJ = code_IJ & mosaic_gpu_tile.FAR != 0
-  np.testing.assert_array_equal(code_IJ - mosaic_gpu_tile.FAR * is_far_IJ, without)
-  is_far_IJ = is_far_IJ.T if keys_in_rows else is_far_IJ
+  assert not np.any(mosaic_gpu_plan.codes(*given)[0] & mosaic_gpu_tile.FAR)
+  code_IJ = code_IJ.T if keys_in_rows else code_IJ
   position_IB = np.int64(position_1L.reshape(-1, 64))
-  follow_I = (np.diff(position_IB) == 1).all(axis=1)
   apart_IJ = position_IB.min(axis=1)[:, None] - position_IB.max(axis=1)[None]
-  expected_IJ = (apart_IJ >= far) & (follow_I[:, None] if keys_in_rows else follow_I[None])
-  np.testing.assert_array_equal(is_far_IJ, expected_IJ)
-  assert np.any(expected_IJ) and np.any(apart_IJ == far)
+  spread_I = np.ptp(position_IB, axis=1)
+  is_after_IJ = apart_IJ >= (spread_I[:, None] if keys_in_rows else spread_I[None])
+  np.testing.assert_array_equal(code_IJ & mosaic_gpu_tile.AFTER != 0, is_after_IJ)
+  follow_I = (np.diff(position_IB) == 1).all(axis=1)
+  first_IJ, end_IJ = mosaic_gpu_tile.span(code_IJ)
+  is_far_IJ = (apart_IJ >= far) & follow_I[None] & (end_IJ == first_IJ + 1)
+  np.testing.assert_array_equal(code_IJ & mosaic_gpu_tile.FAR != 0, is_far_IJ & ~keys_in_rows)
+  assert np.any(is_far_IJ) and np.any(apart_IJ == far)
+  assert np.any((apart_IJ >= far) & follow_I[None] & (end_IJ > first_IJ + 1))
 
 
 @pytest.mark.parametrize(
@@ -115,7 +118,7 @@ def test_far_tiles_give_what_those_pair_by_pair_do(monkeypatch, name, options, m
   )  # sums over all pairs, most of which cancel
   assert 'c' not in params or np.abs(expected['c']) > 1
   are_far = [np.any(tiles.code_BIJ & mosaic_gpu_tile.FAR) for plan in plans for tiles in plan]
-  assert are_far == [True] * 3 + [False] * 3
+  assert are_far == [True, True, False] + [False] * 3
 
 
 @pytest.mark.parametrize('columns', [32, 64, 128])

@@ -401,18 +401,19 @@ def test_x_from_vectors_is_x_of_a_tile_and_so_is_its_derivative(name, query_axis
   numbers = jax.tree.map(lambda number_H: number_H[0], table.coordinate)
   i_Q, j_K = jnp.int32([0, 3, 512, 700]), jnp.int32([0, 1, 3, 100, 512, 600])
   shape = (4, 6) if query_axis == 0 else (6, 4)
-  tile = i_Q, j_K, shape, query_axis
+  place = mosaic_gpu_elementwise.Place(i_Q, j_K, shape, query_axis)
 
-  x = mosaic_gpu_elementwise.value(encoding.coordinate, numbers, *tile)
+  unit = mosaic_gpu_elementwise.unit(encoding.coordinate, numbers)
+  x = unit * mosaic_gpu_elementwise.value(encoding.coordinate, numbers, place)
   read = mosaic_gpu_elementwise.reads(encoding.coordinate, table.coordinate)
-  same, slopes = mosaic_gpu_elementwise.value_and_slopes(encoding.coordinate, numbers, read, *tile)
+  same, slopes = mosaic_gpu_elementwise.value_and_slopes(encoding.coordinate, numbers, read, place)
 
   def whole(numbers):
     x_QK = encoding.coordinate(numbers, i_Q[:, None], j_K[None])
     return jnp.broadcast_to(x_QK if query_axis == 0 else x_QK.T, shape)
 
   np.testing.assert_allclose(x, whole(numbers), rtol=1e-5, atol=1e-6)
-  np.testing.assert_array_equal(same, x)
+  np.testing.assert_array_equal(unit * same, x)
   assert read == tuple(range(len(jax.tree.leaves(numbers))))
   takes_long = mosaic_gpu_elementwise.takes_long(encoding.coordinate, table.coordinate)
   assert takes_long == (name not in ('alibi', 't5'))

@@ -1,7 +1,9 @@
 """What a GPU's kernel takes for a tile, by its instructions as its assembler lists them."""
 
+import itertools
+import math
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from typing import NamedTuple
 
 INSTRUCTION = re.compile(r'\s*/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+ )?\s*(\S+)(.*?);')
@@ -72,6 +74,10 @@ class Cost(NamedTuple):
     """Returns the sum."""
     return Cost(*(a + b for a, b in zip(self, other, strict=True)))
 
+  def __sub__(self, other: 'Cost') -> 'Cost':
+    """Returns the difference."""
+    return self + other * -1
+
   def __mul__(self, times: float) -> 'Cost':
     """Returns so many of it."""
     return Cost(*(times * x for x in self))
@@ -81,23 +87,21 @@ class Work(NamedTuple):
   """The cost of each kind of work of a tile, or how often a sequence has it done.
 
   Attributes:
-    tile: all that follows left out.
-    near: of x of pairs, if there are two ways to make it.
-    far: likewise, of keys far before their queries.
+    near: of a tile of one line of the table, or of no bias, that no mask cuts.
+    after: of a tile whose queries are all after its keys, likewise; 0 if that is no other.
+    far: of a tile whose keys are far, likewise.
     mask: where the mask hides some pairs.
-    further_line: of a bias of several lines, for each beyond the first.
-    line: of the table's gradient, for each.
-    pairs_of_line: likewise, where there are several, of which each pair has one.
-    other_line: likewise, where it is not that of the tile before.
+    lines: of the table's gradient, where there are several.
+    further_line: of bias and gradient, for each beyond the first.
+    other_line: of the table's gradient, where the line is not that of the tile before.
   """
 
-  tile: Cost
-  near: Cost = Cost()
+  near: Cost
+  after: Cost = Cost()
   far: Cost = Cost()
   mask: Cost = Cost()
+  lines: Cost = Cost()
   further_line: Cost = Cost()
-  line: Cost = Cost()
-  pairs_of_line: Cost = Cost()
   other_line: Cost = Cost()
 
 
@@ -117,40 +121,54 @@ def work(blocks: list[Block]) -> Work:
   loops = list(_loops(blocks))
   products = [n for n, block in enumerate(blocks) if block.count('HGMMA')]
   of_tiles = [loop for loop in loops if {products[0], products[-1]} <= set(loop)]
-  tile = set(min(of_tiles, key=len))
-  inner = [set(loop) for loop in loops if set(loop) < tile]
+  loop = min(of_tiles, key=len)
+  inner = [set(some) for some in loops if set(some) < set(loop)]
 
-  def has(name, loop, least=1):
-    return sum(blocks[n].count(name) for n in loop) >= least
+  def find(name: str, least: int = 1, most: float = math.inf, among=loop) -> list[int]:
+    return [n for n in among if least <= blocks[n].count(name) <= most]
 
-  of_gradient = [loop for loop in inner if has('SHFL', loop)]
-  of_bias = [loop for loop in inner if not has('SHFL', loop)]
+  of_gradient = [some for some in inner if find('SHFL', among=some)]
+  of_bias = [some for some in inner if not find('SHFL', among=some)]
   if len(of_gradient) > 1 or len(of_bias) > 1:
     raise ValueError(f'{len(of_bias)} loops over lines of a bias, {len(of_gradient)} of a gradient')
-  line, further_line = set().union(*of_gradient), set().union(*of_bias)
-  skipped = [set(some) for some in _skipped(blocks) if set(some) < tile]
+  lines, bias = sorted(set().union(*of_gradient)), set().union(*of_bias)
+  # Near keys have each their own distance, far ones are at three, and few steps take so long.
+  near = find('I2FP', MANY)
+  far = [n for n in find('I2FP', most=MANY - 1) if n in find('MUFU.LG2', most=MANY - 1)]
+  hidden = [n for n in find('ISETP', MANY) if not blocks[n].count('HGMMA')]
+  if len(near) > 1 or len(far) > 1:
+    raise ValueError(f'{len(near)} ways to make x of near keys, {len(far)} of far ones')
+  (by_pairs, *_), sums = [n for n in products if n not in far], find('SHFL', among=lines)
 
-  def optional(of: set, is_it: Callable[[set], bool]) -> set:
-    found = [some for some in skipped if some < of and is_it(some)]
-    return max(found, key=len, default=set())
-
-  outside = tile - line - further_line
-  ways = [both for both in _either(blocks) if both[0] | both[1] < outside]
-  if len(ways) > 1:
-    raise ValueError(f'{len(ways)} choices of a tile')
-  # Near keys have each their own distance.
-  far, near = sorted(ways[0], key=lambda some: has('I2FP', some, MANY)) if ways else (set(), set())
-  mask = optional(outside, lambda some: has('ISETP', some, MANY) and not has('HGMMA', some))
-  pairs_of_line = optional(line, lambda some: has('FSETP', some, MANY))
-  other_line = optional(line, lambda some: has('BAR', some))
-  of_each_line = line - pairs_of_line - other_line
-  others = outside - mask - near - far
-  parts = others, near, far, mask, further_line, of_each_line, pairs_of_line, other_line
+  def way(*through: int, without: Iterable[int] = ()) -> Cost:
+    """Returns the cost of the least way through a tile by some blocks; 0 if there is none."""
+    stops, path = [loop[0], *through, loop[-1]], [loop[0]]
+    for start, stop in itertools.pairwise(stops):
+      more = _least_way(blocks, set(loop) - set(without), start, stop)
+      if more is None:
+        return Cost()
+      path += more
+    return total(path)
 
   def total(numbers: Iterable[int]) -> Cost:
     return sum((cost(blocks[n]) for n in numbers), Cost())
 
-  return Work(*map(total, parts))
+  # Of one line there is a way of its own.
+  of_line = [n for n in find('SHFL') if n > by_pairs and n not in lines][: len(of_gradient)]
+  of_near = way(*near, by_pairs, *of_line, without=lines)
+  of_after = way(by_pairs, *of_line, without={*near, *far, *lines}) if near else Cost()
+  hides = min(n for n in hidden if n > by_pairs)
+  other_lines = [set(some) for some in _skipped(blocks) if set(some) < set(lines)]
+  other_line = max((some for some in other_lines if find('BAR', among=some)), key=len, default=())
+  return Work(
+    near=of_near,
+    after=of_after,
+    far=way(*far) if far else Cost(),
+    mask=way(*near, by_pairs, hides, *of_line, without=lines) - of_near,
+    lines=way(*near, by_pairs, *sums) - of_near if lines else Cost(),
+    further_line=total(bias) + total(set(lines) - set(other_line)),
+    other_line=total(other_line),
+  )
 
 
 def _places(blocks):
@@ -165,13 +183,24 @@ def _loops(blocks):
       yield range(places[block.target], n + 1)
 
 
-def _either(blocks):
-  """Yields two sets of blocks, of which one is gone through."""
-  places = _places(blocks)
-  for some in map(list, _skipped(blocks)):
-    last = blocks[some[-1]]
-    if last.returns and places[last.target] > some[-1] + 1:
-      yield set(some), set(range(some[-1] + 1, places[last.target]))
+def _least_way(blocks, among, start, stop):
+  """Returns blocks from one to another, but the first, of the fewest instructions; None: no way."""
+  places, reached = _places(blocks), {start: (0, [])}
+  done = set()
+  while stop not in done:
+    ahead = [n for n in reached if n not in done]
+    if not ahead:
+      return None
+    here = min(ahead, key=lambda n: reached[n][0])
+    done.add(here)
+    block, (so_far, path) = blocks[here], reached[here]
+    following = [] if block.returns else [here + 1]
+    following += [] if block.target is None else [places[block.target]]
+    for n in following:
+      length = so_far + len(blocks[n].operations)
+      if n in among and length < reached.get(n, (math.inf,))[0]:
+        reached[n] = length, [*path, n]
+  return reached[stop][1]
 
 
 def _skipped(blocks):

@@ -182,6 +182,7 @@ def _setup(encoding, table, dtype, mask, interpret, capability):
     factor=factor,
     numbers=jax.tree.structure(numbers),
     read=elementwise.reads(of_pairs, numbers) if is_computed and encoding.learned else (),
+    unit=elementwise.unit(of_pairs, numbers) if is_computed else 1.0,
     far=is_computed
     and encoding.smooth
     # Not where a number of the query's position is in it, which may have an edge.
@@ -218,11 +219,12 @@ class Kernels(NamedTuple):
     channels = queries.query_BQHC.shape[3]
     forward, backward = _size(self.setup, channels), backward_lib.size_of(self.setup, channels)
     of_blocks = queries.number_BNQ, keys.number_BNK, table, self.setup.coordinate
-    codes = functools.partial(plan_lib.codes, *of_blocks, far=self.setup.far)
+    codes = functools.partial(plan_lib.codes, *of_blocks)
     of_keys = codes((backward.columns, ROWS), keys_in_rows=True)
+    far = self.setup.far
     return plan_lib.Plan(
-      forward=plan_lib.tiles(codes((ROWS, forward.columns)), forward.units),
-      queries=plan_lib.tiles(codes((ROWS, backward.columns)), backward.units),
+      forward=plan_lib.tiles(codes((ROWS, forward.columns), far=far), forward.units),
+      queries=plan_lib.tiles(codes((ROWS, backward.columns), far=far), backward.units),
       keys=plan_lib.tiles(of_keys, backward.units),
     )
 
@@ -277,14 +279,14 @@ class Kernels(NamedTuple):
     if table is None:
       return None
     num_heads = queries.query_BQHC.shape[2]
-    return plan_lib.table(table, num_heads, self.setup.factor, queries.number_BNQ)
+    return plan_lib.table(table, num_heads, self.setup, queries.number_BNQ)
 
   def _given(self, lines, queries, keys, size):
     """Returns what all kernels take first, of tiles of some size."""
     tokens = queries.query_BQHC, keys.key_BKGC, keys.value_BKGC
     in_parts = (products.split(x_BLHC, self.setup.parts) for x_BLHC in tokens)
     numbers = queries.number_BNQ, keys.number_BNK
-    if self.setup.far or self.setup.factor is not None:
+    if self.setup.segments and not self.setup.waves:
       numbers = plan_lib.with_bits(*numbers, lines.factor_BQ, size.columns)
     waves = (products.waves_of(self.setup, number_BNL) for number_BNL in numbers)
     given = *tile_lib.operands(lines, self.rate_C), *in_parts, *numbers, *waves
@@ -367,9 +369,12 @@ def _forward_kernel(
       del n
       both = *waves, *(ref.at[slot] for ref in key_waves)
       tile = of_head(tile_lib.Positions(query_NQ, key_JNK.at[slot], 0, both), code)
-      pairs_QK, _ = tile.of_pairs((ROWS, size.columns))
-      logits_QK = tile.logits(query_YQC, key_JYKC.at[slot], pairs_QK)
-      return _softmax_step(setup, so_far, logits_QK, value_JYKC.at[slot])
+
+      def step(x):
+        logits_QK = tile.logits(query_YQC, key_JYKC.at[slot], x)
+        return _softmax_step(setup, so_far, logits_QK, value_JYKC.at[slot])
+
+      return tile.with_x(step, (ROWS, size.columns))
 
     start = (
       tile_lib.full(setup, query_YQC.shape[1:], 0.0),

@@ -21,6 +21,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from lex_fire.kernels import mosaic_gpu_far as far
 from lex_fire.kernels import mosaic_gpu_plan as plan_lib
 from lex_fire.kernels import mosaic_gpu_products as products
 from lex_fire.kernels import mosaic_gpu_tensor_memory as tensor_memory
@@ -112,7 +113,9 @@ def of_queries(setup, table, tiles, given, softmax, dtype):
   # Ends have no gradient, nor has the end after the last segment.
   d_line_HZX = jnp.pad(line_HZP, [(0, 0), (0, 1), (1, 0)])
   d_number_HN = jnp.zeros_like(table.number_HN)
-  d_number_HN = d_number_HN.at[:, setup.read].set(number_HN[:, : len(setup.read)])
+  # Slopes are of x in its unit, its derivatives are not.
+  number_HN = number_HN[:, : len(setup.read)] / setup.unit
+  d_number_HN = d_number_HN.at[:, setup.read].set(number_HN)
   d_factor_BQ = None
   if setup.factor is not None:
     d_factor_BQ = sums_BHI[2].sum(axis=1).reshape(batch, num_queries)
@@ -193,13 +196,16 @@ def _query_kernel(
       both = *waves, *(ref.at[slot] for ref in key_waves)
       tile = of_head(tile_lib.Positions(query_NQ, key_JNK.at[slot], 0, both), code)
       shape = ROWS, size.columns
-      pairs_QK, slopes = tile.of_pairs(shape, setup.read)
-      logits_QK = tile.logits(query_YQC, key_JYKC.at[slot], pairs_QK)
-      weights_QK = tile_lib.weights(logits_QK, log_norm_Q, 0)
-      d_weights_QK = products.product(setup, d_out_YQC, value_JYKC.at[slot])
-      d_logits_QK = weights_QK * (d_weights_QK - tile_lib.spread(delta_Q, shape, 0))
-      table_sums = gradient.add(table_sums, tile, pairs_QK, slopes, d_logits_QK)
-      return tile.add(d_query_QC, d_logits_QK, key_JYKC.at[slot]), table_sums
+
+      def step(x):
+        logits_QK = tile.logits(query_YQC, key_JYKC.at[slot], x)
+        weights_QK = tile_lib.weights(logits_QK, log_norm_Q, 0)
+        d_weights_QK = products.product(setup, d_out_YQC, value_JYKC.at[slot])
+        d_logits_QK = weights_QK * (d_weights_QK - tile_lib.spread(delta_Q, shape, 0))
+        sums = gradient.add(table_sums, tile, x, d_logits_QK)
+        return tile.add(d_query_QC, d_logits_QK, key_JYKC.at[slot]), sums
+
+      return tile.with_x(step, shape, setup.read)
 
     start = tile_lib.full(setup, query_YQC.shape[1:], 0.0), gradient.start()
     code = functools.partial(tile_lib.code, code_BIJ, integers, block, first)
@@ -241,14 +247,13 @@ class TableGradient:
     of_factor = [zero_Q] * (self.setup.factor is not None)
     return (jnp.int32(-1), zero_Q, zero_Q), [zero_Q] * len(self.setup.read), of_factor
 
-  def add(self, sums, tile, pairs_QK, slopes, d_logits_QK):
+  def add(self, sums, tile, x, d_logits_QK):
     """Adds a tile's pairs.
 
     Args:
       sums: so far.
       tile: `mosaic_gpu_products.Tile`.
-      pairs_QK: what of x is of pairs.
-      slopes: its derivatives by the numbers that it is computed from.
+      x: what `Tile.with_x` gives.
       d_logits_QK: gradient of the logits.
     """
     if not self.refs:
@@ -256,28 +261,39 @@ class TableGradient:
     setup, positions = self.setup, tile.positions
     first, end = tile_lib.span(tile.code)
 
+    def all_in_one():
+      return self._add_line(sums, tile, first, x, d_logits_QK)
+
+    if isinstance(x, far.Parabola):
+      return all_in_one()
+
     def add_segment(z, sums):
-      held, of_numbers, of_factor = sums
       found, above = (tile_lib.segment(tile.line_ref, tile.head, n) for n in (z, z + 1))
       # Beyond the span, too, pairs have the first line or the last: x is rounded otherwise there.
       found = found._replace(lower=jnp.where(z == first, -jnp.inf, found.lower))
       above = above._replace(lower=jnp.where(z == end - 1, jnp.inf, above.lower))
 
-      def inside():
-        is_past_QK, is_beyond_QK = (
-          tile_lib.is_above(setup, positions, one, pairs_QK) for one in (found, above)
-        )
-        return jnp.where(is_past_QK & ~is_beyond_QK, d_logits_QK, 0.0)
+      is_past_QK, is_beyond_QK = (
+        tile_lib.is_above(setup, positions, one, x.x) for one in (found, above)
+      )
+      inside_QK = jnp.where(is_past_QK & ~is_beyond_QK, d_logits_QK, 0.0)
+      return self._add_line(sums, tile, z, x, inside_QK)
 
-      inside_QK = jax.lax.cond(end - first == 1, lambda: d_logits_QK, inside)
-      of_pairs_Q = (inside_QK * pairs_QK).sum(axis=1)
-      held = self._put(held, z, positions.scaled(setup, of_pairs_Q), inside_QK.sum(axis=1))
-      of_slopes = ((inside_QK * slope_QK).sum(axis=1) for slope_QK in slopes)
-      of_slopes = (found.slope * positions.scaled(setup, sum_Q) for sum_Q in of_slopes)
-      of_numbers = [sum_Q + more_Q for sum_Q, more_Q in zip(of_numbers, of_slopes, strict=True)]
-      return held, of_numbers, [sum_Q + found.slope * of_pairs_Q for sum_Q in of_factor]
+    def by_segment():
+      return jax.lax.fori_loop(first, end, add_segment, sums)
 
-    return jax.lax.fori_loop(first, end, add_segment, sums)
+    return jax.lax.cond(end - first == 1, all_in_one, by_segment)
+
+  def _add_line(self, sums, tile, z, x, d_logits_QK):
+    """Adds what is of pairs in segment z."""
+    held, of_numbers, of_factor = sums
+    scaled = functools.partial(tile.positions.scaled, self.setup)
+    slope = tile_lib.segment(tile.line_ref, tile.head, z).slope
+    value_Q, of_x_Q, of_slopes = x.sums(d_logits_QK)
+    held = self._put(held, z, scaled(of_x_Q), value_Q)
+    of_slopes = (slope * scaled(sum_Q) for sum_Q in of_slopes)
+    of_numbers = [sum_Q + more_Q for sum_Q, more_Q in zip(of_numbers, of_slopes, strict=True)]
+    return held, of_numbers, [sum_Q + slope * of_x_Q for sum_Q in of_factor]
 
   def _put(self, held, z, of_slope_Q, of_value_Q):
     held_z, slope_Q, value_Q = held
@@ -411,18 +427,21 @@ def _key_kernel(
       positions = tile_lib.Positions(query_INQ.at[slot], key_NK, 1, both)
       tile = given.of_head(setup, head)(positions, code)
       shape = ROWS, size.columns
-      pairs_KQ, _ = tile.of_pairs(shape)
-      logits_KQ = tile.logits(key_YKC, query_IYQC.at[slot], pairs_KQ)
-      log_norm_Q, delta_Q = (tile_lib.vector(setup, norm_IPQ.at[slot, n], 1) for n in range(2))
-      weights_KQ = tile_lib.weights(logits_KQ, log_norm_Q, 1)
-      sums = list(so_far)
-      if wanted[0]:
-        d_weights_KQ = products.product(setup, value_YKC, d_out_IYQC.at[slot])
-        d_logits_KQ = weights_KQ * (d_weights_KQ - tile_lib.spread(delta_Q, shape, 1))
-        sums[0] = tile.add(sums[0], d_logits_KQ, query_IYQC.at[slot])
-      if wanted[1]:
-        sums[-1] = products.add_product(setup, sums[-1], weights_KQ, d_out_IYQC.at[slot])
-      return sums
+
+      def step(x):
+        logits_KQ = tile.logits(key_YKC, query_IYQC.at[slot], x)
+        log_norm_Q, delta_Q = (tile_lib.vector(setup, norm_IPQ.at[slot, n], 1) for n in range(2))
+        weights_KQ = tile_lib.weights(logits_KQ, log_norm_Q, 1)
+        sums = list(so_far)
+        if wanted[0]:
+          d_weights_KQ = products.product(setup, value_YKC, d_out_IYQC.at[slot])
+          d_logits_KQ = weights_KQ * (d_weights_KQ - tile_lib.spread(delta_Q, shape, 1))
+          sums[0] = tile.add(sums[0], d_logits_KQ, query_IYQC.at[slot])
+        if wanted[1]:
+          sums[-1] = products.add_product(setup, sums[-1], weights_KQ, d_out_IYQC.at[slot])
+        return sums
+
+      return tile.with_x(step, shape)
 
     def code(n):
       return code_BIJ[integers, block, where(n)[1]]

@@ -23,8 +23,8 @@ class Table(NamedTuple):
   """A `piecewise.Table` as kernels read it: one array a kind of number, a head's together.
 
   Attributes:
-    line_HZX: lower end, slope and height at 0 of each segment; one more than there are ends the
-      last.
+    line_HZX: lower end, slope and height at 0 of each segment, of x in its unit; one more than
+      there are ends the last.
     number_HN: the parameters of the coordinate, N of them.
     factor_BQ: what x of a query's pairs is multiplied by, or None; see `Setup`. B may be 1.
   """
@@ -113,13 +113,13 @@ class Plan(NamedTuple):
   keys: Tiles
 
 
-def table(table: piecewise.Table, num_heads: int, factor: Any, query_BNQ: jax.Array) -> Table:
+def table(table: piecewise.Table, num_heads: int, setup: Any, query_BNQ: jax.Array) -> Table:
   """Returns the table of all heads; ends and anchors have no gradient.
 
   Args:
     table: of the encoding.
     num_heads: of the queries.
-    factor: (numbers, position) -> that of a query; None: there is none.
+    setup: of the kernel.
     query_BNQ: see `query_numbers`.
   """
   slope_HZ = table.slope_ZH.T
@@ -129,13 +129,14 @@ def table(table: piecewise.Table, num_heads: int, factor: Any, query_BNQ: jax.Ar
   value_HZ = jnp.zeros_like(slope_HZ) if table.value_ZH is None else table.value_ZH.T
   lower_HZ = jnp.broadcast_to(lower_Z[None], slope_HZ.shape)
   height_HZ = value_HZ - slope_HZ * jax.lax.stop_gradient(anchor_Z)[None]
-  line_HZX = jnp.stack([jax.lax.stop_gradient(lower_HZ), slope_HZ, height_HZ], axis=2)
+  in_unit = jax.lax.stop_gradient(lower_HZ) / setup.unit, slope_HZ * setup.unit
+  line_HZX = jnp.stack([*in_unit, height_HZ], axis=2)
   end_H1X = jnp.broadcast_to(jnp.array([jnp.inf, 0, 0])[None, None], (num_heads, 1, 3))
   numbers = [jnp.broadcast_to(x_H, num_heads) for x_H in jax.tree.leaves(table.coordinate)]
   factor_BQ = None
-  if factor is not None:
+  if setup.factor is not None:
     of_all_heads = jax.tree.map(lambda number_1: number_1.reshape(()), table.coordinate)
-    factor_BQ = factor(of_all_heads, query_BNQ[:, tile_lib.POSITION])
+    factor_BQ = setup.factor(of_all_heads, query_BNQ[:, tile_lib.POSITION])
   return Table(
     line_HZX=jnp.concatenate([line_HZX, end_H1X], axis=1),
     number_HN=jnp.stack(numbers or [jnp.zeros(num_heads)], axis=1),
@@ -157,8 +158,10 @@ def with_bits(
 
   def with_more(number_BNL, *rows):
     batch, _, length = number_BNL.shape
-    offset_1L = (jnp.arange(length) % columns - columns // 2).astype(jnp.float32)[None]
-    bits = (jax.lax.bitcast_convert_type(x_BL, jnp.int32) for x_BL in (offset_1L, *rows))
+    position_BIX = number_BNL[:, tile_lib.POSITION].reshape(batch, -1, columns)
+    offset_BIX = position_BIX - position_BIX[:, :, columns // 2, None]
+    offset_BL = offset_BIX.reshape(batch, length).astype(jnp.float32)
+    bits = (jax.lax.bitcast_convert_type(x_BL, jnp.int32) for x_BL in (offset_BL, *rows))
     in_rows = (jnp.broadcast_to(x_BL, (batch, length))[:, None] for x_BL in bits)
     return jnp.concatenate([number_BNL, *in_rows], axis=1)
 
@@ -237,35 +240,43 @@ def codes(
     table: of the bias, or None.
     coordinate: of the encoding.
     blocks: how many queries and keys a tile has.
-    far: see `Setup`.
+    far: see `Setup`; not where keys are in rows.
     keys_in_rows: whether columns of tiles are queries; then the code has these last.
   """
   code_BIJ = _codes(query_BNQ, key_BNK, table, coordinate, blocks)
-  if far:
-    is_far_BIJ = _is_far(query_BNQ, key_BNK, blocks, keys_in_rows) & (code_BIJ != 0)
-    code_BIJ += tile_lib.FAR * is_far_BIJ
+  if table is not None:
+    after_BIJ, far_BIJ = _distances(query_BNQ, key_BNK, blocks, keys_in_rows)
+    far_BIJ &= code_BIJ >> tile_lib.MORE_SHIFT == 0
+    more_BIJ = tile_lib.AFTER * after_BIJ + (tile_lib.FAR if far else 0) * far_BIJ
+    code_BIJ += jnp.where(code_BIJ != 0, more_BIJ, 0)
   return jnp.swapaxes(code_BIJ, 1, 2) if keys_in_rows else code_BIJ
 
 
-def _is_far(query_BNQ, key_BNK, blocks, keys_in_rows):
-  """Returns of which tiles all keys are far before all queries, and columns consecutive."""
+def _distances(query_BNQ, key_BNK, blocks, keys_in_rows):
+  """Returns of which tiles all queries are after all keys, and of which keys are far."""
   position_BQ, position_BK = (x_BNL[:, tile_lib.POSITION] for x_BNL in (query_BNQ, key_BNK))
   position_BIQ, position_BJK = (
     x_BL.reshape(len(x_BL), -1, block)
     for x_BL, block in zip((position_BQ, position_BK), blocks, strict=True)
   )
   # Of floating numbers, as integers may be too far apart for their difference.
-  first_BI, last_BJ = position_BIQ.min(axis=2) * 1.0, position_BJK.max(axis=2) * 1.0
-  apart_BIJ = first_BI[:, :, None] - last_BJ[:, None]
+  first_BI1, last_B1J = position_BIQ.min(axis=2)[:, :, None], position_BJK.max(axis=2)[:, None]
+  apart_BIJ = first_BI1 * 1.0 - last_B1J * 1.0
   column_BIX = position_BIQ if keys_in_rows else position_BJK
   columns = column_BIX.shape[2]
+  spread_BI = column_BIX.max(axis=2) * 1.0 - column_BIX.min(axis=2) * 1.0
   follow_BI = (column_BIX - column_BIX[:, :, :1] == jnp.arange(columns)[None, None]).all(axis=2)
-  follow_BIJ = follow_BI[:, :, None] if keys_in_rows else follow_BI[:, None]
-  return follow_BIJ & (apart_BIJ >= far_lib.LEAST_DISTANCE * columns)
+
+  def of_column(x_BI):
+    return x_BI[:, :, None] if keys_in_rows else x_BI[:, None]
+
+  is_after_BIJ = (first_BI1 >= last_B1J) & (apart_BIJ >= of_column(spread_BI))
+  is_far_BIJ = of_column(follow_BI) & (apart_BIJ >= far_lib.LEAST_DISTANCE * columns)
+  return is_after_BIJ, is_far_BIJ
 
 
 def _codes(query_BNQ, key_BNK, table, coordinate, blocks):
-  """Returns code_BIJ but for what is far."""
+  """Returns code_BIJ but for distances."""
   query_bounds, key_bounds = _bounds(query_BNQ, blocks[0]), _bounds(key_BNK, blocks[1])
 
   def of_queries(which):

@@ -23,6 +23,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from lex_fire.kernels import mosaic_gpu_far as far
 from lex_fire.kernels import mosaic_gpu_tensor_memory as tensor_memory
 from lex_fire.kernels import mosaic_gpu_tile as tile_lib
 
@@ -274,27 +275,40 @@ class Tile(NamedTuple):
   positions: Any
   code: Any
 
-  def of_pairs(self, shape, which=()):
-    """Returns what of x is of the tile's pairs, and its derivatives by some of the numbers.
+  def with_x(self, step, shape, which=()):
+    """Returns step(x), of what of x is of the tile's pairs.
 
-    It is None where there is no bias.
+    Args:
+      step: takes a `mosaic_gpu_tile.Pairs` or a `mosaic_gpu_far.Parabola`; None: there is no bias.
+      shape: of the tile.
+      which: numbers, as in `Setup.read`, for derivatives.
     """
-    if not self.setup.segments:
-      return None, []
+    setup = self.setup
+    if not setup.segments:
+      return step(None)
     if self.positions.waves:
-      return product(self.setup, *self.positions.waves), []
-    return tile_lib.of_pairs(self.setup, self.positions, self.code, self.numbers, shape, which)
+      return step(tile_lib.Pairs(product(setup, *self.positions.waves), []))
 
-  def logits(self, a, b, pairs=None):
+    def by_pairs():
+      return step(tile_lib.pairs(setup, self.positions, self.code, self.numbers, shape, which))
+
+    def by_columns():
+      return step(far.parabola(setup, self.positions, self.numbers, shape[1], which))
+
+    if not setup.far or self.positions.query_axis != 0:
+      return by_pairs()
+    return jax.lax.cond(self.code & tile_lib.FAR != 0, by_columns, by_pairs)
+
+  def logits(self, a, b, x):
     """Returns the logits, HIDDEN_LOGIT where hidden, of blocks of the rows and of the columns.
 
     Args:
       a: rows of the tile, queries or keys, as products take them.
       b: columns of the tile.
-      pairs: `of_pairs` of the tile; None: no bias.
+      x: what `with_x` gives.
     """
-    line = self.line_ref, self.head, self.code, self.positions, pairs
-    bias = None if pairs is None else tile_lib.bias(self.setup, *line)
+    of_tile = self.setup, self.line_ref, self.head, self.code, self.positions
+    bias = None if x is None else x.bias(*of_tile)
     logits = self._products(a, b, bias)
     return tile_lib.hide(self.setup, self.positions, self.code, logits)
 

@@ -20,18 +20,18 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from lex_fire.kernels import mask as mask_lib
 from lex_fire.kernels import mosaic_gpu_elementwise as elementwise
-from lex_fire.kernels import mosaic_gpu_far as far
 
 ROWS = 64  # of a tile: what a warpgroup multiplies at once
 UNITS = 2  # at most, warpgroups that compute, each tiles of its own rows
-# A tile's code: whether to visit it, whether the mask shows all of it, whether its keys are far
-# (`mosaic_gpu_far`), and a span, its first and how many more. It is of segments of the table that x
-# may reach; under a decay, which has no table, of how many stretches queries are after keys.
-VISIT, WHOLE, FAR, FIRST_SHIFT, MORE_SHIFT = 1, 2, 4, 3, 17
+# A tile's code: whether to visit it, whether the mask shows all of it, whether its queries are all
+# after all its keys, by as much as columns are apart, whether keys are far and have one line of the
+# table (`mosaic_gpu_far`), and a span, its first and how many more. It is of segments of the table
+# that x may reach; under a decay, which has no table, of how many stretches queries are after keys.
+VISIT, WHOLE, AFTER, FAR, FIRST_SHIFT, MORE_SHIFT = 1, 2, 4, 8, 4, 17
 MOST_SEGMENTS = 2 ** (MORE_SHIFT - FIRST_SHIFT)
 # The integers of a query, in this order, and of a key. Stretches are there under a decay; under a
-# bias whose keys may be far, or whose x has a factor of the query, the bits of how far each is from
-# the middle of its block of columns, and of the factor and its inverse.
+# bias the bits of how far each is from the middle one of its block of columns, and, if x has a
+# factor of the query, of that and its inverse.
 POSITION, SEGMENT, FIRST, LAST, STRETCH = range(5)
 OFFSET, FACTOR, INVERSE = 4, 5, 6
 KEY_STRETCH = KEY_OFFSET = 2
@@ -46,6 +46,7 @@ class Setup(NamedTuple):
     factor: (numbers, position) -> the other factor, which is computed once a query; None: without.
     numbers: the structure of the coordinate's parameters.
     read: which of them `of_pairs` is computed from.
+    unit: in which tiles have what is of pairs; see `mosaic_gpu_elementwise`.
     far: whether `of_pairs` may be interpolated where keys are far.
     segments: of the table.
     learned: whether the table has a gradient.
@@ -62,6 +63,7 @@ class Setup(NamedTuple):
   factor: Any
   numbers: Any
   read: tuple[int, ...]
+  unit: float
   far: bool
   segments: int
   learned: bool
@@ -137,9 +139,26 @@ class Positions(NamedTuple):
   def key(self, setup, which):
     return vector(setup, self.key_ref.at[which], 1 - self.query_axis)
 
-  def of_tile(self, setup, shape):
-    """Returns what functions in `mosaic_gpu_elementwise` take last."""
-    return self.query(setup, POSITION), self.key(setup, POSITION), shape, self.query_axis
+  def of_tile(self, setup, shape, after=False):
+    """Returns an `elementwise.Place`, of any tile or of one whose queries are after its keys."""
+    query, key = self.query(setup, POSITION), self.key(setup, POSITION)
+    apart = None
+    if after:
+      # From a column, so that neither is larger than twice the distance, and as exact.
+      middle, offset = self._middle_column(shape[1]), self.offsets(setup)
+      if self.query_axis == 0:
+        apart = (query - middle).astype(jnp.float32), offset
+      else:
+        apart = offset, (key - middle).astype(jnp.float32)
+    return self._place(setup, (query, key), shape, apart)
+
+  def _middle_column(self, columns):
+    ref = self.key_ref if self.query_axis == 0 else self.query_ref
+    return ref[POSITION, columns // 2]
+
+  def _place(self, setup, both, shape, apart=None):
+    log2 = functools.partial(_log2, setup)
+    return elementwise.Place(*both, shape, self.query_axis, apart, log2)
 
   def scaled(self, setup, number, which=FACTOR):
     """Returns a number, of all queries or of each, times their factor of x or its inverse.
@@ -151,22 +170,36 @@ class Positions(NamedTuple):
     return number * _float(self.query(setup, which))
 
   def offsets(self, setup):
-    """Returns how far each column is from the middle of them, as a vector."""
+    """Returns how far each column is from the middle one, as a vector."""
     if self.query_axis == 0:
       return _float(self.key(setup, KEY_OFFSET))
     return _float(self.query(setup, OFFSET))
 
-  def of_column(self, setup, shape, column):
-    """Returns `of_tile` of all rows and one column alone, if positions of columns rise by one."""
-    if self.query_axis == 0:
-      both = self.query(setup, POSITION), self.key_ref[POSITION, 0] + column
-    else:
-      both = self.query_ref[POSITION, 0] + column, self.key(setup, POSITION)
-    return *both, (shape[0], 1), self.query_axis
+  def of_column(self, setup, columns, column):
+    """Returns an `elementwise.Place` of all queries and one of so many keys, that rise by one."""
+    position = self._middle_column(columns) + column - columns // 2
+    query = self.query(setup, POSITION)
+    return self._place(setup, (query, position), (*query.shape, 1))
 
   def of_queries(self, number, shape):
     """Returns a number, of all queries or of each, as it multiplies or adds to a tile."""
     return spread(number, shape, self.query_axis) if np.ndim(number) else number
+
+
+def _log2(setup, x):
+  """Returns the logarithm to base 2, which the hardware has, of a tile or a vector."""
+  if setup.interpret:
+    return jnp.log2(x)
+  if x.ndim < 2:
+    return jnp.log(x) * elementwise.LOG2E
+  layout = plgpu.Layout.WGMMA
+  tile = plgpu.ShapeDtypeStruct(x.shape, jnp.float32, layout)
+
+  @plgpu.inline_mgpu(arg_types=(layout,), return_type=tile)
+  def of_tile(_, array):
+    return array.log2(approx=True)
+
+  return of_tile(x)
 
 
 def _float(bits):
@@ -221,23 +254,36 @@ def numbers(setup, number_ref, head):
   return jax.tree.unflatten(setup.numbers, leaves)
 
 
-def bias(setup, line_ref, head, code, positions, pairs):
-  """Returns the bias of a tile, of what of x is of its pairs.
+class Pairs(NamedTuple):
+  """What of x is of the pairs of a tile, for each.
 
-  It is by the line of each pair's segment, among those that x may reach.
+  Attributes:
+    x: that, in its unit.
+    slopes: a list of its derivatives by the numbers that it is computed from.
   """
-  first, end = span(code)
 
-  def line(found):
-    slope = positions.of_queries(positions.scaled(setup, found.slope), pairs.shape)
-    return found.height + slope * pairs
+  x: Any
+  slopes: list
 
-  def add(z, so_far):
-    found = segment(line_ref, head, z)
-    return jnp.where(is_above(setup, positions, found, pairs), line(found), so_far)
+  def bias(self, setup, line_ref, head, code, positions):
+    """Returns the bias, by the line of each pair's segment, among those that x may reach."""
+    first, end = span(code)
 
-  result = line(segment(line_ref, head, first))
-  return result if setup.segments == 1 else jax.lax.fori_loop(first + 1, end, add, result)
+    def line(found):
+      slope = positions.of_queries(positions.scaled(setup, found.slope), self.x.shape)
+      return found.height + slope * self.x
+
+    def add(z, so_far):
+      found = segment(line_ref, head, z)
+      return jnp.where(is_above(setup, positions, found, self.x), line(found), so_far)
+
+    result = line(segment(line_ref, head, first))
+    return result if setup.segments == 1 else jax.lax.fori_loop(first + 1, end, add, result)
+
+  def sums(self, d_logits):
+    """Returns the sums over columns of numbers of pairs: of these, and times x and each slope."""
+    over_columns = d_logits.sum(axis=1), (d_logits * self.x).sum(axis=1)
+    return *over_columns, [(d_logits * slope).sum(axis=1) for slope in self.slopes]
 
 
 def is_above(setup, positions, found, pairs):
@@ -256,8 +302,8 @@ def weights(logits, log_norm, axis):
   )
 
 
-def of_pairs(setup, positions, code, numbers, shape, which=()):
-  """Returns what of x is of a tile's pairs, and a list of its derivatives by some of the numbers.
+def pairs(setup, positions, code, numbers, shape, which):
+  """Returns the `Pairs` of a tile.
 
   Args:
     setup: of the kernel.
@@ -265,27 +311,14 @@ def of_pairs(setup, positions, code, numbers, shape, which=()):
     code: of the tile.
     numbers: of the head's coordinate.
     shape: of the tile.
-    which: numbers, as in `Setup.read`.
+    which: numbers, as in `Setup.read`, for derivatives.
   """
 
-  def found(of_tile):
-    return elementwise.value_and_slopes(setup.of_pairs, numbers, which, *of_tile)
+  def found(after):
+    place = positions.of_tile(setup, shape, after)
+    return Pairs(*elementwise.value_and_slopes(setup.of_pairs, numbers, which, place))
 
-  def near():
-    return found(positions.of_tile(setup, shape))
-
-  def interpolated():
-    nodes = (found(positions.of_column(setup, shape, node)) for node in far.nodes(shape[1]))
-    offset = spread(positions.offsets(setup), shape, 1)
-
-    def over_columns(before, middle, after):
-      of_rows = far.polynomial(before, middle, after, shape[1])
-      constant, linear, square = (spread(x, shape, 0) for x in of_rows)
-      return far.evaluate(constant, linear, square, offset)
-
-    return jax.tree.map(over_columns, *nodes)
-
-  return jax.lax.cond(code & FAR != 0, interpolated, near) if setup.far else near()
+  return jax.lax.cond(code & AFTER != 0, lambda: found(True), lambda: found(False))
 
 
 # Kernels of one or two warpgroups that compute and one that copies
