@@ -94,7 +94,9 @@ def test_codes_say_how_far_queries_are_after_keys(keys_in_rows):
     ('kerple_log', {}, {'causal': False}),
   ],
 )
-def test_far_tiles_give_what_those_pair_by_pair_do(monkeypatch, name, options, mask):
+def test_far_tiles_give_what_those_pair_by_pair_do_and_these_by_integers(
+  monkeypatch, name, options, mask
+):
   """Of queries that see far keys alone, whose weights else would be next to nothing.
 
   With a small c, as by a great one they are all alike in its gradient.
@@ -105,20 +107,24 @@ def test_far_tiles_give_what_those_pair_by_pair_do(monkeypatch, name, options, m
   where = (9000 + position_BK, position_BK), (None, None), kernels.Mask(**mask)
   plans = record_plans(monkeypatch)
 
-  far, near = (
-    mosaic_gpu_test.interpreted(encoding._replace(smooth=smooth), params, arrays, *where)
-    for smooth in (True, False)
-  )
+  def found(smooth):
+    same = encoding._replace(smooth=smooth, name=str(len(plans)))  # compiled for itself
+    result = mosaic_gpu_test.interpreted(same, params, arrays, *where)
+    jax.effects_barrier()
+    return result
 
-  jax.effects_barrier()
-  (far_BQHC, (of_params, of_arrays)), (near_BQHC, (expected, of_others)) = far, near
-  mosaic_gpu_test.assert_agree((far_BQHC, of_arrays), (near_BQHC, of_others), 1e-5)
-  mosaic_gpu_test.assert_agree(
-    of_params, expected, 1e-3
-  )  # sums over all pairs, most of which cancel
+  far, after = found(smooth=True), found(smooth=False)
+  bits = mosaic_gpu_tile.FAR, mosaic_gpu_tile.AFTER
+  monkeypatch.setattr(mosaic_gpu_tile, 'AFTER', 0)
+  near_BQHC, (expected, of_others) = found(smooth=False)
+
+  for found_BQHC, (of_params, of_arrays) in (far, after):
+    mosaic_gpu_test.assert_agree((found_BQHC, of_arrays), (near_BQHC, of_others), 1e-5)
+    # Sums over all pairs, most of which cancel.
+    mosaic_gpu_test.assert_agree(of_params, expected, 1e-3)
   assert 'c' not in params or np.abs(expected['c']) > 1
-  are_far = [np.any(tiles.code_BIJ & mosaic_gpu_tile.FAR) for plan in plans for tiles in plan]
-  assert are_far == [True, True, False] + [False] * 3
+  said = [[np.any(tiles.code_BIJ & bit) for bit in bits] for plan in plans for tiles in plan]
+  assert said == [[True, True]] * 2 + [[False, True]] * 4 + [[False, False]] * 3
 
 
 @pytest.mark.parametrize('columns', [32, 64, 128])

@@ -394,17 +394,23 @@ def test_a_tiles_code_says_what_its_pairs_are(mask):
 
 
 @pytest.mark.parametrize('query_axis', [0, 1])
+@pytest.mark.parametrize('after', [False, True])
 @pytest.mark.parametrize('name', ELEMENTWISE)
-def test_x_from_vectors_is_x_of_a_tile_and_so_is_its_derivative(name, query_axis):
+def test_x_from_vectors_is_x_of_a_tile_and_so_is_its_derivative(name, after, query_axis):
   encoding, params = make(name, ELEMENTWISE[name])
   table = encoding.table(params, NUM_HEADS)
   numbers = jax.tree.map(lambda number_H: number_H[0], table.coordinate)
   i_Q, j_K = jnp.int32([0, 3, 512, 700]), jnp.int32([0, 1, 3, 100, 512, 600])
+  apart = None
+  if after:
+    i_Q += 1201
+    apart = jnp.float32(i_Q - 100), jnp.float32(j_K - 100)
   shape = (4, 6) if query_axis == 0 else (6, 4)
-  place = mosaic_gpu_elementwise.Place(i_Q, j_K, shape, query_axis)
+  place = mosaic_gpu_elementwise.Place(i_Q, j_K, shape, query_axis, apart)
 
   unit = mosaic_gpu_elementwise.unit(encoding.coordinate, numbers)
-  x = unit * mosaic_gpu_elementwise.value(encoding.coordinate, numbers, place)
+  x, _ = mosaic_gpu_elementwise.value_and_slopes(encoding.coordinate, numbers, (), place)
+  x *= unit
   read = mosaic_gpu_elementwise.reads(encoding.coordinate, table.coordinate)
   same, slopes = mosaic_gpu_elementwise.value_and_slopes(encoding.coordinate, numbers, read, place)
 

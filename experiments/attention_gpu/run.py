@@ -104,11 +104,11 @@ def columns(kernel: str) -> int:
   return sizes[SHAPE['head_dim'], False].columns
 
 
-def reach(of_columns: int, encoding: encodings.Encoding, params: dict | None, length: int) -> Work:
+def reach(kernel: str, encoding: encodings.Encoding, params: dict | None, length: int) -> Work:
   """Returns how often a head has each kind of work done, of a causal row in order.
 
   Args:
-    of_columns: how many a tile has. Where they are as many as its rows, either may be queries.
+    kernel: of KERNELS.
     encoding: of the bias.
     params: its; None: there is no bias.
     length: of the row [tokens].
@@ -117,26 +117,32 @@ def reach(of_columns: int, encoding: encodings.Encoding, params: dict | None, le
   query_BNQ = mosaic_gpu_plan.query_numbers(mask, position_1L, None, 0)
   key_BNK = mosaic_gpu_plan.key_numbers(position_1L, None, 0)
   table = None if params is None else encoding.table(params, SHAPE['num_heads'])
-  blocks = mosaic_gpu_tile.ROWS, of_columns
+  rows, keys_in_rows = mosaic_gpu_tile.ROWS, kernel == 'keys'
+  how = {
+    'blocks': (columns(kernel), rows) if keys_in_rows else (rows, columns(kernel)),
+    'far': encoding.smooth and not keys_in_rows,
+    'keys_in_rows': keys_in_rows,
+  }
 
   def codes(query_BNQ):
-    of_blocks = query_BNQ, key_BNK, table, encoding.coordinate, blocks
-    code_V = np.array(mosaic_gpu_plan.codes(*of_blocks, far=encoding.smooth)).ravel()
+    code_V = np.array(
+      mosaic_gpu_plan.codes(query_BNQ, key_BNK, table, encoding.coordinate, **how)
+    ).ravel()
     return code_V[code_V & mosaic_gpu_tile.VISIT != 0]
 
   # In parts: of two layers at 131,072 tokens comparisons would be an array of 36 GiB.
   parts = (slice(first, first + PART) for first in range(0, length, PART))
   code_V = np.concatenate([codes(query_BNQ[:, :, part]) for part in parts])
   is_far_V = code_V & mosaic_gpu_tile.FAR != 0
+  is_after_V = (code_V & mosaic_gpu_tile.AFTER != 0) & ~is_far_V
   lines_V = 1 + (code_V >> mosaic_gpu_tile.MORE_SHIFT)
   return Work(
-    tile=code_V.size,
-    near=np.sum(~is_far_V),
+    near=np.sum(~is_far_V & ~is_after_V),
+    after=np.sum(is_after_V),
     far=np.sum(is_far_V),
     mask=np.sum(code_V & mosaic_gpu_tile.WHOLE == 0),
+    lines=np.sum(lines_V > 1),
     further_line=np.sum(lines_V - 1),
-    line=np.sum(lines_V),
-    pairs_of_line=np.sum(lines_V[lines_V > 1]),
     other_line=np.sum(lines_V - 1),
   )
 
@@ -153,23 +159,25 @@ def cycles(cost: Cost) -> tuple[float, float]:
 
 
 def of_a_tile(results: dict) -> list[str]:
-  """Returns the lines of a table: what each kernel takes for a tile under one line.
+  """Returns the lines of a table: what each kernel takes for a tile, near, after its keys, or far.
 
-  And by how many instructions more for a further line: for the first such, as then each pair has
-  one of several, and for any.
+  And by how many instructions more for a second line of the table, and for a third.
   """
-  heads = 'products', 'issued', 'special', 'issued far', 'special', 'a further', 'line'
-  lines = [f'{"":22}' + ''.join(f'{head:>11}' for head in heads)]
+  heads = 'products', 'near', 'special', 'after', 'special', 'far', 'special', 'second', 'third'
+  lines = [f'{"":22}' + ''.join(f'{head:>9}' for head in heads)]
   for name, costs in results['costs'].items():
     for kernel, values in costs.items():
       cost = Work(*(Cost(*each) for each in values))
-      bare = cost.tile + cost.line
-      near, far = bare + cost.near, bare + cost.far
-      more = cost.further_line + cost.line + cost.pairs_of_line + cost.other_line
-      numbers = [near.products, near.issued, SPECIAL * near.special]
-      numbers += [far.issued, SPECIAL * far.special] if cost.far.issued else [None] * 2
-      numbers += [cost.pairs_of_line.issued, more.issued] if more.issued else []
-      cells = (f'{"" if number is None else round(number):>11}' for number in numbers)
+      numbers = [cost.near.products]
+      for way, is_other in (
+        (cost.near, True),
+        (cost.after, cost.after != cost.near),
+        (cost.far, cost.far.issued),
+      ):
+        numbers += [way.issued, SPECIAL * way.special] if is_other else [None] * 2
+      further = cost.further_line.issued + cost.other_line.issued
+      numbers += [cost.lines.issued + further, further] if further else []
+      cells = (f'{"" if number is None else round(number):>9}' for number in numbers)
       lines.append(f'{name:14}{kernel:8}{"".join(cells)}'.rstrip())
   return lines
 
@@ -180,17 +188,14 @@ def of_rows(results: dict) -> list[str]:
   lines.append(f'{"":22}' + ''.join(f'{length:>9}' for length in LENGTHS) * 2)
 
   def cycles_of(case, encoding, of_layers):
-    found = {
-      of_columns: [
-        np.mean([reach(of_columns, encoding, params, length) for params in of_layers], axis=0)
+    found = {}
+    for kernel, cost in results['costs'][case].items():
+      reached = (
+        np.mean([reach(kernel, encoding, params, length) for params in of_layers], axis=0)
         for length in LENGTHS
-      ]
-      for of_columns in set(map(columns, KERNELS))
-    }
-    return {
-      kernel: np.array([cycles(total(Work(*cost), Work(*one))) for one in found[columns(kernel)]])
-      for kernel, cost in results['costs'][case].items()
-    }
+      )
+      found[kernel] = np.array([cycles(total(Work(*cost), Work(*one))) for one in reached])
+    return found
 
   bare = cycles_of('nope', encodings.get('nope'), [None])
   for name, (case, encoding, layers) in schedule.layers().items():

@@ -88,8 +88,8 @@ class Work(NamedTuple):
 
   Attributes:
     near: of a tile of one line of the table, or of no bias, that no mask cuts.
-    after: of a tile whose queries are all after its keys, likewise; 0 if that is no other.
-    far: of a tile whose keys are far, likewise.
+    after: of a tile whose queries are all after its keys, likewise.
+    far: of a tile whose keys are far, likewise; 0 if that is no other than the former.
     mask: where the mask hides some pairs.
     lines: of the table's gradient, where there are several.
     further_line: of bias and gradient, for each beyond the first.
@@ -97,7 +97,7 @@ class Work(NamedTuple):
   """
 
   near: Cost
-  after: Cost = Cost()
+  after: Cost
   far: Cost = Cost()
   mask: Cost = Cost()
   lines: Cost = Cost()
@@ -156,13 +156,13 @@ def work(blocks: list[Block]) -> Work:
   # Of one line there is a way of its own.
   of_line = [n for n in find('SHFL') if n > by_pairs and n not in lines][: len(of_gradient)]
   of_near = way(*near, by_pairs, *of_line, without=lines)
-  of_after = way(by_pairs, *of_line, without={*near, *far, *lines}) if near else Cost()
+  of_after = way(by_pairs, *of_line, without={*near, *far, *lines})
   hides = min(n for n in hidden if n > by_pairs)
   other_lines = [set(some) for some in _skipped(blocks) if set(some) < set(lines)]
   other_line = max((some for some in other_lines if find('BAR', among=some)), key=len, default=())
   return Work(
     near=of_near,
-    after=of_after,
+    after=of_after if of_after.issued else of_near,
     far=way(*far) if far else Cost(),
     mask=way(*near, by_pairs, hides, *of_line, without=lines) - of_near,
     lines=way(*near, by_pairs, *sums) - of_near if lines else Cost(),

@@ -30,7 +30,7 @@ _KNOWN = {
 
 
 class Place(NamedTuple):
-  """A tile, as `value` takes it.
+  """A tile, as `value_and_slopes` takes it.
 
   Attributes:
     i: vector of the positions of queries.
@@ -158,7 +158,7 @@ def _inner(equation):
 
 
 def unit(function, numbers) -> float:
-  """Returns in what unit `value` and `value_and_slopes` return x, not its derivatives.
+  """Returns in what unit `value_and_slopes` returns x, not its derivatives.
 
   It is ln 2 where x is a logarithm as it is, as tiles have theirs to base 2; else 1.
   """
@@ -173,25 +173,14 @@ def unit(function, numbers) -> float:
   return found[0]
 
 
-def value(function, numbers, place):
-  """Returns function(numbers, i, j) of a tile, in its unit.
-
-  Args:
-    function: elementwise, of scalars and of positions that broadcast.
-    numbers: a tree of scalars.
-    place: of the tile.
-  """
-  return value_and_slopes(function, numbers, (), place)[0]
-
-
 def value_and_slopes(function, numbers, which, place):
-  """Returns `value` and a list of its derivatives by some leaves of the numbers.
+  """Returns x on a tile, in its unit, and a list of its derivatives by some leaves of the numbers.
 
   Args:
-    function: as of `value`, like all below.
-    numbers: likewise.
+    function: (numbers, i, j) -> x, elementwise, of scalars and of positions that broadcast.
+    numbers: a tree of scalars.
     which: the leaves, by `reads`.
-    place: likewise.
+    place: of the tile.
   """
   leaves, structure = jax.tree.flatten(numbers)
 
