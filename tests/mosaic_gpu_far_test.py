@@ -56,10 +56,11 @@ def test_x_is_interpolated_where_it_is_smooth_and_takes_long(name, options, mask
   assert found == [may_be_far]
 
 
-@pytest.mark.parametrize('keys_in_rows', [False, True])
-def test_codes_say_how_far_queries_are_after_keys(keys_in_rows):
+@pytest.mark.parametrize('degree', [None, *mosaic_gpu_far.LEAST_DISTANCE])
+def test_codes_say_how_far_queries_are_after_keys(degree):
+  keys_in_rows = degree is None
   encoding, params = mosaic_gpu_test.make('fire', {})
-  far, block = mosaic_gpu_far.LEAST_DISTANCE * 64, np.arange(64)
+  far, block = mosaic_gpu_far.LEAST_DISTANCE[degree or 2] * 64, np.arange(64)
   starts = 0, 64, 128 + far - 1, 2 * 64 + 63 + far, *range(3 * far, 5 * far, 64), 2**31 - 64
   position_1L = np.concatenate([start + block for start in starts])[None]
   position_1L[0, 65] += 1  # so that these are not consecutive
@@ -69,7 +70,7 @@ def test_codes_say_how_far_queries_are_after_keys(keys_in_rows):
   )
   given = *numbers, encoding.table(params, mosaic_gpu_test.NUM_HEADS), encoding.coordinate, (64, 64)
 
-  code_IJ = mosaic_gpu_plan.codes(*given, far=not keys_in_rows, keys_in_rows=keys_in_rows)[0]
+  code_IJ = mosaic_gpu_plan.codes(*given, degree=degree, keys_in_rows=keys_in_rows)[0]
 
   assert not np.any(mosaic_gpu_plan.codes(*given)[0] & mosaic_gpu_tile.FAR)
   code_IJ = code_IJ.T if keys_in_rows else code_IJ
@@ -127,6 +128,7 @@ def test_far_tiles_give_what_those_pair_by_pair_do_and_these_by_integers(
   assert said == [[True, True]] * 2 + [[False, True]] * 4 + [[False, False]] * 3
 
 
+@pytest.mark.parametrize('degree', mosaic_gpu_far.LEAST_DISTANCE)
 @pytest.mark.parametrize('columns', [32, 64, 128])
 @pytest.mark.parametrize(
   'function',
@@ -136,14 +138,17 @@ def test_far_tiles_give_what_those_pair_by_pair_do_and_these_by_integers(
     functools.partial(lambda p, d: d**p, fire.MAX_EXPONENT),
   ],
 )
-def test_x_of_far_keys_is_a_parabola_but_for_what_float32_rounds(function, columns):
-  """In float64, so that it is the parabola that is measured; of great powers that is all."""
-  distance_K = np.float64(mosaic_gpu_far.LEAST_DISTANCE * columns + np.arange(columns)[::-1])
-  nodes = (function(distance_K[node]) for node in mosaic_gpu_far.nodes(columns))
+def test_x_of_far_keys_is_a_polynomial_but_for_what_float32_rounds(function, columns, degree):
+  """In float64, so that it is the polynomial that is measured; of great powers that is all."""
+  least = mosaic_gpu_far.LEAST_DISTANCE[degree] * columns
+  distance_K = np.float64(least + np.arange(columns)[::-1])
+  nodes = [function(distance_K[node]) for node in mosaic_gpu_far.nodes(degree, columns)]
   offset_K = np.arange(columns) - columns // 2
 
-  found_K = mosaic_gpu_far.evaluate(*mosaic_gpu_far.polynomial(*nodes, columns), offset_K)
+  coefficients = mosaic_gpu_far.polynomial(nodes, columns)
+  found_K = sum(x * np.float64(offset_K) ** n for n, x in enumerate(coefficients))
 
+  assert len(coefficients) == degree + 1
   exact_K = function(distance_K)
   tolerance = 5e-7 if fire.MAX_EXPONENT in function.args else np.finfo(np.float32).eps
   np.testing.assert_allclose(found_K, exact_K, rtol=tolerance, atol=0)

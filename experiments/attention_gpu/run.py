@@ -24,7 +24,13 @@ from experiments.attention_gpu import sass
 from experiments.attention_gpu.sass import Cost, Work
 from experiments.attention_tpu import run, schedule
 from lex_fire import cli, encodings, errors, kernels, topologies
-from lex_fire.kernels import mosaic_gpu, mosaic_gpu_backward, mosaic_gpu_plan, mosaic_gpu_tile
+from lex_fire.kernels import (
+  mosaic_gpu,
+  mosaic_gpu_backward,
+  mosaic_gpu_far,
+  mosaic_gpu_plan,
+  mosaic_gpu_tile,
+)
 
 HERE = pathlib.Path(__file__).parent
 SHAPE, LENGTHS = run.SHAPE, schedule.LENGTHS
@@ -32,6 +38,7 @@ SHAPE, LENGTHS = run.SHAPE, schedule.LENGTHS
 CASES = {case: run.CASES[case] for case in run.CASES if case not in ('sandwich', 'xpos')}
 # As compilers name them.
 KERNELS = {'forward': '_forward_kernel', 'queries': '_query_kernel', 'keys': '_key_kernel'}
+DEGREES = {'forward': mosaic_gpu_far.FORWARD, 'queries': mosaic_gpu_far.QUERIES, 'keys': None}
 PART = 8192  # queries whose tiles are counted at once
 SPECIAL = 8  # cycles that a warp's instruction of the special unit takes: four lanes a cycle
 
@@ -120,7 +127,7 @@ def reach(kernel: str, encoding: encodings.Encoding, params: dict | None, length
   rows, keys_in_rows = mosaic_gpu_tile.ROWS, kernel == 'keys'
   how = {
     'blocks': (columns(kernel), rows) if keys_in_rows else (rows, columns(kernel)),
-    'far': encoding.smooth and not keys_in_rows,
+    'degree': DEGREES[kernel] if encoding.smooth else None,
     'keys_in_rows': keys_in_rows,
   }
 

@@ -30,6 +30,7 @@ from lex_fire.kernels import decay, flash, sides, tile
 from lex_fire.kernels import mask as mask_lib
 from lex_fire.kernels import mosaic_gpu_backward as backward_lib
 from lex_fire.kernels import mosaic_gpu_elementwise as elementwise
+from lex_fire.kernels import mosaic_gpu_far as far
 from lex_fire.kernels import mosaic_gpu_plan as plan_lib
 from lex_fire.kernels import mosaic_gpu_products as products
 from lex_fire.kernels import mosaic_gpu_tensor_memory as tensor_memory
@@ -220,11 +221,15 @@ class Kernels(NamedTuple):
     forward, backward = _size(self.setup, channels), backward_lib.size_of(self.setup, channels)
     of_blocks = queries.number_BNQ, keys.number_BNK, table, self.setup.coordinate
     codes = functools.partial(plan_lib.codes, *of_blocks)
+    degrees = (far.FORWARD, far.QUERIES) if self.setup.far else (None, None)
+    of_queries, of_gradient = (
+      codes((ROWS, size.columns), degree=degree)
+      for size, degree in zip((forward, backward), degrees, strict=True)
+    )
     of_keys = codes((backward.columns, ROWS), keys_in_rows=True)
-    far = self.setup.far
     return plan_lib.Plan(
-      forward=plan_lib.tiles(codes((ROWS, forward.columns), far=far), forward.units),
-      queries=plan_lib.tiles(codes((ROWS, backward.columns), far=far), backward.units),
+      forward=plan_lib.tiles(of_queries, forward.units),
+      queries=plan_lib.tiles(of_gradient, backward.units),
       keys=plan_lib.tiles(of_keys, backward.units),
     )
 
@@ -374,7 +379,7 @@ def _forward_kernel(
         logits_QK = tile.logits(query_YQC, key_JYKC.at[slot], x)
         return _softmax_step(setup, so_far, logits_QK, value_JYKC.at[slot])
 
-      return tile.with_x(step, (ROWS, size.columns))
+      return tile.with_x(step, (ROWS, size.columns), far.FORWARD)
 
     start = (
       tile_lib.full(setup, query_YQC.shape[1:], 0.0),

@@ -205,7 +205,7 @@ def _query_kernel(
         sums = gradient.add(table_sums, tile, x, d_logits_QK)
         return tile.add(d_query_QC, d_logits_QK, key_JYKC.at[slot]), sums
 
-      return tile.with_x(step, shape, setup.read)
+      return tile.with_x(step, shape, far.QUERIES, setup.read)
 
     start = tile_lib.full(setup, query_YQC.shape[1:], 0.0), gradient.start()
     code = functools.partial(tile_lib.code, code_BIJ, integers, block, first)
@@ -264,7 +264,7 @@ class TableGradient:
     def all_in_one():
       return self._add_line(sums, tile, first, x, d_logits_QK)
 
-    if isinstance(x, far.Parabola):
+    if isinstance(x, far.Polynomial):
       return all_in_one()
 
     def add_segment(z, sums):

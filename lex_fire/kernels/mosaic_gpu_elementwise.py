@@ -212,7 +212,7 @@ def _is_plain(x):
   return isinstance(x, _Logarithm) and isinstance(x.times, float) and x.times == 1
 
 
-def _on_tile(function, numbers, place):
+def _on_tile(function, numbers, place) -> list[Any]:
   """Returns a list of what a function makes of a tile, of pairs or what `_later` returns."""
   axes = place.query_axis, 1 - place.query_axis
   sides = [jax.ShapeDtypeStruct(_side(place.shape, axis), jnp.int32) for axis in axes]
@@ -294,7 +294,7 @@ def _is_scalar(x):
   return not _waits(x) and np.ndim(x) == 0
 
 
-def _of_pairs(x, place):
+def _of_pairs(x: Any, place):
   """Returns what waits no longer."""
 
   def difference(of_query, of_key):

@@ -3,6 +3,7 @@
 # Not strict, as its neighbours are.
 # pyright: basic
 
+import math
 from typing import Any, NamedTuple
 
 import jax
@@ -227,7 +228,7 @@ def codes(
   coordinate: Any,
   blocks: tuple[int, int],
   *,
-  far: bool = False,
+  degree: int | None = None,
   keys_in_rows: bool = False,
 ) -> jax.Array:
   """Returns code_BIJ of blocks of queries and of keys, or code_BJI.
@@ -240,19 +241,20 @@ def codes(
     table: of the bias, or None.
     coordinate: of the encoding.
     blocks: how many queries and keys a tile has.
-    far: see `Setup`; not where keys are in rows.
+    degree: of the polynomial of far keys, which are not in rows; None: there is none.
     keys_in_rows: whether columns of tiles are queries; then the code has these last.
   """
   code_BIJ = _codes(query_BNQ, key_BNK, table, coordinate, blocks)
   if table is not None:
-    after_BIJ, far_BIJ = _distances(query_BNQ, key_BNK, blocks, keys_in_rows)
+    least = math.inf if degree is None else far_lib.LEAST_DISTANCE[degree]
+    after_BIJ, far_BIJ = _distances(query_BNQ, key_BNK, blocks, least, keys_in_rows)
     far_BIJ &= code_BIJ >> tile_lib.MORE_SHIFT == 0
-    more_BIJ = tile_lib.AFTER * after_BIJ + (tile_lib.FAR if far else 0) * far_BIJ
+    more_BIJ = tile_lib.AFTER * after_BIJ + tile_lib.FAR * far_BIJ
     code_BIJ += jnp.where(code_BIJ != 0, more_BIJ, 0)
   return jnp.swapaxes(code_BIJ, 1, 2) if keys_in_rows else code_BIJ
 
 
-def _distances(query_BNQ, key_BNK, blocks, keys_in_rows):
+def _distances(query_BNQ, key_BNK, blocks, least, keys_in_rows):
   """Returns of which tiles all queries are after all keys, and of which keys are far."""
   position_BQ, position_BK = (x_BNL[:, tile_lib.POSITION] for x_BNL in (query_BNQ, key_BNK))
   position_BIQ, position_BJK = (
@@ -271,7 +273,7 @@ def _distances(query_BNQ, key_BNK, blocks, keys_in_rows):
     return x_BI[:, :, None] if keys_in_rows else x_BI[:, None]
 
   is_after_BIJ = (first_BI1 >= last_B1J) & (apart_BIJ >= of_column(spread_BI))
-  is_far_BIJ = of_column(follow_BI) & (apart_BIJ >= far_lib.LEAST_DISTANCE * columns)
+  is_far_BIJ = of_column(follow_BI) & (apart_BIJ >= least * columns)
   return is_after_BIJ, is_far_BIJ
 
 

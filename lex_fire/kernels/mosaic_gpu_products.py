@@ -275,12 +275,13 @@ class Tile(NamedTuple):
   positions: Any
   code: Any
 
-  def with_x(self, step, shape, which=()):
+  def with_x(self, step, shape, degree=None, which=()):
     """Returns step(x), of what of x is of the tile's pairs.
 
     Args:
-      step: takes a `mosaic_gpu_tile.Pairs` or a `mosaic_gpu_far.Parabola`; None: there is no bias.
+      step: takes a `mosaic_gpu_tile.Pairs`, a `mosaic_gpu_far.Polynomial`, or None without a bias.
       shape: of the tile.
+      degree: of the polynomial of far keys; None: there is none.
       which: numbers, as in `Setup.read`, for derivatives.
     """
     setup = self.setup
@@ -293,9 +294,10 @@ class Tile(NamedTuple):
       return step(tile_lib.pairs(setup, self.positions, self.code, self.numbers, shape, which))
 
     def by_columns():
-      return step(far.parabola(setup, self.positions, self.numbers, shape[1], which))
+      of_tile = setup, self.positions, self.numbers, degree, shape[1], which
+      return step(far.on_tile(*of_tile))
 
-    if not setup.far or self.positions.query_axis != 0:
+    if not setup.far or degree is None:
       return by_pairs()
     return jax.lax.cond(self.code & tile_lib.FAR != 0, by_columns, by_pairs)
 

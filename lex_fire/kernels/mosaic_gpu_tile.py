@@ -150,15 +150,15 @@ class Positions(NamedTuple):
         apart = (query - middle).astype(jnp.float32), offset
       else:
         apart = offset, (key - middle).astype(jnp.float32)
-    return self._place(setup, (query, key), shape, apart)
+    return self._place(setup, query, key, shape, apart)
 
   def _middle_column(self, columns):
     ref = self.key_ref if self.query_axis == 0 else self.query_ref
     return ref[POSITION, columns // 2]
 
-  def _place(self, setup, both, shape, apart=None):
+  def _place(self, setup, query, key, shape, apart=None):
     log2 = functools.partial(_log2, setup)
-    return elementwise.Place(*both, shape, self.query_axis, apart, log2)
+    return elementwise.Place(query, key, shape, self.query_axis, apart, log2)
 
   def scaled(self, setup, number, which=FACTOR):
     """Returns a number, of all queries or of each, times their factor of x or its inverse.
@@ -179,7 +179,7 @@ class Positions(NamedTuple):
     """Returns an `elementwise.Place` of all queries and one of so many keys, that rise by one."""
     position = self._middle_column(columns) + column - columns // 2
     query = self.query(setup, POSITION)
-    return self._place(setup, (query, position), (*query.shape, 1))
+    return self._place(setup, query, position, (*query.shape, 1))
 
   def of_queries(self, number, shape):
     """Returns a number, of all queries or of each, as it multiplies or adds to a tile."""
@@ -199,7 +199,7 @@ def _log2(setup, x):
   def of_tile(_, array):
     return array.log2(approx=True)
 
-  return of_tile(x)
+  return of_tile(x)  # pyright: ignore[reportCallIssue]
 
 
 def _float(bits):
