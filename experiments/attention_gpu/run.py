@@ -142,15 +142,14 @@ def reach(kernel: str, encoding: encodings.Encoding, params: dict | None, length
   code_V = np.concatenate([codes(query_BNQ[:, :, part]) for part in parts])
   is_far_V = code_V & mosaic_gpu_tile.FAR != 0
   is_after_V = (code_V & mosaic_gpu_tile.AFTER != 0) & ~is_far_V
-  lines_V = 1 + (code_V >> mosaic_gpu_tile.MORE_SHIFT)
+  first_V, end_V = mosaic_gpu_tile.span(code_V)
   return Work(
     near=np.sum(~is_far_V & ~is_after_V),
     after=np.sum(is_after_V),
     far=np.sum(is_far_V),
     mask=np.sum(code_V & mosaic_gpu_tile.WHOLE == 0),
-    lines=np.sum(lines_V > 1),
-    further_line=np.sum(lines_V - 1),
-    other_line=np.sum(lines_V - 1),
+    further_line=np.sum(end_V - first_V - 1),
+    other_line=np.sum(first_V[1:] != end_V[:-1] - 1),
   )
 
 
@@ -168,9 +167,9 @@ def cycles(cost: Cost) -> tuple[float, float]:
 def of_a_tile(results: dict) -> list[str]:
   """Returns the lines of a table: what each kernel takes for a tile, near, after its keys, or far.
 
-  And by how many instructions more for a second line of the table, and for a third.
+  And by how many instructions more for a further line of the table, and for another first one.
   """
-  heads = 'products', 'near', 'special', 'after', 'special', 'far', 'special', 'second', 'third'
+  heads = 'products', 'near', 'special', 'after', 'special', 'far', 'special', 'further', 'other'
   lines = [f'{"":22}' + ''.join(f'{head:>9}' for head in heads)]
   for name, costs in results['costs'].items():
     for kernel, values in costs.items():
@@ -182,8 +181,7 @@ def of_a_tile(results: dict) -> list[str]:
         (cost.far, cost.far.issued),
       ):
         numbers += [way.issued, SPECIAL * way.special] if is_other else [None] * 2
-      further = cost.further_line.issued + cost.other_line.issued
-      numbers += [cost.lines.issued + further, further] if further else []
+      numbers += [part.issued or None for part in (cost.further_line, cost.other_line)]
       cells = (f'{"" if number is None else round(number):>9}' for number in numbers)
       lines.append(f'{name:14}{kernel:8}{"".join(cells)}'.rstrip())
   return lines

@@ -12,6 +12,7 @@ TARGET = re.compile(r'`\(\.(L_\w+)\)')
 PRODUCT = re.compile(r'HGMMA\.(\d+)x(\d+)x(\d+)')
 PRODUCTS_A_CYCLE = 2048  # of bfloat16, an SM of Hopper: 989 TFLOPS of 132 at 1.83 GHz
 MANY = 32  # of an operation that is done for each pair of a thread, at least
+MANY_WAITS = 4  # for other warps, where a sum goes over all rows, at least
 
 
 class Block(NamedTuple):
@@ -91,16 +92,14 @@ class Work(NamedTuple):
     after: of a tile whose queries are all after its keys, likewise.
     far: of a tile whose keys are far, likewise; 0 if that is no other than the former.
     mask: where the mask hides some pairs.
-    lines: of the table's gradient, where there are several.
-    further_line: of bias and gradient, for each beyond the first.
-    other_line: of the table's gradient, where the line is not that of the tile before.
+    further_line: of bias and gradient, for each line beyond the first.
+    other_line: of the table's gradient, where the first line is not the last of the tile before.
   """
 
   near: Cost
   after: Cost
   far: Cost = Cost()
   mask: Cost = Cost()
-  lines: Cost = Cost()
   further_line: Cost = Cost()
   other_line: Cost = Cost()
 
@@ -131,14 +130,15 @@ def work(blocks: list[Block]) -> Work:
   of_bias = [some for some in inner if not find('SHFL', among=some)]
   if len(of_gradient) > 1 or len(of_bias) > 1:
     raise ValueError(f'{len(of_bias)} loops over lines of a bias, {len(of_gradient)} of a gradient')
-  lines, bias = sorted(set().union(*of_gradient)), set().union(*of_bias)
+  of_lines = set().union(*of_gradient, *of_bias)
   # Near keys have each their own distance, far ones are at three, and few steps take so long.
   near = find('I2FP', MANY)
   far = [n for n in find('I2FP', most=MANY - 1) if n in find('MUFU.LG2', most=MANY - 1)]
   hidden = [n for n in find('ISETP', MANY) if not blocks[n].count('HGMMA')]
   if len(near) > 1 or len(far) > 1:
     raise ValueError(f'{len(near)} ways to make x of near keys, {len(far)} of far ones')
-  (by_pairs, *_), sums = [n for n in products if n not in far], find('SHFL', among=lines)
+  (by_pairs, *_) = [n for n in products if n not in far]
+  hides = min(n for n in hidden if n > by_pairs)
 
   def way(*through: int, without: Iterable[int] = ()) -> Cost:
     """Returns the cost of the least way through a tile by some blocks; 0 if there is none."""
@@ -153,21 +153,15 @@ def work(blocks: list[Block]) -> Work:
   def total(numbers: Iterable[int]) -> Cost:
     return sum((cost(blocks[n]) for n in numbers), Cost())
 
-  # Of one line there is a way of its own.
-  of_line = [n for n in find('SHFL') if n > by_pairs and n not in lines][: len(of_gradient)]
-  of_near = way(*near, by_pairs, *of_line, without=lines)
-  of_after = way(by_pairs, *of_line, without={*near, *far, *lines})
-  hides = min(n for n in hidden if n > by_pairs)
-  other_lines = [set(some) for some in _skipped(blocks) if set(some) < set(lines)]
-  other_line = max((some for some in other_lines if find('BAR', among=some)), key=len, default=())
+  of_near, of_after = way(*near, by_pairs), way(by_pairs, without={*near, *far})
+  stores = [n for n in find('BAR', MANY_WAITS) if n > by_pairs and n not in of_lines]
   return Work(
     near=of_near,
     after=of_after if of_after.issued else of_near,
     far=way(*far) if far else Cost(),
-    mask=way(*near, by_pairs, hides, *of_line, without=lines) - of_near,
-    lines=way(*near, by_pairs, *sums) - of_near if lines else Cost(),
-    further_line=total(bias) + total(set(lines) - set(other_line)),
-    other_line=total(other_line),
+    mask=way(*near, by_pairs, hides) - of_near,
+    further_line=total(of_lines),
+    other_line=way(*near, by_pairs, stores[0]) - of_near if of_gradient else Cost(),
   )
 
 

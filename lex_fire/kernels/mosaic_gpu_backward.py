@@ -258,42 +258,38 @@ class TableGradient:
     """
     if not self.refs:
       return sums
-    setup, positions = self.setup, tile.positions
     first, end = tile_lib.span(tile.code)
-
-    def all_in_one():
-      return self._add_line(sums, tile, first, x, d_logits_QK)
-
+    held, *others = sums
+    of_slope_Q, value_Q, changes = self._of_line(tile, x, d_logits_QK)
+    slope = tile_lib.segment(tile.line_ref, tile.head, first).slope
+    sums = self._put(held, first, of_slope_Q, value_Q), *self._changed(others, changes, slope)
     if isinstance(x, far.Polynomial):
-      return all_in_one()
+      return sums
 
-    def add_segment(z, sums):
-      found, above = (tile_lib.segment(tile.line_ref, tile.head, n) for n in (z, z + 1))
-      # Beyond the span, too, pairs have the first line or the last: x is rounded otherwise there.
-      found = found._replace(lower=jnp.where(z == first, -jnp.inf, found.lower))
-      above = above._replace(lower=jnp.where(z == end - 1, jnp.inf, above.lower))
+    def move(z, sums):
+      """Gives what is of pairs above the end of the line before to line z."""
+      (_, slope_Q, value_Q), *others = sums
+      before, found = (tile_lib.segment(tile.line_ref, tile.head, n) for n in (z - 1, z))
+      is_above_QK = tile_lib.is_above(self.setup, tile.positions, found, x.x)
+      above_QK = jnp.where(is_above_QK, d_logits_QK, 0.0)
+      of_slope_Q, of_value_Q, changes = self._of_line(tile, x, above_QK)
+      self._store((z - 1, slope_Q - of_slope_Q, value_Q - of_value_Q))
+      others = self._changed(others, changes, found.slope - before.slope)
+      return (z, of_slope_Q, of_value_Q), *others
 
-      is_past_QK, is_beyond_QK = (
-        tile_lib.is_above(setup, positions, one, x.x) for one in (found, above)
-      )
-      inside_QK = jnp.where(is_past_QK & ~is_beyond_QK, d_logits_QK, 0.0)
-      return self._add_line(sums, tile, z, x, inside_QK)
+    return jax.lax.fori_loop(first + 1, end, move, sums)
 
-    def by_segment():
-      return jax.lax.fori_loop(first, end, add_segment, sums)
-
-    return jax.lax.cond(end - first == 1, all_in_one, by_segment)
-
-  def _add_line(self, sums, tile, z, x, d_logits_QK):
-    """Adds what is of pairs in segment z."""
-    held, of_numbers, of_factor = sums
-    scaled = functools.partial(tile.positions.scaled, self.setup)
-    slope = tile_lib.segment(tile.line_ref, tile.head, z).slope
+  def _of_line(self, tile, x, d_logits_QK):
+    """Returns what pairs add to a line's sums, and to those of numbers and the factor a slope."""
     value_Q, of_x_Q, of_slopes = x.sums(d_logits_QK)
-    held = self._put(held, z, scaled(of_x_Q), value_Q)
-    of_slopes = (slope * scaled(sum_Q) for sum_Q in of_slopes)
-    of_numbers = [sum_Q + more_Q for sum_Q, more_Q in zip(of_numbers, of_slopes, strict=True)]
-    return held, of_numbers, [sum_Q + slope * of_x_Q for sum_Q in of_factor]
+    scaled = functools.partial(tile.positions.scaled, self.setup)
+    return scaled(of_x_Q), value_Q, ([scaled(sum_Q) for sum_Q in of_slopes], of_x_Q)
+
+  def _changed(self, others, changes, slope):
+    """Returns the sums of numbers and of the factor, and what pairs of a slope add to them."""
+    (of_numbers, of_factor), (of_slopes, of_x_Q) = others, changes
+    of_numbers = [sum_Q + slope * x_Q for sum_Q, x_Q in zip(of_numbers, of_slopes, strict=True)]
+    return of_numbers, [sum_Q + slope * of_x_Q for sum_Q in of_factor]
 
   def _put(self, held, z, of_slope_Q, of_value_Q):
     held_z, slope_Q, value_Q = held
