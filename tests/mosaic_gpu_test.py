@@ -32,6 +32,8 @@ SPARSE = 9 + 16 * PLAIN[0], None
 PACKED = tuple(np.int32([row]) for row in (np.r_[0:90, 0:50], np.repeat([1, 2], [90, 50])))
 SCATTERED = 9 + 16 * PACKED[0], PACKED[1]  # both
 LAYOUTS = (SCATTERED, PACKED)
+# Queries after all keys of a tile by as much as its columns are apart, in each of the kernels.
+LATER = np.int32([np.r_[5:133, 300 : 300 + LENGTH - 128]]), None
 # Over four stretches of xPos' decay: tiles in which pairs are in one, or as many apart, or differ.
 STRETCH = decay.stretch_of(encodings.get('xpos').log_decay(64))
 FAR = (
@@ -69,6 +71,7 @@ def served():
 
 
 CASES = dict(served())
+TABLES = [case for case in CASES if case not in ('nope', 'sandwich', 'xpos')]
 # Layouts and widths of heads take turns, but for xPos, whose oracle takes the square of channels.
 CELLS = [
   (
@@ -86,6 +89,8 @@ CELLS.append(('sandwich', 'causal', ROWS, WIDTHS[0]))
 CELLS.append(('sandwich', 'window', SPARSE, (256, 'two parts')))
 CELLS.append(('xpos', 'causal', FAR, WIDTHS[0]))
 CELLS.append(('xpos', 'bidirectional', FAR, WIDTHS[0]))
+CELLS.extend((case, 'causal', LATER, WIDTHS[0]) for case in TABLES)
+CELLS.append(('fire', 'bidirectional', LATER, WIDTHS[1]))
 CELLS.append(('fire', 'causal', FAR_KEYS, WIDTHS[0]))
 CELLS.append(('fire', 'causal', FAR_BLOCKS, WIDTHS[0]))
 CELLS.append(('fire of two layers', 'causal', FAR_BLOCKS, WIDTHS[2]))

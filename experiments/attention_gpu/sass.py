@@ -131,7 +131,7 @@ def work(blocks: list[Block]) -> Work:
   if len(of_gradient) > 1 or len(of_bias) > 1:
     raise ValueError(f'{len(of_bias)} loops over lines of a bias, {len(of_gradient)} of a gradient')
   of_lines = set().union(*of_gradient, *of_bias)
-  # Near keys have each their own distance, far ones are at three, and few steps take so long.
+  # Near keys have each their own distance, far ones are at nodes, and few steps take so long.
   near = find('I2FP', MANY)
   far = [n for n in find('I2FP', most=MANY - 1) if n in find('MUFU.LG2', most=MANY - 1)]
   hidden = [n for n in find('ISETP', MANY) if not blocks[n].count('HGMMA')]
@@ -195,11 +195,3 @@ def _least_way(blocks, among, start, stop):
       if n in among and length < reached.get(n, (math.inf,))[0]:
         reached[n] = length, [*path, n]
   return reached[stop][1]
-
-
-def _skipped(blocks):
-  """Yields the blocks that a jump leaves out."""
-  places = _places(blocks)
-  for n, block in enumerate(blocks):
-    if block.target is not None and not block.returns and places[block.target] > n + 1:
-      yield range(n + 1, places[block.target])
