@@ -108,7 +108,7 @@ def test_codes_say_how_far_queries_are_after_keys(degree):
   follow_I = (np.diff(position_IB) == 1).all(axis=1)
   first_IJ, end_IJ = mosaic_gpu_tile.span(code_IJ)
   is_far_IJ = (apart_IJ >= far) & follow_I[None] & (end_IJ == first_IJ + 1)
-  np.testing.assert_array_equal(code_IJ & mosaic_gpu_tile.FAR != 0, is_far_IJ & ~keys_in_rows)
+  np.testing.assert_array_equal(code_IJ & mosaic_gpu_tile.FAR != 0, is_far_IJ & (not keys_in_rows))
   assert np.any(is_far_IJ) and np.any(apart_IJ == far)
   assert np.any((apart_IJ >= far) & follow_I[None] & (end_IJ > first_IJ + 1))
 
@@ -116,9 +116,9 @@ def test_codes_say_how_far_queries_are_after_keys(degree):
 @pytest.mark.parametrize(
   ('name', 'small', 'options', 'mask'),
   [
-    ('fire', 'c', {}, {}),
-    ('fire', None, {'psi': 'sqrt'}, {}),
-    ('kerple_log', 'r2_H', {}, {'causal': False}),
+    ('fire', {'c': 1e-4}, {}, {}),
+    ('fire', {}, {'psi': 'sqrt'}, {}),
+    ('kerple_log', {'r2_H': 1e-2}, {}, {'causal': False}),
   ],
 )
 def test_far_tiles_give_what_those_pair_by_pair_do_and_these_by_integers(
@@ -130,7 +130,7 @@ def test_far_tiles_give_what_those_pair_by_pair_do_and_these_by_integers(
   alike in the gradients, and these next to nothing.
   """
   encoding, params = mosaic_gpu_test.make(name, options)
-  params = {key: jnp.full_like(x, 1e-4) if key == small else x for key, x in params.items()}
+  params = {key: jnp.full_like(x, small[key]) if key in small else x for key, x in params.items()}
   rng, heads = np.random.default_rng(0), (mosaic_gpu_test.NUM_HEADS, 1, 1)
   arrays = [
     rng.normal(size=(1, length, n, 64)).astype(np.float32)
@@ -154,7 +154,8 @@ def test_far_tiles_give_what_those_pair_by_pair_do_and_these_by_integers(
 
   for found_BQHC, (of_params, of_arrays) in (far, after):
     mosaic_gpu_test.assert_agree((found_BQHC, of_arrays), (near_BQHC, of_others), 1e-5)
-    mosaic_gpu_test.assert_agree(of_params, expected, 3e-4)
+    # Sums over all pairs, most of which cancel.
+    mosaic_gpu_test.assert_agree(of_params, expected, 1e-3)
   # But of what moves no weight.
   assert {key for key, x in expected.items() if np.abs(x).max() < 0.1} == STILL[name]
   said = [[np.any(tiles.code_BIJ & bit) for bit in bits] for plan in plans for tiles in plan]
