@@ -18,7 +18,8 @@ ba915c2); 2000 steps of it see 131,072,000 tokens.
 
 Arguments: task (a name for `evaluate --tasks`: glue_sst2, super_glue_boolq ...), length, checkpoint
 (the workdir of a run: its model, encoding and vocabulary are taken, and its newest parameters to
-start from); or, to learn from nothing, size (a preset), encoding and vocabulary.
+start from); or, to learn from nothing, size (a preset), encoding and vocabulary; and mesh (of
+presets.MESHES), as a pod's that trained a checkpoint is not taken.
 """
 
 from ml_collections import config_dict

@@ -19,7 +19,8 @@ By `python -m lex_fire.compile --config=configs/scrolls.py:size=base --topology=
 
 Arguments: task (of SCROLLS), length, checkpoint (the workdir of a run: its model, encoding and
 vocabulary are taken, and its newest parameters to start from); or, to learn from nothing, size (a
-preset), encoding and vocabulary.
+preset), encoding and vocabulary; and mesh (of presets.MESHES), as a pod's that trained a checkpoint
+is not taken: replica x fsdp must divide the rows that are computed at once.
 """
 
 from ml_collections import config_dict

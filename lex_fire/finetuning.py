@@ -11,7 +11,8 @@ _RECIPE: dict[str, dict[str, Any]] = {
   'optimizer': {'learning_rate': 1e-4, 'warmup_steps': 100, 'final_fraction': 0.1},
   'train': {'steps': 2000, 'log_every': 20, 'checkpoint_every': 200},
 }
-ARGUMENTS = {'checkpoint': '', **dict.fromkeys(_FROM_NOTHING, '')}  # of a config file
+# Of a config file. The mesh is not the checkpoint's: chips and rows are others than those were.
+ARGUMENTS = {'checkpoint': '', **dict.fromkeys(_FROM_NOTHING, ''), 'mesh': 'any'}
 
 
 def make(args: Mapping[str, str], task: str) -> dict[str, Any]:
@@ -22,12 +23,12 @@ def make(args: Mapping[str, str], task: str) -> dict[str, Any]:
   Args:
     args: values of ARGUMENTS, and length [tokens]. checkpoint: the workdir of a run, whose model,
       encoding, vocabulary and directories are taken; without it size (a preset), encoding and
-      vocabulary count.
+      vocabulary count. mesh: a key of presets.MESHES.
     task: a key of tasks.QUESTIONS.
 
   Raises:
     errors.UserError: if there is no such run, it has another encoding, vocabulary or size than is
-      given, or as presets.make does.
+      given, or as presets.make and presets.mesh do.
   """
   length = arguments.whole('length', args['length'])
   data = {**_RECIPE['data'], 'task': task, 'length': length}
@@ -39,6 +40,7 @@ def make(args: Mapping[str, str], task: str) -> dict[str, Any]:
     options = {'max_length': length} if chosen['encoding'] == 'learned' else {}
     recipe = {**_RECIPE, 'data': {**data, 'vocabulary': chosen['vocabulary']}}
     values = presets.make(chosen['size'], chosen['encoding'], encoding=options, **recipe)
+  values['mesh'] = config.Config().to_dict()['mesh'] | presets.mesh(args['mesh'])
   values['evaluate'].update(lengths=(length,), protocol='windows', checkpoint=config.LATEST)
   return values
 

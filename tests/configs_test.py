@@ -66,7 +66,7 @@ PRETRAINING = {
   'vocabulary': ('t5', 'bytes'),
   'mesh': set(presets.MESHES) - {'8-gpus'},
 }
-FINETUNING = {'size': presets.PRESETS, 'vocabulary': ('t5', 'bytes')}
+FINETUNING = {'size': presets.PRESETS, 'vocabulary': ('t5', 'bytes'), 'mesh': ('any', 'host')}
 ARGUMENTS = {
   'algorithms': {
     'task': algorithms.ALGORITHMS,

@@ -1,5 +1,6 @@
 """Tests `../lex_fire/finetuning.py` and its configs: a run's model goes on to answer questions."""
 
+import dataclasses
 import runpy
 
 import pytest
@@ -28,6 +29,20 @@ def test_a_run_goes_on_with_its_own_model_and_vocabulary_on_other_data(file, tas
   assert (found.data.length, found.evaluate.lengths) == (99, (99,))
   assert (found.data.vocabulary, found.data.directory) == ('bytes', before.data.directory)
   assert found.train.start_from == str(workdir)
+
+
+def test_its_mesh_is_its_own(fire_run, monkeypatch):
+  workdir, _ = fire_run
+  of_a_pod = checkpoint.read_config(workdir)
+  of_a_pod = dataclasses.replace(of_a_pod, mesh=config_lib.MeshConfig(replica=16, fsdp=16))
+  monkeypatch.setattr(checkpoint, 'read_config', lambda _: of_a_pod)
+  arg = f'task=qmsum,checkpoint={workdir}'
+
+  assert get_config('scrolls', arg).mesh.to_dict() == config_lib.Config().to_dict()['mesh']
+  mesh = get_config('scrolls', f'{arg},mesh=host').mesh
+  assert (mesh.replica, mesh.fsdp, mesh.tensor) == (1, 8, 1)
+  with pytest.raises(errors.UserError, match="unknown preset mesh='tpu'; known: any, chip"):
+    get_config('scrolls', f'{arg},mesh=tpu')
 
 
 def test_what_a_checkpoint_has_may_be_said_again_and_nothing_else(fire_run):
