@@ -1,4 +1,4 @@
-"""Any preset on your own text files, as bytes: one file a document, plain or .gz.
+"""Any preset on your own text files, as bytes: one file a document, plain or compressed.
 
     python -m lex_fire.train --config=configs/text.py:size=tiny,encoding=fire --workdir=runs/books \
       --config.data.train_files='books/train/*.txt.gz' \

@@ -3,8 +3,11 @@
 #
 #   CLUSTER=NAME ZONE=us-west4-a PROJECT=MINE TYPE=v5litepod-256 SLICES=2 RUN=fire-large \
 #     configs/launch/gke.sh lex_fire.train \
-#     --config=configs/c4.py:size=large,encoding=fire,mesh=two-slices-v5e-256 --workdir=gs://BUCKET/runs/fire-large
+#     --config=configs/c4.py:size=large,encoding=fire,mesh=two-slices-v5e-256 --workdir=gs://BUCKET/runs/fire-large \
+#     --config.data.tfds_directory=gs://BUCKET/tfds --config.data.streaming=true
 #
+# A container's disk goes with it: so training reads the Task as it goes, and each start prepares the stream of
+# validation alone. Such a run goes on on as many hosts as it had.
 # XPK lays this checkout over IMAGE, any with Python 3.11 or newer; requirements are installed as each
 # host starts, so for many hosts use an image that has them. Hosts find each other by GKE's own
 # variables. A host that dies ends the run on all of them, and RESTARTS times it begins again and goes on

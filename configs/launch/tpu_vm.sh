@@ -3,7 +3,8 @@
 #
 #   TPU=NAME ZONE=us-west4-a PROJECT=MINE configs/launch/tpu_vm.sh install
 #   TPU=NAME ZONE=us-west4-a PROJECT=MINE configs/launch/tpu_vm.sh lex_fire.train \
-#     --config=configs/c4.py:size=base,encoding=fire,mesh=v5e-256 --workdir=gs://BUCKET/runs/fire
+#     --config=configs/c4.py:size=base,encoding=fire,mesh=v5e-256 --workdir=gs://BUCKET/runs/fire \
+#     --config.data.tfds_directory=gs://BUCKET/tfds --config.data.directory=/mnt/streams
 #
 # `install` copies the last commit to all hosts and makes an environment there: again after each change.
 # They need Python 3.11 or newer: PYTHON=python3.12 names it.
