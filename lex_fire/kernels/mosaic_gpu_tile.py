@@ -100,8 +100,9 @@ def block(setup, ref):
 
 
 def _load(ref, **how):
-  takes_index = 'idx' in inspect.signature(plgpu.load).parameters  # until jax 0.12
-  return plgpu.load(ref, *[()] * takes_index, **how)
+  index = inspect.signature(plgpu.load).parameters.get('idx')
+  wants_index = index is not None and index.default is index.empty  # until jax 0.11
+  return plgpu.load(ref, *[()] * wants_index, **how)
 
 
 def full(setup, shape, number):
