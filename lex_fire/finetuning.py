@@ -11,7 +11,7 @@ _RECIPE: dict[str, dict[str, Any]] = {
   'optimizer': {'learning_rate': 1e-4, 'warmup_steps': 100, 'final_fraction': 0.1},
   'train': {'steps': 2000, 'log_every': 20, 'checkpoint_every': 200},
 }
-# Of a config file. The mesh is not the checkpoint's: chips and rows are others than those were.
+# Of a config file. The mesh is not the checkpoint's, which was for other chips and another batch.
 ARGUMENTS = {'checkpoint': '', **dict.fromkeys(_FROM_NOTHING, ''), 'mesh': 'any'}
 
 

@@ -14,8 +14,8 @@ from lex_fire import kernels
 from lex_fire.encodings import fire
 from lex_fire.kernels import mosaic_gpu, mosaic_gpu_far, mosaic_gpu_plan, mosaic_gpu_tile
 
-# Numbers that move no weight, of queries that are at some positions: what all logits have in
-# common, and what length multiplies where all is beyond the threshold.
+# Parameters that here move no weight: what all of a query's logits have in common, and FIRE's
+# threshold, which all queries are past.
 STILL = {'fire': {'b_out_H', 'length_multiplier'}, 'kerple_log': set()}
 
 
@@ -156,7 +156,7 @@ def test_far_tiles_give_what_those_pair_by_pair_do_and_these_by_integers(
     mosaic_gpu_test.assert_agree((found_BQHC, of_arrays), (near_BQHC, of_others), 1e-5)
     # Sums over all pairs, most of which cancel.
     mosaic_gpu_test.assert_agree(of_params, expected, 1e-3)
-  # But of what moves no weight.
+  # Else there would be nothing to compare.
   assert {key for key, x in expected.items() if np.abs(x).max() < 0.1} == STILL[name]
   said = [[np.any(tiles.code_BIJ & bit) for bit in bits] for plan in plans for tiles in plan]
   assert said == [[True, True]] * 2 + [[False, True]] * 4 + [[False, False]] * 3
